@@ -1,0 +1,1 @@
+"""The client: a library, `eloquent ask` and the terminal chat."""

@@ -1,0 +1,163 @@
+"""Events: what an answer is made of, and their encoding in the token log.
+
+One encoded event is `kind (1 byte) | length (varint) | body`; see `docs/protocol.md`, "Events".
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from eloquent.core.varint import decode_varint, encode_varint
+from eloquent.errors import WireError
+
+KIND_TEXT = 1
+KIND_FAILURE = 2
+KIND_END = 3
+
+MAX_EVENT_BYTES = 1 << 20
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of the answer."""
+
+    text: str
+    "Whole code points; the pieces joined are the answer's text."
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Generation stopped because of an error; an `End` with `finish_reason="error"` follows."""
+
+    code: str
+    "Machine-readable reason."
+    message: str
+    "What happened, for a person."
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last event of every log."""
+
+    finish_reason: str
+    '`"stop"`, `"length"`, `"cancelled"` or `"error"`.'
+    model: str
+    "The model that answered."
+    prompt_tokens: int
+    "Tokens of the prompt, after the chat template."
+    completion_tokens: int
+    "Tokens generated."
+    length: int
+    "Bytes in the log before this event."
+    digest: bytes
+    "BLAKE2b (16 bytes) of those bytes; `log_digest` makes it."
+
+
+Event = TextDelta | Failure | End
+
+
+class _FailureBody(msgspec.Struct, array_like=True, frozen=True):
+    code: str
+    message: str
+
+
+class _EndBody(msgspec.Struct, array_like=True, frozen=True):
+    finish_reason: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    length: int
+    digest: bytes
+
+
+def log_digest() -> "hashlib.blake2b":
+    """Return a fresh running digest of a log's bytes, as `End.digest` carries it."""
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+def encode_event(event: Event) -> bytes:
+    """Return the event as it stands in the log."""
+    if isinstance(event, TextDelta):
+        kind, body = KIND_TEXT, event.text.encode()
+    elif isinstance(event, Failure):
+        kind, body = KIND_FAILURE, msgspec.msgpack.encode(_FailureBody(event.code, event.message))
+    else:
+        kind, body = (
+            KIND_END,
+            msgspec.msgpack.encode(
+                _EndBody(
+                    event.finish_reason,
+                    event.model,
+                    event.prompt_tokens,
+                    event.completion_tokens,
+                    event.length,
+                    event.digest,
+                )
+            ),
+        )
+    return bytes((kind,)) + encode_varint(len(body)) + body
+
+
+class EventDecoder:
+    """Turns the log's bytes, in order and in pieces of any size, back into events.
+
+    Kinds that this version does not know are passed over, so that a newer server can add some.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take the next bytes of the log and return the events that they complete.
+
+        Raises:
+            WireError: the bytes cannot be a log; the decoder is of no further use.
+        """
+        self._buffer += data
+        events: list[Event] = []
+        position = 0
+        while (end := self._next_end(position)) is not None:
+            kind, body_start = self._buffer[position], end[0]
+            event = _decode_body(kind, bytes(self._buffer[body_start : end[1]]))
+            if event is not None:
+                events.append(event)
+            position = end[1]
+        del self._buffer[:position]
+        return events
+
+    def _next_end(self, position: int) -> tuple[int, int] | None:
+        """Return where the next event's body starts and ends, or None if it is not all here."""
+        if position + 1 >= len(self._buffer):
+            return None
+        decoded = decode_varint(self._buffer, position + 1)
+        if decoded is None:
+            return None
+        length, body_start = decoded
+        if length > MAX_EVENT_BYTES:
+            raise WireError(
+                f"An event announces {length} bytes, more than the {MAX_EVENT_BYTES} allowed: the "
+                "answer's log is damaged or the peer is not an Eloquent server. Ask again."
+            )
+        body_end = body_start + length
+        return (body_start, body_end) if body_end <= len(self._buffer) else None
+
+
+def _decode_body(kind: int, body: bytes) -> Event | None:
+    try:
+        if kind == KIND_TEXT:
+            return TextDelta(body.decode())
+        if kind == KIND_FAILURE:
+            failure = msgspec.msgpack.decode(body, type=_FailureBody)
+            return Failure(failure.code, failure.message)
+        if kind == KIND_END:
+            end: Any = msgspec.msgpack.decode(body, type=_EndBody)
+            return End(*(getattr(end, name) for name in _EndBody.__struct_fields__))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(
+            f"An event of kind {kind} cannot be read ({error}): the answer's log is damaged or "
+            "the peer speaks another protocol. Ask again."
+        ) from error
+    return None

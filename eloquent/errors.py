@@ -1,0 +1,37 @@
+"""The errors that Eloquent raises.
+
+Every message says what happened, what it means and what to do. Nothing that another library
+raises comes through Eloquent's interfaces: it is turned into one of these.
+"""
+
+
+class EloquentError(Exception):
+    """Base of all errors that Eloquent raises on purpose; its text is fit for the user."""
+
+
+class WireError(EloquentError):
+    """Received bytes do not follow `docs/protocol.md`; the decoders raise nothing else."""
+
+
+class IntegrityError(EloquentError):
+    """A finished answer differs in length or digest from what the server generated."""
+
+
+class ConnectionFailedError(EloquentError):
+    """The connection could not be made, or ended while it was still needed."""
+
+
+class ConfigurationError(EloquentError):
+    """Something local is missing or wrong: an option, a file, an optional package."""
+
+
+class RequestError(EloquentError):
+    """The server declined a request.
+
+    `code` is the machine-readable reason, one of those that `docs/protocol.md` lists.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message

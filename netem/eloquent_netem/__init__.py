@@ -1,0 +1,1 @@
+"""A network-emulation lab: one link model, several drivers."""

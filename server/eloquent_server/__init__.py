@@ -1,0 +1,1 @@
+"""The server: takes turns over Eloquent and answers them with a backend."""

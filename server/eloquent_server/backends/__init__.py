@@ -1,0 +1,1 @@
+"""Backends: what generates the answers."""

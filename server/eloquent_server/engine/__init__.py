@@ -1,0 +1,1 @@
+"""The engine: decodes the answers of several turns at once on torch."""
