@@ -1,0 +1,87 @@
+"""Loading: what is refused, and why."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoConfig
+
+from eloquent.errors import ConfigurationError
+from eloquent_server.engine.linear import PrepackedLinear
+from eloquent_server.engine.loader import load, prepare, refuse_unsupported
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_directory_is_loaded(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = load(directory, "mine", device="cpu")
+    assert loaded.name == "mine"
+    assert loaded.context_tokens == tiny_model().config.max_position_embeddings
+    assert loaded.end_tokens == {tiny_tokenizer().eos_token_id}
+    assert isinstance(loaded.model.lm_head, PrepackedLinear)
+    assert not loaded.model.training
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unknown_device(directory: Path) -> None:
+    with pytest.raises(ConfigurationError, match="auto, cpu or cuda"):
+        load(directory, "mine", device="tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(directory: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no CUDA device"):
+        load(directory, "mine", device="cuda")
+
+
+def test_damaged_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="could not be loaded"):
+        load(tmp_path, "mine", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "problem"),
+    [
+        ("mistral", {"sliding_window": 4096}, "sliding-window"),
+        ("gemma2", {}, "soft-capped"),
+        ("gpt_oss", {}, "sinks"),
+        ("t5", {}, "encoder"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ],
+)
+def test_unsupported_architectures(model_type: str, settings: dict[str, Any], problem: str) -> None:
+    if "layer_types" in settings:
+        settings = {**settings, "num_hidden_layers": 2}
+    with pytest.raises(ConfigurationError, match=problem):
+        refuse_unsupported(AutoConfig.for_model(model_type, **settings), "it")
+
+
+def test_a_base_model_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        prepare(tiny_model(), tokenizer, "base")
+
+
+def test_a_model_that_ignores_the_cache_is_refused() -> None:
+    model = copy.deepcopy(tiny_model())
+    forward = model.forward
+
+    def forgetful(**inputs: Any) -> Any:
+        if inputs.pop("past_key_values", None) is not None:
+            inputs.pop("attention_mask")
+        return forward(**inputs)
+
+    model.forward = forgetful
+    with pytest.raises(ConfigurationError, match="logits through the engine's cache differ"):
+        prepare(model, tiny_tokenizer(), "forgetful")
