@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from eloquent.core.varint import decode_varint, encode_varint
-from eloquent.errors import WireError
+from eloquent.errors import IntegrityError, WireError
 
 KIND_TEXT = 1
 KIND_FAILURE = 2
@@ -104,34 +104,53 @@ def encode_event(event: Event) -> bytes:
 class EventDecoder:
     """Turns the log's bytes, in order and in pieces of any size, back into events.
 
-    Kinds that this version does not know are passed over, so that a newer server can add some.
+    It checks the length and the digest that the last event carries. Kinds that this version does
+    not know are passed over, so that a newer server can add some.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._length = 0
+        self._digest = log_digest()
+        self._end: End | None = None
+
+    @property
+    def end(self) -> End | None:
+        """The log's last event, once it has come and agrees with all before it."""
+        return self._end
 
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes of the log and return the events that they complete.
 
         Raises:
             WireError: the bytes cannot be a log; the decoder is of no further use.
+            IntegrityError: the log ends, and its length or digest is not what the server said.
         """
         self._buffer += data
         events: list[Event] = []
         position = 0
-        while (end := self._next_end(position)) is not None:
-            kind, body_start = self._buffer[position], end[0]
-            event = _decode_body(kind, bytes(self._buffer[body_start : end[1]]))
+        while (span := self._next_body(position)) is not None:
+            if self._end is not None:
+                break
+            body_start, body_end = span
+            event = _decode_body(self._buffer[position], bytes(self._buffer[body_start:body_end]))
+            if isinstance(event, End):
+                self._check(event)
+                self._end = event
+            self._digest.update(self._buffer[position:body_end])
+            self._length += body_end - position
             if event is not None:
                 events.append(event)
-            position = end[1]
+            position = body_end
         del self._buffer[:position]
+        if self._end is not None and self._buffer:
+            raise WireError(
+                "Bytes follow the last event of the answer's log: the server breaks the protocol."
+            )
         return events
 
-    def _next_end(self, position: int) -> tuple[int, int] | None:
+    def _next_body(self, position: int) -> tuple[int, int] | None:
         """Return where the next event's body starts and ends, or None if it is not all here."""
-        if position + 1 >= len(self._buffer):
-            return None
         decoded = decode_varint(self._buffer, position + 1)
         if decoded is None:
             return None
@@ -143,6 +162,13 @@ class EventDecoder:
             )
         body_end = body_start + length
         return (body_start, body_end) if body_end <= len(self._buffer) else None
+
+    def _check(self, end: End) -> None:
+        if end.length != self._length or end.digest != self._digest.digest():
+            raise IntegrityError(
+                f"The answer's {self._length} bytes are not the {end.length} that the server "
+                "generated: text is missing or changed. Ask again; if it happens again, report it."
+            )
 
 
 def _decode_body(kind: int, body: bytes) -> Event | None:

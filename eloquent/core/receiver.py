@@ -1,0 +1,144 @@
+"""The reader's side of one turn: bundles in, events out, in order and once."""
+
+from dataclasses import dataclass
+
+from eloquent.core.events import Event, EventDecoder
+from eloquent.core.ranges import RangeSet
+from eloquent.core.wire import Bundle, Ended, Report
+from eloquent.errors import IntegrityError
+
+REPORT_BEAT_S = 0.25
+"While bundles arrive, the reader reports at least this often."
+
+GAP_REPORT_S = 0.02
+"A report about a gap waits at least this long after the one before it."
+
+MAX_AHEAD_BYTES = 1 << 20
+"Bytes above the first gap that are kept; a bundle beyond is dropped, and reported as missing."
+
+
+@dataclass(slots=True)
+class ReceiverStats:
+    """What happened on the way, counted at the reader."""
+
+    datagrams: int = 0
+    "Bundles received."
+    loss_recovered: int = 0
+    "Bundles that never came although the reader has every byte below the newest that did."
+    repeated_bytes: int = 0
+    "Bytes received that the reader already had: the cost of redundancy."
+
+
+class Receiver:
+    """Puts one turn's log together from bundles in any order, repeated or overlapping."""
+
+    def __init__(self, turn: int) -> None:
+        self._turn = turn
+        self._decoder = EventDecoder()
+        self._confirmation: Ended | None = None
+        self._contiguous = 0
+        self._ahead = bytearray()
+        self._ahead_held = RangeSet()
+        self._newest = -1
+        self._numbers = RangeSet()
+        self._numbers_count = 0
+        self._report_at: float | None = None
+        self._reported_at: float | None = None
+        self._stats = ReceiverStats()
+
+    @property
+    def contiguous(self) -> int:
+        """Bytes of the log that were put together and handed out."""
+        return self._contiguous
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the log's end has come and agrees with all before it."""
+        return self._decoder.end is not None
+
+    @property
+    def stats(self) -> ReceiverStats:
+        """Counters up to now."""
+        self._stats.loss_recovered = self._newest + 1 - self._numbers_count
+        return self._stats
+
+    def on_bundle(self, bundle: Bundle, now: float) -> list[Event]:
+        """Take a bundle that arrived at `now` (seconds); return the events that it completes.
+
+        Raises:
+            WireError: the log cannot be read; the turn must end.
+            IntegrityError: the log ended and is not what the server generated or confirmed.
+        """
+        self._stats.datagrams += 1
+        if self._numbers.gaps(bundle.number, bundle.number + 1):
+            self._numbers.add(bundle.number, bundle.number + 1)
+            self._numbers_count += 1
+        self._newest = max(self._newest, bundle.number)
+        fresh = self._take(bundle)
+        events = self._decoder.feed(fresh) if fresh else []
+        self._check_confirmation()
+        self._schedule_report(now)
+        return events
+
+    def on_ended(self, ended: Ended) -> None:
+        """Take the server's confirmation on the stream, which may come before the log's end.
+
+        Raises:
+            IntegrityError: it is not what the log's own end said.
+        """
+        self._confirmation = ended
+        self._check_confirmation()
+
+    def next_time(self) -> float | None:
+        """Return when the next report is due, in seconds, or None."""
+        return self._report_at
+
+    def next_report(self, now: float) -> Report | None:
+        """Return the report if one is due."""
+        if self._report_at is None or self._report_at > now:
+            return None
+        self._report_at = None
+        self._reported_at = now
+        return Report(self._turn, self._contiguous, self._newest)
+
+    def report_again(self) -> None:
+        """Make a report due at once: the last one was lost."""
+        self._report_at = float("-inf")
+
+    def _check_confirmation(self) -> None:
+        end, said = self._decoder.end, self._confirmation
+        if end and said and (end.length, end.digest) != (said.length, said.digest):
+            raise IntegrityError(
+                "The server's confirmation of the answer is not that of the answer received: the "
+                "server is faulty. Ask again; if it happens again, report it."
+            )
+
+    def _take(self, bundle: Bundle) -> bytes:
+        """Keep what is new of a bundle; return the bytes that the log now goes on with."""
+        start, stop = bundle.offset, bundle.offset + len(bundle.data)
+        if stop > self._contiguous + MAX_AHEAD_BYTES:
+            return b""
+        new = self._ahead_held.gaps(max(start, self._contiguous), stop)
+        self._stats.repeated_bytes += len(bundle.data) - sum(high - low for low, high in new)
+        for low, high in new:
+            self._store(low, bundle.data[low - start : high - start])
+        end = self._ahead_held.first_gap(self._contiguous)
+        fresh = bytes(self._ahead[: end - self._contiguous])
+        del self._ahead[: end - self._contiguous]
+        self._ahead_held.subtract(0, end)
+        self._contiguous = end
+        return fresh
+
+    def _store(self, offset: int, data: bytes) -> None:
+        position = offset - self._contiguous
+        if len(self._ahead) < position + len(data):
+            self._ahead.extend(bytes(position + len(data) - len(self._ahead)))
+        self._ahead[position : position + len(data)] = data
+        self._ahead_held.add(offset, offset + len(data))
+
+    def _schedule_report(self, now: float) -> None:
+        if self._reported_at is None:
+            self._reported_at = now
+        wait_s = GAP_REPORT_S if self._ahead_held or self.is_complete else REPORT_BEAT_S
+        due = max(now, self._reported_at + wait_s)
+        self._report_at = due if self._report_at is None else min(self._report_at, due)

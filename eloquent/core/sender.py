@@ -1,0 +1,146 @@
+"""What every sender does: numbering bundles and keeping track of what the reader has.
+
+A scheme (`eloquent.core.schemes`) adds the one decision in which schemes differ: which bytes go
+into the next bundle, and when. The connection asks for a bundle only when it can write a packet
+(late binding), so nothing is queued between this decision and the wire.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from eloquent.core.log import TokenLog
+from eloquent.core.path import Path
+from eloquent.core.ranges import RangeSet
+from eloquent.core.wire import Bundle, Report, bundle_header_size
+from eloquent.errors import WireError
+
+NOW = float("-inf")
+"What `next_time` returns when a bundle is due at once."
+
+MIN_ROOM_BYTES = 160
+"A bundle that does not fit whole waits for a packet with at least this much room."
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    start: int
+    stop: int
+
+
+class Sender(ABC):
+    """Sends one turn's log to one reader.
+
+    Invariants: `_mark` is the lowest byte not yet seen by the reader; `_sent_end` the highest
+    ever sent; `_resend` holds sent bytes, not seen, that no bundle in flight carries.
+    """
+
+    def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
+        self._turn = turn
+        self._log = log
+        self._path = path
+        self._seen = RangeSet()
+        self._mark = 0
+        self._newest_acked = -1
+        self._in_flight: dict[int, _Sent] = {}
+        self._next_number = 0
+        self._sent_end = 0
+        self._resend = RangeSet()
+
+    @property
+    def log(self) -> TokenLog:
+        """The log that is being sent."""
+        return self._log
+
+    @property
+    def bundles_sent(self) -> int:
+        """How many bundles were made."""
+        return self._next_number
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the reader has the whole log, its end included."""
+        return self._log.end is not None and self._mark == self._log.length
+
+    def log_grew(self, now: float) -> None:  # noqa: B027  (only a scheme that queues needs it)
+        """Tell the sender, at time `now` in seconds, that events were appended to the log."""
+
+    @abstractmethod
+    def next_time(self) -> float | None:
+        """Return when the next bundle is due: `NOW`, a time in seconds, or None for never."""
+
+    @abstractmethod
+    def next_bundle(self, now: float, room: int) -> Bundle | None:
+        """Make the bundle for a packet that is being written.
+
+        `now` is in seconds, `room` in bytes, the bundle's header included. None: nothing is due,
+        or the room is too small to be worth a packet; the caller asks again with the next packet.
+        """
+
+    def on_acked(self, number: int) -> None:
+        """Take the transport's word that bundle `number` reached the peer."""
+        sent = self._in_flight.pop(number, None)
+        if sent is None:
+            return
+        self._path.on_outcome(lost=False)
+        self._newest_acked = max(self._newest_acked, number)
+        self._add_seen(sent.start, sent.stop)
+
+    def on_lost(self, number: int) -> None:
+        """Take the transport's word that bundle `number` was lost (which can prove wrong)."""
+        sent = self._in_flight.pop(number, None)
+        if sent is None:
+            return
+        self._path.on_outcome(lost=True)
+        self._add_resend(sent.start, sent.stop)
+
+    def on_report(self, report: Report) -> None:
+        """Take the reader's own word, which outranks the transport's.
+
+        A report that lacks bytes which an acknowledged bundle carried moves the mark back, but
+        only if it is newer than that acknowledgement's bundle: one in flight says nothing.
+
+        Raises:
+            WireError: it acknowledges what was never sent; the connection must end.
+        """
+        if report.contiguous > self._sent_end or report.newest >= self._next_number:
+            raise WireError(
+                f"A report for turn {self._turn} acknowledges byte {report.contiguous} and bundle "
+                f"{report.newest}, which were never sent: the peer is broken or lies."
+            )
+        if report.contiguous > self._mark:
+            self._add_seen(0, report.contiguous)
+        elif report.contiguous < self._mark and report.newest >= self._newest_acked:
+            missing_end = self._mark
+            self._seen.subtract(report.contiguous, missing_end)
+            self._mark = report.contiguous
+            self._add_resend(report.contiguous, missing_end)
+
+    def _make(self, start: int, stop: int) -> Bundle:
+        number = self._next_number
+        self._next_number += 1
+        self._in_flight[number] = _Sent(start, stop)
+        self._sent_end = max(self._sent_end, stop)
+        self._resend.subtract(start, stop)
+        return Bundle(self._turn, number, start, self._log.read(start, stop))
+
+    def _data_room(self, start: int, stop: int, room: int) -> int:
+        """Return how much of `start..stop` to put in a packet with `room` bytes; 0 for none."""
+        available = room - bundle_header_size(self._turn, self._next_number, start)
+        if stop - start <= available:
+            return stop - start
+        return available if room >= MIN_ROOM_BYTES else 0
+
+    def _add_seen(self, start: int, stop: int) -> None:
+        self._seen.add(start, stop)
+        self._resend.subtract(start, stop)
+        self._mark = self._seen.first_gap()
+
+    def _add_resend(self, start: int, stop: int) -> None:
+        """Put into `_resend` what of `start..stop` is neither seen nor in flight."""
+        missing = RangeSet()
+        for low, high in self._seen.gaps(start, stop):
+            missing.add(low, high)
+        for other in self._in_flight.values():
+            missing.subtract(other.start, other.stop)
+        for low, high in missing:
+            self._resend.add(low, high)

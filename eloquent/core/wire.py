@@ -1,0 +1,226 @@
+"""The wire format: datagram frames and stream messages (`docs/protocol.md`, byte by byte)."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from eloquent.core.varint import VARINT_MAX, decode_varint, encode_varint, varint_size
+from eloquent.errors import WireError
+
+ALPN = "eloquent"
+PROTOCOL_VERSION = 1
+
+TURN_ID_BYTES = 16
+MAX_REQUEST_BODY_BYTES = 1 << 20
+MAX_REPLY_BODY_BYTES = 1 << 16
+
+FRAME_BUNDLE = 1
+FRAME_REPORT = 2
+
+REPLY_REJECTED = 1
+REPLY_ENDED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A run of one turn's log, as one datagram carries it."""
+
+    turn: int
+    "The turn's number on this connection: its QUIC stream id divided by 4."
+    number: int
+    "Counts the bundles of this turn and connection, from 0; never used twice."
+    offset: int
+    "Where in the log `data` starts, in bytes."
+    data: bytes
+    "The log's bytes from there on."
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a reader has of one turn."""
+
+    turn: int
+    "As in `Bundle`."
+    contiguous: int
+    "All bytes of the log below this offset have reached the application."
+    newest: int
+    "The highest bundle number received; -1 if none."
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the client writes on a turn's stream before it half-closes it."""
+
+    turn_id: bytes
+    "16 random bytes that the client made: the turn's name."
+    body: bytes
+    "An OpenAI chat body, in JSON."
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The server's word on the stream that there will be no answer."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The server's word on the stream that the log is complete."""
+
+    length: int
+    "Bytes in the log before its last event; equals `End.length`."
+    digest: bytes
+    "Equals `End.digest`."
+
+
+Frame = Bundle | Report
+Reply = Rejected | Ended
+
+
+class UnsupportedVersionError(WireError):
+    """The peer speaks a version of the protocol that this one does not."""
+
+
+class _RejectedBody(msgspec.Struct, array_like=True, frozen=True):
+    code: str
+    message: str
+
+
+class _EndedBody(msgspec.Struct, array_like=True, frozen=True):
+    length: int
+    digest: bytes
+
+
+def encode_bundle(bundle: Bundle) -> bytes:
+    """Return the bundle as a datagram's payload."""
+    return (
+        bytes((FRAME_BUNDLE,))
+        + encode_varint(bundle.turn)
+        + encode_varint(bundle.number)
+        + encode_varint(bundle.offset)
+        + bundle.data
+    )
+
+
+def bundle_header_size(turn: int, number: int, offset: int) -> int:
+    """Return how many bytes stand before a bundle's data."""
+    return 1 + varint_size(turn) + varint_size(number) + varint_size(offset)
+
+
+def encode_report(report: Report) -> bytes:
+    """Return the report as a datagram's payload."""
+    return (
+        bytes((FRAME_REPORT,))
+        + encode_varint(report.turn)
+        + encode_varint(report.contiguous)
+        + encode_varint(report.newest + 1)
+    )
+
+
+def decode_frame(payload: bytes) -> Frame:
+    """Read a datagram's payload.
+
+    Raises:
+        WireError: it is no frame of this protocol.
+    """
+    kind, position = _varint(payload, 0, "a frame's type")
+    if kind == FRAME_BUNDLE:
+        turn, position = _varint(payload, position, "a bundle's turn")
+        number, position = _varint(payload, position, "a bundle's number")
+        offset, position = _varint(payload, position, "a bundle's offset")
+        data = payload[position:]
+        if not data:
+            raise WireError("A bundle carries no data: the peer breaks the protocol.")
+        if offset + len(data) > VARINT_MAX:
+            raise WireError(
+                "A bundle reaches beyond the largest offset: the peer breaks the protocol."
+            )
+        return Bundle(turn, number, offset, data)
+    if kind == FRAME_REPORT:
+        turn, position = _varint(payload, position, "a report's turn")
+        contiguous, position = _varint(payload, position, "a report's offset")
+        newest, position = _varint(payload, position, "a report's bundle number")
+        if position != len(payload):
+            raise WireError("A report has bytes after its end: the peer breaks the protocol.")
+        return Report(turn, contiguous, newest - 1)
+    raise WireError(
+        f"A datagram holds a frame of unknown type {kind}: the peer speaks another protocol or "
+        "another version of this one."
+    )
+
+
+def encode_request(request: Request, version: int = PROTOCOL_VERSION) -> bytes:
+    """Return the request as the stream carries it."""
+    if len(request.turn_id) != TURN_ID_BYTES:
+        raise ValueError(f"a turn id has {TURN_ID_BYTES} bytes, not {len(request.turn_id)}")
+    return (
+        encode_varint(version) + request.turn_id + encode_varint(len(request.body)) + request.body
+    )
+
+
+def decode_request(data: bytes) -> Request:
+    """Read all that a client wrote on a turn's stream.
+
+    Raises:
+        UnsupportedVersionError: the request is of another protocol version.
+        WireError: it is no request, is cut short, or something follows it.
+    """
+    version, position = _varint(data, 0, "a request's version")
+    if version != PROTOCOL_VERSION:
+        raise UnsupportedVersionError(
+            f"The request is of protocol version {version}, and this server speaks version "
+            f"{PROTOCOL_VERSION}: use a client and a server of the same release."
+        )
+    turn_id = data[position : position + TURN_ID_BYTES]
+    length, position = _varint(data, position + TURN_ID_BYTES, "a request's length")
+    if length > len(data) - position:
+        raise WireError("A request ends before its announced length: send it whole.")
+    if length < len(data) - position:
+        raise WireError(
+            "Something follows the request on its stream: each request needs a stream of its own."
+        )
+    return Request(turn_id, data[position:])
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """Return the reply as the stream carries it."""
+    if isinstance(reply, Rejected):
+        kind, body = (
+            REPLY_REJECTED,
+            msgspec.msgpack.encode(_RejectedBody(reply.code, reply.message)),
+        )
+    else:
+        kind, body = REPLY_ENDED, msgspec.msgpack.encode(_EndedBody(reply.length, reply.digest))
+    return bytes((kind,)) + encode_varint(len(body)) + body
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Read all that a server wrote on a turn's stream.
+
+    Raises:
+        WireError: it is no reply, is cut short, or something follows it.
+    """
+    kind, position = _varint(data, 0, "a reply's type")
+    length, position = _varint(data, position, "a reply's length")
+    body = data[position:]
+    if len(body) != length:
+        raise WireError(f"A reply announces {length} bytes and has {len(body)}.")
+    try:
+        if kind == REPLY_REJECTED:
+            rejected = msgspec.msgpack.decode(body, type=_RejectedBody)
+            return Rejected(rejected.code, rejected.message)
+        if kind == REPLY_ENDED:
+            ended = msgspec.msgpack.decode(body, type=_EndedBody)
+            return Ended(ended.length, ended.digest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"A reply of type {kind} cannot be read: {error}.") from error
+    raise WireError(f"A reply is of unknown type {kind}: the server speaks another version.")
+
+
+def _varint(data: bytes, position: int, what: str) -> tuple[int, int]:
+    decoded = decode_varint(data, position)
+    if decoded is None:
+        raise WireError(f"The bytes end within {what}: the peer breaks the protocol.")
+    return decoded

@@ -1,0 +1,1 @@
+"""The binding of the transport to QUIC (aioquic), and its endpoints."""

@@ -1,0 +1,192 @@
+"""The client's end of a connection: requests go out, bundles come in and become events."""
+
+import ssl
+from typing import Any
+
+from aioquic.quic import events as quic_events
+from aioquic.quic.configuration import QuicConfiguration
+
+from eloquent.core.receiver import Receiver, ReceiverStats
+from eloquent.core.wire import (
+    MAX_REPLY_BODY_BYTES,
+    Bundle,
+    Frame,
+    Rejected,
+    Request,
+    decode_reply,
+    encode_report,
+    encode_request,
+)
+from eloquent.errors import ConnectionFailedError, EloquentError, RequestError, WireError
+from eloquent.quic.certificate import certificate_pin
+from eloquent.quic.connection import (
+    CLOSE_BAD_CERTIFICATE,
+    KEEPALIVE_S,
+    STREAM_CANCELLED,
+    Address,
+    Connected,
+    Connection,
+    TurnFailed,
+    TurnProgress,
+    base_configuration,
+)
+
+MAX_REPORT_BYTES = 25
+"A report's type and three of the longest varints."
+
+
+def client_configuration(server_name: str, *, pin: str | None) -> QuicConfiguration:
+    """Return the QUIC settings of a client.
+
+    `pin` is the hexadecimal SHA-256 of the one certificate to accept; with None the server's
+    certificate must be valid for `server_name` and come from an authority that the system trusts.
+    """
+    configuration = base_configuration(is_client=True)
+    configuration.server_name = server_name
+    if pin is not None:
+        configuration.verify_mode = ssl.CERT_NONE
+    return configuration
+
+
+class ClientConnection(Connection):
+    """One server; turns are opened with `request` and seen through events."""
+
+    def __init__(
+        self, configuration: QuicConfiguration, *, pin: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(configuration, **options)
+        self._pin = pin
+        self._receivers: dict[int, Receiver] = {}
+        self._replies: dict[int, bytearray] = {}
+        self._keepalive_at: float | None = None
+
+    def connect(self, address: Address, now: float) -> None:
+        """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
+        self._quic.connect(address, now=now)
+
+    def receive(self, data: bytes, address: Address, now: float) -> None:
+        """See `Connection.receive`."""
+        self._keepalive_at = now + KEEPALIVE_S
+        super().receive(data, address, now)
+
+    def handle_timer(self, now: float) -> None:
+        """See `Connection.handle_timer`."""
+        if self._keepalive_at is not None and now >= self._keepalive_at:
+            self._keepalive_at = now + KEEPALIVE_S
+            self._quic.send_ping(0)
+        super().handle_timer(now)
+
+    def request(self, request: Request) -> int:
+        """Open a turn; return its number on this connection."""
+        stream_id = self._quic.get_next_available_stream_id()
+        turn = stream_id // 4
+        self._receivers[turn] = Receiver(turn)
+        self._replies[turn] = bytearray()
+        self._quic.send_stream_data(stream_id, encode_request(request), end_stream=True)
+        return turn
+
+    def cancel(self, turn: int) -> None:
+        """Give a turn up: the server stops generating, and no event of it follows."""
+        if self._receivers.pop(turn, None) is None:
+            return
+        if self._replies.pop(turn, None) is not None:
+            self._quic.stop_stream(turn * 4, STREAM_CANCELLED)
+
+    def stats(self, turn: int) -> ReceiverStats | None:
+        """Return the turn's counters while it is known."""
+        receiver = self._receivers.get(turn)
+        return receiver.stats if receiver is not None else None
+
+    def has_datagram(self, now: float) -> bool:
+        """See `DatagramSource`."""
+        return self._quic.can_send_datagrams and any(
+            (time := receiver.next_time()) is not None and time <= now
+            for receiver in self._receivers.values()
+        )
+
+    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+        """See `DatagramSource`."""
+        if room < MAX_REPORT_BYTES:
+            return None
+        for turn, receiver in self._receivers.items():
+            report = receiver.next_report(now)
+            if report is not None:
+                return encode_report(report), (turn, report.contiguous)
+        return None
+
+    def on_delivery(self, token: Any, *, acked: bool) -> None:
+        """See `DatagramSource`; once the server has the final report, the turn is forgotten."""
+        turn, contiguous = token
+        receiver = self._receivers.get(turn)
+        if receiver is None or not receiver.is_complete or contiguous < receiver.contiguous:
+            return
+        if not acked:
+            receiver.report_again()
+        elif turn not in self._replies:
+            del self._receivers[turn]
+
+    def _due_times(self) -> list[float]:
+        times = [receiver.next_time() for receiver in self._receivers.values()]
+        return [time for time in (*times, self._keepalive_at) if time is not None]
+
+    def _on_handshake_completed(self) -> None:
+        certificate = self._quic.peer_certificate
+        if self._pin is not None and (
+            certificate is None or certificate_pin(certificate) != self._pin.lower()
+        ):
+            self.close("the server's certificate is not the pinned one", CLOSE_BAD_CERTIFICATE)
+            return
+        self._events.append(Connected())
+
+    def _on_frame(self, frame: Frame, now: float) -> None:
+        if not isinstance(frame, Bundle):
+            raise WireError("A server sent a report; only clients send reports.")
+        receiver = self._receivers.get(frame.turn)
+        if receiver is None:
+            return
+        try:
+            events = receiver.on_bundle(frame, now)
+        except EloquentError as error:
+            self._fail(frame.turn, error)
+            return
+        if events:
+            self._events.append(TurnProgress(frame.turn, tuple(events)))
+
+    def _on_stream_event(
+        self,
+        event: quic_events.StreamDataReceived
+        | quic_events.StreamReset
+        | quic_events.StopSendingReceived,
+    ) -> None:
+        turn = event.stream_id // 4
+        collected = self._replies.get(turn)
+        if collected is None:
+            return
+        if isinstance(event, quic_events.StreamReset):
+            self._fail(
+                turn,
+                ConnectionFailedError(
+                    "The server gave the answer up without saying why. Ask again."
+                ),
+            )
+        elif isinstance(event, quic_events.StreamDataReceived):
+            collected += event.data
+            if len(collected) > MAX_REPLY_BODY_BYTES:
+                raise WireError("A reply is longer than the protocol allows.")
+            if event.end_stream:
+                del self._replies[turn]
+                self._on_reply(turn, bytes(collected))
+
+    def _on_reply(self, turn: int, data: bytes) -> None:
+        try:
+            reply = decode_reply(data)
+            if isinstance(reply, Rejected):
+                self._fail(turn, RequestError(reply.code, reply.message))
+            elif (receiver := self._receivers.get(turn)) is not None:
+                receiver.on_ended(reply)
+        except EloquentError as error:
+            self._fail(turn, error)
+
+    def _fail(self, turn: int, error: EloquentError) -> None:
+        self.cancel(turn)
+        self._events.append(TurnFailed(turn, error))

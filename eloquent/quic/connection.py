@@ -1,0 +1,240 @@
+"""What both ends of a connection share: QUIC driven without I/O, and the events it gives.
+
+Like aioquic's own connection this one has no socket and no clock: `now` (seconds, any origin,
+never going back) is an argument, and the endpoint calls `send` after each call that may have
+something to say, then sets a timer for `next_time`.
+"""
+
+from abc import abstractmethod
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from aioquic.quic import events as quic_events
+from aioquic.quic.configuration import QuicConfiguration
+
+from eloquent.core.events import Event
+from eloquent.core.path import Path
+from eloquent.core.wire import ALPN, Frame, Request, decode_frame
+from eloquent.errors import EloquentError, WireError
+from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES, LateBoundConnection
+
+Address = Any
+"A socket address, as the socket's family has it."
+
+IDLE_TIMEOUT_S = 60.0
+KEEPALIVE_S = 15.0
+"A client that hears nothing sends a PING this often, well within the idle timeout."
+
+TIMER_SLACK_S = 1e-6
+"""QUIC's timers are served this much late. aioquic sets its loss timer to `sent + delay` and then
+asks whether `sent <= now - delay`, which rounding can deny at that very instant, for ever."""
+
+CLOSE_NORMAL = 0
+CLOSE_PROTOCOL_ERROR = 1
+CLOSE_BAD_CERTIFICATE = 2
+"Error codes of CONNECTION_CLOSE (the application's own, RFC 9000 section 20.2)."
+
+STREAM_CANCELLED = 1
+STREAM_REFUSED = 2
+"Error codes of STOP_SENDING and RESET_STREAM."
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The handshake is done and the peer is who it should be (client)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEnded:
+    """The connection is over; no event follows."""
+
+    reason: str
+    "Why, for a person."
+    by_peer_error: bool
+    "False for an ordinary close or an idle timeout."
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequested:
+    """A client asks for a turn (server)."""
+
+    turn: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCancelled:
+    """The reader wants no more of a turn (server)."""
+
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnProgress:
+    """More of an answer, in order and once (client)."""
+
+    turn: int
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFailed:
+    """A turn has ended without its End event (client)."""
+
+    turn: int
+    error: EloquentError
+
+
+ConnectionEvent = (
+    Connected | ConnectionEnded | TurnRequested | TurnCancelled | TurnProgress | TurnFailed
+)
+
+
+def base_configuration(*, is_client: bool) -> QuicConfiguration:
+    """Return the QUIC settings that both ends use."""
+    return QuicConfiguration(
+        alpn_protocols=[ALPN],
+        congestion_control_algorithm="reno",
+        idle_timeout=IDLE_TIMEOUT_S,
+        is_client=is_client,
+        max_datagram_frame_size=MAX_DATAGRAM_FRAME_BYTES,
+    )
+
+
+class Connection:
+    """One QUIC connection; `ServerConnection` and `ClientConnection` add what turns do there.
+
+    It is also the `DatagramSource` of its QUIC connection.
+    """
+
+    def __init__(self, configuration: QuicConfiguration, **options: Any) -> None:
+        self._quic = LateBoundConnection(configuration=configuration, source=self, **options)
+        self._path = Path(srtt_s=configuration.initial_rtt)
+        self._events: deque[ConnectionEvent] = deque()
+        self._is_ended = False
+        self._sent_at = float("-inf")
+
+    @property
+    def quic(self) -> LateBoundConnection:
+        """The QUIC connection underneath, for endpoints (connection ids) and measurements."""
+        return self._quic
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether `ConnectionEnded` was given."""
+        return self._is_ended
+
+    @property
+    def path(self) -> Path:
+        """Round-trip time and loss as measured here."""
+        self._path.srtt_s = self._quic.srtt_s
+        return self._path
+
+    def receive(self, data: bytes, address: Address, now: float) -> None:
+        """Take a UDP datagram."""
+        self._quic.receive_datagram(data, address, now=now)
+        self._process_quic_events(now)
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due; call it when `next_time` has come."""
+        timer = self._quic.get_timer()
+        if timer is not None and now >= timer:
+            self._quic.handle_timer(now=now)
+        self._process_quic_events(now)
+
+    def send(self, now: float) -> list[tuple[bytes, Address]]:
+        """Return the UDP datagrams to send now."""
+        self._path.srtt_s = self._quic.srtt_s
+        self._sent_at = now
+        return self._quic.datagrams_to_send(now=now)
+
+    def next_time(self) -> float | None:
+        """Return when `handle_timer` and `send` should be called next, in seconds, or None."""
+        quic_timer = self._quic.get_timer()
+        if quic_timer is not None:
+            quic_timer += TIMER_SLACK_S
+        times = [time for time in (quic_timer, self._own_time()) if time is not None]
+        return min(times, default=None)
+
+    def next_event(self) -> ConnectionEvent | None:
+        """Return the next event, or None."""
+        return self._events.popleft() if self._events else None
+
+    def close(self, reason: str = "", code: int = CLOSE_NORMAL) -> None:
+        """End the connection; the endpoint must call `send` afterwards."""
+        self._quic.close(error_code=code, reason_phrase=reason)
+
+    # What the two ends do differently.
+
+    @abstractmethod
+    def has_datagram(self, now: float) -> bool:
+        """See `DatagramSource`."""
+
+    @abstractmethod
+    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+        """See `DatagramSource`."""
+
+    @abstractmethod
+    def on_delivery(self, token: Any, *, acked: bool) -> None:
+        """See `DatagramSource`."""
+
+    @abstractmethod
+    def _due_times(self) -> list[float]:
+        """Return when this end has something of its own to do, in any order."""
+
+    @abstractmethod
+    def _on_frame(self, frame: Frame, now: float) -> None:
+        """Take a datagram's frame; `WireError` ends the connection."""
+
+    @abstractmethod
+    def _on_stream_event(
+        self,
+        event: quic_events.StreamDataReceived
+        | quic_events.StreamReset
+        | quic_events.StopSendingReceived,
+    ) -> None:
+        """Take what happened on a stream; `WireError` ends the connection."""
+
+    def _on_handshake_completed(self) -> None:
+        """Take note that the handshake is done."""
+
+    def _own_time(self) -> float | None:
+        # What was due at the last `send` and did not leave then waits for the window or the
+        # pacer, which wake us through QUIC's own timer or an acknowledgement.
+        return min((time for time in self._due_times() if time > self._sent_at), default=None)
+
+    def _process_quic_events(self, now: float) -> None:
+        while (event := self._quic.next_event()) is not None:
+            try:
+                self._on_quic_event(event, now)
+            except WireError as error:
+                self.close(str(error), CLOSE_PROTOCOL_ERROR)
+
+    def _on_quic_event(self, event: quic_events.QuicEvent, now: float) -> None:
+        if isinstance(event, quic_events.DatagramFrameReceived):
+            self._on_frame(decode_frame(event.data), now)
+        elif isinstance(
+            event,
+            quic_events.StreamDataReceived
+            | quic_events.StreamReset
+            | quic_events.StopSendingReceived,
+        ):
+            self._on_stream_event(event)
+        elif isinstance(event, quic_events.HandshakeCompleted):
+            self._on_handshake_completed()
+        elif isinstance(event, quic_events.ConnectionTerminated) and not self._is_ended:
+            self._is_ended = True
+            self._events.append(_ended(event))
+
+
+def _ended(event: quic_events.ConnectionTerminated) -> ConnectionEnded:
+    no_common_protocol = 0x100 + 120  # TLS alert 120 (RFC 7301) as a QUIC error code (RFC 9001)
+    if event.error_code == no_common_protocol:
+        reason = (
+            f"the peer does not speak the protocol '{ALPN}': the address is of another QUIC service"
+        )
+    else:
+        reason = event.reason_phrase or f"closed with code 0x{event.error_code:x}"
+    is_idle = event.reason_phrase == "Idle timeout"
+    return ConnectionEnded(reason, by_peer_error=event.error_code != CLOSE_NORMAL and not is_idle)

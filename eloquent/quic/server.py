@@ -1,0 +1,194 @@
+"""The server's end of a connection: turns come in, their logs go out in bundles."""
+
+from collections import deque
+from typing import Any
+
+from aioquic.quic import events as quic_events
+from aioquic.quic.configuration import QuicConfiguration
+
+from eloquent.core.log import TokenLog
+from eloquent.core.schemes import EloquentSender, SenderFactory
+from eloquent.core.sender import Sender
+from eloquent.core.wire import (
+    MAX_REQUEST_BODY_BYTES,
+    Ended,
+    Frame,
+    Rejected,
+    Report,
+    UnsupportedVersionError,
+    decode_request,
+    encode_bundle,
+    encode_reply,
+)
+from eloquent.errors import WireError
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.quic.connection import (
+    STREAM_REFUSED,
+    Connection,
+    TurnCancelled,
+    TurnRequested,
+    base_configuration,
+)
+
+MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
+"A request's body and what stands before it."
+
+
+def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
+    """Return the QUIC settings of a server that shows `certificate`."""
+    configuration = base_configuration(is_client=False)
+    configuration.certificate = certificate.certificate
+    configuration.private_key = certificate.private_key
+    return configuration
+
+
+class ServerConnection(Connection):
+    """One client.
+
+    A turn's life here: its stream opens and collects the request; at its end the application
+    gets `TurnRequested` and answers with `accept` or `reject`; an accepted turn has a sender
+    until the reader has everything, cancels, or is gone.
+    """
+
+    def __init__(
+        self,
+        configuration: QuicConfiguration,
+        *,
+        make_sender: SenderFactory = EloquentSender,
+        **options: Any,
+    ) -> None:
+        super().__init__(configuration, **options)
+        self._make_sender = make_sender
+        self._requests: dict[int, bytearray] = {}
+        self._refused: set[int] = set()
+        self._senders: dict[int, Sender] = {}
+        self._confirmed: set[int] = set()
+        self._order: deque[int] = deque()
+        self._highest_turn = -1
+
+    def accept(self, turn: int, log: TokenLog) -> None:
+        """Send `log`, as it is and as it grows, to the reader of `turn`."""
+        if not self._quic.can_send_datagrams:
+            self.reject(
+                turn,
+                "datagrams_required",
+                "The client does not take QUIC datagrams, which this server needs.",
+            )
+            return
+        self._senders[turn] = self._make_sender(turn, log, self._path)
+        self._order.append(turn)
+
+    def reject(self, turn: int, code: str, message: str) -> None:
+        """Decline a turn; `docs/protocol.md` lists the codes."""
+        reply = encode_reply(Rejected(code, message))
+        self._quic.send_stream_data(turn * 4, reply, end_stream=True)
+
+    def log_grew(self, turn: int, now: float) -> None:
+        """Tell the connection that the turn's log has more, or is closed."""
+        sender = self._senders.get(turn)
+        if sender is None:
+            return
+        sender.log_grew(now)
+        end = sender.log.end
+        if end is not None and turn not in self._confirmed:
+            self._confirmed.add(turn)
+            reply = encode_reply(Ended(end.length, end.digest))
+            self._quic.send_stream_data(turn * 4, reply, end_stream=True)
+
+    def sender(self, turn: int) -> Sender | None:
+        """Return the turn's sender while it has one."""
+        return self._senders.get(turn)
+
+    def has_datagram(self, now: float) -> bool:
+        """See `DatagramSource`."""
+        return self._quic.can_send_datagrams and any(
+            (time := sender.next_time()) is not None and time <= now
+            for sender in self._senders.values()
+        )
+
+    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+        """See `DatagramSource`; the turns take their chances in rotation."""
+        for _ in range(len(self._order)):
+            turn = self._order[0]
+            self._order.rotate(-1)
+            bundle = self._senders[turn].next_bundle(now, room)
+            if bundle is not None:
+                return encode_bundle(bundle), (turn, bundle.number)
+        return None
+
+    def on_delivery(self, token: Any, *, acked: bool) -> None:
+        """See `DatagramSource`."""
+        turn, number = token
+        sender = self._senders.get(turn)
+        if sender is None:
+            return
+        if acked:
+            sender.on_acked(number)
+            self._drop_if_complete(turn)
+        else:
+            sender.on_lost(number)
+
+    def _due_times(self) -> list[float]:
+        times = (sender.next_time() for sender in self._senders.values())
+        return [time for time in times if time is not None]
+
+    def _on_frame(self, frame: Frame, now: float) -> None:
+        if not isinstance(frame, Report):
+            raise WireError("A client sent a bundle; only servers send bundles.")
+        if frame.turn > self._highest_turn:
+            raise WireError(f"A report names turn {frame.turn}, which was never opened.")
+        sender = self._senders.get(frame.turn)
+        if sender is not None:
+            sender.on_report(frame)
+            self._drop_if_complete(frame.turn)
+
+    def _on_stream_event(
+        self,
+        event: quic_events.StreamDataReceived
+        | quic_events.StreamReset
+        | quic_events.StopSendingReceived,
+    ) -> None:
+        turn, kind = divmod(event.stream_id, 4)
+        if kind != 0:
+            raise WireError("A client opened a one-way stream; turns use two-way streams.")
+        self._highest_turn = max(self._highest_turn, turn)
+        if isinstance(event, quic_events.StreamDataReceived):
+            self._on_request_data(turn, event)
+            return
+        if self._requests.pop(turn, None) is not None:
+            self._refused.add(turn)
+        if isinstance(event, quic_events.StopSendingReceived):
+            self._drop(turn)
+            self._events.append(TurnCancelled(turn))
+
+    def _on_request_data(self, turn: int, event: quic_events.StreamDataReceived) -> None:
+        if turn in self._refused:
+            return
+        collected = self._requests.setdefault(turn, bytearray())
+        collected += event.data
+        if len(collected) > MAX_STREAM_BYTES:
+            del self._requests[turn]
+            self._refused.add(turn)
+            self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
+            self.reject(
+                turn,
+                "request_too_large",
+                f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it.",
+            )
+        elif event.end_stream:
+            del self._requests[turn]
+            try:
+                self._events.append(TurnRequested(turn, decode_request(bytes(collected))))
+            except UnsupportedVersionError as error:
+                self.reject(turn, "unsupported_version", str(error))
+            except WireError as error:
+                self.reject(turn, "malformed_request", str(error))
+
+    def _drop_if_complete(self, turn: int) -> None:
+        if self._senders[turn].is_complete:
+            self._drop(turn)
+
+    def _drop(self, turn: int) -> None:
+        if self._senders.pop(turn, None) is not None:
+            self._order.remove(turn)
+            self._confirmed.discard(turn)

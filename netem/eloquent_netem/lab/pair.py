@@ -1,0 +1,106 @@
+"""Both real QUIC ends over two emulated links, in virtual time."""
+
+import datetime
+from collections.abc import Callable
+
+from eloquent.core.log import TokenLog
+from eloquent.core.schemes import SenderFactory
+from eloquent.core.wire import TURN_ID_BYTES, Request
+from eloquent.quic.certificate import make_certificate
+from eloquent.quic.client import ClientConnection, client_configuration
+from eloquent.quic.connection import Connection, ConnectionEvent
+from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent_netem.link import Link
+
+CLIENT_ADDRESS = ("192.0.2.1", 1)
+SERVER_ADDRESS = ("192.0.2.2", 2)
+"Documentation addresses (RFC 5737): names for the two ends; nothing is sent to them."
+
+_CERTIFICATE = make_certificate("lab", datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
+
+
+class _End:
+    """Drives one connection: what comes out of its link goes in, what it sends goes out."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        peer_address: tuple[str, int],
+        inbound: Link,
+        outbound: Link,
+        on_event: Callable[[ConnectionEvent, float], None],
+    ) -> None:
+        self._connection = connection
+        self._peer_address = peer_address
+        self._inbound = inbound
+        self._outbound = outbound
+        self._on_event = on_event
+
+    def next_time(self) -> float | None:
+        times = (self._inbound.next_time(), self._connection.next_time())
+        return min((time for time in times if time is not None), default=None)
+
+    def act(self, now: float) -> None:
+        for packet in self._inbound.poll(now):
+            self._connection.receive(packet, self._peer_address, now)
+        timer = self._connection.next_time()
+        if timer is not None and timer <= now:
+            self._connection.handle_timer(now)
+        while (event := self._connection.next_event()) is not None:
+            self._on_event(event, now)
+        self.flush(now)
+
+    def flush(self, now: float) -> None:
+        for packet, _ in self._connection.send(now):
+            self._outbound.send(now, packet)
+
+
+class QuicPair:
+    """A client and a server that talk through `up` and `down`.
+
+    Events go to the two callbacks with the time; after a call to one of the connections from
+    outside, `flush` sends what it has to say. The parts in `actors` go to `simulate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        up: Link,
+        down: Link,
+        make_sender: SenderFactory,
+        on_client_event: Callable[[ConnectionEvent, float], None],
+        on_server_event: Callable[[ConnectionEvent, float], None],
+    ) -> None:
+        self.client = ClientConnection(
+            client_configuration("lab", pin=_CERTIFICATE.pin), pin=_CERTIFICATE.pin
+        )
+        self.server = ServerConnection(
+            server_configuration(_CERTIFICATE),
+            make_sender=make_sender,
+            original_destination_connection_id=(
+                self.client.quic.original_destination_connection_id
+            ),
+        )
+        self._client_end = _End(self.client, SERVER_ADDRESS, down, up, on_client_event)
+        self._server_end = _End(self.server, CLIENT_ADDRESS, up, down, on_server_event)
+        self.actors = (self._client_end, self._server_end)
+
+    def connect(self, now: float) -> None:
+        """Begin the handshake."""
+        self.client.connect(SERVER_ADDRESS, now)
+        self._client_end.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Send what either end has to say."""
+        self._client_end.flush(now)
+        self._server_end.flush(now)
+
+    def request(self, body: bytes, now: float) -> int:
+        """Open a turn with a fixed id; return its number."""
+        turn = self.client.request(Request(bytes(TURN_ID_BYTES), body))
+        self._client_end.flush(now)
+        return turn
+
+    def accept(self, turn: int, log: TokenLog) -> None:
+        """Answer a turn with `log`."""
+        self.server.accept(turn, log)
