@@ -37,6 +37,7 @@ CLOSE_BAD_CERTIFICATE = 2
 
 STREAM_CANCELLED = 1
 STREAM_REFUSED = 2
+STREAM_FAILED = 3
 "Error codes of STOP_SENDING and RESET_STREAM."
 
 
@@ -86,8 +87,22 @@ class TurnFailed:
     error: EloquentError
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionIdChanged:
+    """A connection id of ours came into use or went out of it (for the endpoint's routing)."""
+
+    connection_id: bytes
+    is_issued: bool
+
+
 ConnectionEvent = (
-    Connected | ConnectionEnded | TurnRequested | TurnCancelled | TurnProgress | TurnFailed
+    Connected
+    | ConnectionIdChanged
+    | ConnectionEnded
+    | TurnRequested
+    | TurnCancelled
+    | TurnProgress
+    | TurnFailed
 )
 
 
@@ -223,6 +238,10 @@ class Connection:
             self._on_stream_event(event)
         elif isinstance(event, quic_events.HandshakeCompleted):
             self._on_handshake_completed()
+        elif isinstance(event, quic_events.ConnectionIdIssued):
+            self._events.append(ConnectionIdChanged(event.connection_id, is_issued=True))
+        elif isinstance(event, quic_events.ConnectionIdRetired):
+            self._events.append(ConnectionIdChanged(event.connection_id, is_issued=False))
         elif isinstance(event, quic_events.ConnectionTerminated) and not self._is_ended:
             self._is_ended = True
             self._events.append(_ended(event))

@@ -23,6 +23,7 @@ from eloquent.core.wire import (
 from eloquent.errors import WireError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import (
+    STREAM_FAILED,
     STREAM_REFUSED,
     Connection,
     TurnCancelled,
@@ -82,6 +83,12 @@ class ServerConnection(Connection):
         """Decline a turn; `docs/protocol.md` lists the codes."""
         reply = encode_reply(Rejected(code, message))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
+
+    def reset(self, turn: int) -> None:
+        """Give up an accepted turn whose log cannot be finished."""
+        if turn in self._senders and turn not in self._confirmed:
+            self._drop(turn)
+            self._quic.reset_stream(turn * 4, STREAM_FAILED)
 
     def log_grew(self, turn: int, now: float) -> None:
         """Tell the connection that the turn's log has more, or is closed."""

@@ -5,6 +5,7 @@ Every tool that reports a figure takes it from here; `docs/design.md`, "Measures
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from eloquent.errors import EloquentError
 
@@ -46,7 +47,7 @@ def measure_stalls(
             f"{len(generated_s)} tokens were generated and {len(rendered_s)} rendered: the "
             "transport lost or doubled tokens, so its times mean nothing."
         )
-    if any(later < earlier for earlier, later in zip(rendered_s, rendered_s[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(rendered_s)):
         raise DeliveryError("Tokens were rendered out of order: the transport is broken.")
     due_s = [time + base_delay_s for time in generated_s]
     waited_s = waited_beyond_s = 0.0

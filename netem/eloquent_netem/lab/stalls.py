@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import scheme as find_scheme
-from eloquent.quic.connection import Connected, ConnectionEvent, TurnProgress, TurnRequested
+from eloquent.quic.connection import (
+    Connected,
+    ConnectionEvent,
+    ConnectionIdChanged,
+    TurnProgress,
+    TurnRequested,
+)
 from eloquent_netem.lab.measures import DeliveryError, StallMeasures, measure_stalls
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link, stage_rng
@@ -139,10 +145,12 @@ class _Experiment:
             self.texts += texts
             self.rendered_s += [now] * len(texts)
             self.is_done = len(texts) < len(event.events)
-        else:
+        elif not isinstance(event, ConnectionIdChanged):
             raise DeliveryError(f"The client's connection reports {event}.")
 
     def _on_server_event(self, event: ConnectionEvent, now: float) -> None:
+        if isinstance(event, ConnectionIdChanged):
+            return
         if not isinstance(event, TurnRequested):
             raise DeliveryError(f"The server's connection reports {event}.")
         self._turn = event.turn

@@ -1,0 +1,38 @@
+"""The command `eloquent`: its subcommands are found as entry points, so nothing is imported here."""
+
+import sys
+from importlib.metadata import entry_points
+
+from cyclopts import App
+
+from eloquent import __version__
+from eloquent.errors import EloquentError
+
+COMMANDS_GROUP = "eloquent.commands"
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def make_app() -> App:
+    """Return the command line with every installed subcommand."""
+    app = App(
+        name="eloquent",
+        help="LLM chat that does not stall on bad networks.",
+        version=__version__,
+        result_action="return_value",
+    )
+    for command in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
+        app.command(command.load(), name=command.name)
+    return app
+
+
+def main() -> None:
+    """Run the command line; errors that are meant for the user print as one plain message."""
+    try:
+        make_app()()
+    except EloquentError as error:
+        print(f"eloquent: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,282 @@
+"""The server's endpoint: one UDP socket, many connections, a task for each turn."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+from aioquic._buffer import Buffer
+from aioquic.quic.packet import (
+    QuicPacketType,
+    encode_quic_version_negotiation,
+    pull_quic_header,
+)
+
+from eloquent.core.events import End, Failure, TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.schemes import EloquentSender, SenderFactory
+from eloquent.core.wire import Request
+from eloquent.errors import ConfigurationError
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.quic.connection import (
+    Address,
+    ConnectionEnded,
+    ConnectionEvent,
+    ConnectionIdChanged,
+    TurnCancelled,
+    TurnRequested,
+)
+from eloquent.quic.driver import Driver
+from eloquent.quic.server import ServerConnection, server_configuration
+
+INITIAL_MIN_BYTES = 1200
+"A client's first datagram is at least this large (RFC 9000 section 14.1)."
+
+MAX_CONNECTIONS = 10_000
+DRAIN_S = 1.0
+"How long `close` waits for the connections' last packets to be acknowledged."
+
+logger = logging.getLogger(__name__)
+
+
+class Turn:
+    """One turn as the server's application sees it: append events, then close.
+
+    The task that handles the turn is cancelled when the reader cancels or is gone.
+    """
+
+    def __init__(self, peer: "_Peer", number: int, request: Request) -> None:
+        self._peer = peer
+        self._number = number
+        self._request = request
+        self._log = TokenLog()
+        self._is_accepted = False
+
+    @property
+    def request(self) -> Request:
+        """What the client asked."""
+        return self._request
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether anything was sent: from then on errors go into the log."""
+        return self._is_accepted
+
+    def reject(self, code: str, message: str) -> None:
+        """Decline the turn, before anything was appended; nothing follows."""
+        self._peer.connection.reject(self._number, code, message)
+        self._peer.driver.pump()
+
+    def append(self, event: TextDelta | Failure) -> None:
+        """Add an event to the answer; it leaves with the next packet."""
+        self._log.append(event)
+        self._log_grew()
+
+    def close(
+        self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
+    ) -> End:
+        """End the answer."""
+        end = self._log.close(
+            finish_reason,
+            model=model,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+        )
+        self._log_grew()
+        return end
+
+    def _log_grew(self) -> None:
+        if not self._is_accepted:
+            self._is_accepted = True
+            self._peer.connection.accept(self._number, self._log)
+        self._peer.connection.log_grew(self._number, self._peer.driver.now())
+        self._peer.driver.pump()
+
+
+TurnHandler = Callable[[Turn], Awaitable[None]]
+
+
+class _Peer:
+    """One connection, its driver, and the tasks of its turns."""
+
+    def __init__(self, listener: "Listener", connection: ServerConnection) -> None:
+        self.connection = connection
+        self.driver = Driver(connection, listener.send, self._on_event)
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._listener = listener
+
+    def _on_event(self, event: ConnectionEvent) -> None:
+        if isinstance(event, TurnRequested):
+            turn = Turn(self, event.turn, event.request)
+            task = asyncio.ensure_future(self._handle(event.turn, turn))
+            self.tasks[event.turn] = task
+        elif isinstance(event, TurnCancelled):
+            self._cancel(event.turn)
+        elif isinstance(event, ConnectionIdChanged):
+            self._listener.route(event.connection_id, self if event.is_issued else None)
+        elif isinstance(event, ConnectionEnded):
+            for number in list(self.tasks):
+                self._cancel(number)
+            self.driver.stop()
+            self._listener.forget(self, event)
+
+    async def _handle(self, number: int, turn: Turn) -> None:
+        try:
+            await self._listener.handler(turn)
+        except Exception:
+            # The boundary of the application: a fault in one turn ends that turn, says so in the
+            # log for the operator, and hurts no other.
+            logger.exception("turn %s failed", turn.request.turn_id.hex())
+            if turn.is_accepted:
+                self.connection.reset(number)
+            else:
+                turn.reject("internal_error", "The server failed; its log has the reason.")
+            self.driver.pump()
+        finally:
+            self.tasks.pop(number, None)
+
+    def _cancel(self, number: int) -> None:
+        task = self.tasks.get(number)
+        if task is not None:
+            task.cancel()
+
+
+class Listener(asyncio.DatagramProtocol):
+    """Accepts connections on one UDP socket and hands each turn to `handler`."""
+
+    def __init__(
+        self, certificate: ServerCertificate, handler: TurnHandler, make_sender: SenderFactory
+    ) -> None:
+        self._configuration = server_configuration(certificate)
+        self._make_sender = make_sender
+        self._routes: dict[bytes, _Peer] = {}
+        self._peers: set[_Peer] = set()
+        self._transport: asyncio.DatagramTransport | None = None
+        self.handler = handler
+
+    @property
+    def port(self) -> int:
+        """The UDP port that it listens on."""
+        assert self._transport is not None
+        return cast(int, self._transport.get_extra_info("sockname")[1])
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._peers)
+
+    @property
+    def turns(self) -> int:
+        """How many turns are being generated."""
+        return sum(len(peer.tasks) for peer in self._peers)
+
+    async def close(self) -> None:
+        """Cancel all turns, close all connections, and release the socket."""
+        tasks = [task for peer in self._peers for task in peer.tasks.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
+        for peer in list(self._peers):
+            peer.connection.close("the server is shutting down")
+            peer.driver.pump()
+            peer.driver.stop()
+        self._routes.clear()
+        self._peers.clear()
+        if self._transport is not None:
+            self._transport.close()
+
+    def send(self, data: bytes, address: Address) -> None:
+        """Send a UDP datagram."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.sendto(data, address)
+
+    def route(self, connection_id: bytes, peer: _Peer | None) -> None:
+        """Bring datagrams with this connection id to `peer`, or to nobody."""
+        if peer is None:
+            self._routes.pop(connection_id, None)
+        else:
+            self._routes[connection_id] = peer
+
+    def forget(self, peer: _Peer, event: ConnectionEnded) -> None:
+        """Drop a connection that ended."""
+        if event.by_peer_error:
+            logger.warning("connection ended: %s", event.reason)
+        self._peers.discard(peer)
+        self._routes = {key: value for key, value in self._routes.items() if value is not peer}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.DatagramProtocol`."""
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: Address) -> None:
+        """See `asyncio.DatagramProtocol`."""
+        try:
+            header = pull_quic_header(
+                Buffer(data=data), host_cid_length=self._configuration.connection_id_length
+            )
+        except ValueError:
+            return  # not QUIC: no answer, as for any stray packet
+        peer = self._routes.get(header.destination_cid)
+        if peer is None and len(data) >= INITIAL_MIN_BYTES:
+            is_negotiation = header.packet_type is QuicPacketType.VERSION_NEGOTIATION
+            supported = self._configuration.supported_versions
+            if header.version is not None and header.version not in supported:
+                if not is_negotiation:
+                    self.send(
+                        encode_quic_version_negotiation(
+                            source_cid=header.destination_cid,
+                            destination_cid=header.source_cid,
+                            supported_versions=supported,
+                        ),
+                        addr,
+                    )
+            elif header.packet_type is QuicPacketType.INITIAL:
+                peer = self._new_peer(header.destination_cid)
+        if peer is not None:
+            peer.driver.receive(data, addr)
+
+    def error_received(self, exc: Exception) -> None:
+        """See `asyncio.DatagramProtocol`; a reader that is gone shows in its idle timeout."""
+        logger.debug("socket error: %s", exc)
+
+    def _new_peer(self, destination_cid: bytes) -> _Peer | None:
+        if len(self._peers) >= MAX_CONNECTIONS:
+            logger.warning("refused a connection: %d are open", len(self._peers))
+            return None
+        connection = ServerConnection(
+            self._configuration,
+            make_sender=self._make_sender,
+            original_destination_connection_id=destination_cid,
+        )
+        peer = _Peer(self, connection)
+        self._peers.add(peer)
+        self.route(destination_cid, peer)
+        self.route(connection.quic.host_cid, peer)
+        return peer
+
+
+async def listen(
+    host: str,
+    port: int,
+    *,
+    certificate: ServerCertificate,
+    handler: TurnHandler,
+    make_sender: SenderFactory = EloquentSender,
+) -> Listener:
+    """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        _, listener = await loop.create_datagram_endpoint(
+            lambda: Listener(certificate, handler, make_sender), local_addr=(host, port)
+        )
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot listen on {host}, UDP port {port}: {error.strerror or error}. Is another "
+            "server running there? Choose another with --port, or 0 for any free one."
+        ) from error
+    return listener
