@@ -1,4 +1,4 @@
-"""The command `eloquent`: its subcommands are found as entry points, so nothing is imported here."""
+"""The command `eloquent`; its subcommands are found as entry points, not imported here."""
 
 import sys
 from importlib.metadata import entry_points
@@ -23,7 +23,7 @@ def make_app() -> App:
         result_action="return_value",
     )
     for command in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
-        app.command(command.load(), name=command.name)
+        app.command(command.value, name=command.name)
     return app
 
 

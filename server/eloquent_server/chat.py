@@ -24,7 +24,9 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     only matter to OpenAI's own service (`user`, `metadata`, `store`) are taken and ignored.
     """
 
-    messages: Annotated[tuple[ChatMessage, ...], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        tuple[ChatMessage, ...], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)
+    ]
     model: str | None = None
     "None: the server's default model."
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None

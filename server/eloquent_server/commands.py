@@ -1,0 +1,81 @@
+"""The subcommands `eloquent serve` and `eloquent models`."""
+
+import asyncio
+import logging
+import sys
+from typing import Literal
+
+from cyclopts import App
+
+from eloquent.url import DEFAULT_PORT
+from eloquent_server import models as model_store
+
+models = App(name="models", help="List the models on this machine; fetch the embedded one.")
+
+
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    model: str = model_store.EMBEDDED_MODEL,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    scheme: str = "eloquent",
+    exit_with_parent: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Answer chats over Eloquent with a local model.
+
+    When it is ready it prints one line, `LISTENING URL`; give that URL to `eloquent chat --url`
+    or `eloquent ask --url`. The certificate is made anew at each start, and the URL pins it.
+
+    Parameters
+    ----------
+    host
+        Address to listen on.
+    port
+        UDP port; 0 takes a free one.
+    model
+        The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
+        (says your words back; needs no torch).
+    device
+        Where the model runs; `auto` takes CUDA where present.
+    scheme
+        How tokens are sent: `eloquent`, or one of those it is compared with (`eloquent-queued`,
+        `duplicate`, `retransmit`).
+    exit_with_parent
+        Stop when standard input closes.
+    verbose
+        Log every turn to standard error.
+    """
+    from eloquent_server.serve import run_server
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    asyncio.run(
+        run_server(
+            host=host,
+            port=port,
+            model=model,
+            device=device,
+            scheme_name=scheme,
+            exit_with_parent=exit_with_parent,
+        )
+    )
+
+
+@models.default
+def list_models() -> None:
+    """List the models on this machine."""
+    for info in model_store.list_models():
+        state = f"{info.bytes / 1e6:.0f} MB" if info.present else "not fetched"
+        print(f"{info.name}\t{state}\t{info.path}")  # noqa: T201
+
+
+@models.command
+def fetch() -> None:
+    """Fetch the embedded model and convert it, once."""
+    source = model_store.fetch(progress=model_store.progress_printer(sys.stderr))
+    print(source.path)  # noqa: T201

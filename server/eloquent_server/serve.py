@@ -1,0 +1,89 @@
+"""Running a server: load the backend, listen, and stop in an orderly way."""
+
+import asyncio
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+
+from eloquent.core.schemes import scheme
+from eloquent.quic.certificate import make_certificate
+from eloquent.quic.listen import listen
+from eloquent.url import ServerUrl
+from eloquent_server import models
+from eloquent_server.backends import echo
+from eloquent_server.backends.base import Backend
+from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.backends.local import LocalBackend
+from eloquent_server.gateway import Gateway
+
+READY_PREFIX = "LISTENING"
+"The line on standard output that tells a parent process the server's URL."
+
+STOP_DEADLINE_S = 3.0
+"After the parent's end, a server that is still loading is ended the hard way."
+
+CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
+
+
+def load_backend(model: str, device: str) -> Backend:
+    """Return the backend for `--model`. Blocks while it fetches and loads.
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be loaded.
+    """
+    if model == echo.NAME:
+        return EchoBackend()
+    return LocalBackend.load(model, device=device, progress=models.progress_printer(sys.stderr))
+
+
+async def run_server(
+    *, host: str, port: int, model: str, device: str, scheme_name: str, exit_with_parent: bool
+) -> None:
+    """Serve until SIGINT or SIGTERM, or until standard input closes if `exit_with_parent`.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded or the address cannot be had.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    if exit_with_parent:
+        _watch_parent(loop, stop)
+    make_sender = scheme(scheme_name)
+    certificate = make_certificate(host, datetime.datetime.now(datetime.UTC) - CLOCK_SKEW_ALLOWED)
+    loading = asyncio.ensure_future(asyncio.to_thread(load_backend, model, device))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        # The thread that loads cannot be interrupted, and nothing is served yet.
+        os._exit(0)
+    backend = loading.result()
+    gateway = Gateway(backend)
+    try:
+        listener = await listen(
+            host, port, certificate=certificate, handler=gateway.handle, make_sender=make_sender
+        )
+        try:
+            url = ServerUrl(host, listener.port, certificate.pin)
+            print(READY_PREFIX, url, flush=True)  # noqa: T201
+            await stopping
+        finally:
+            await listener.close()
+    finally:
+        stopping.cancel()
+        await backend.close()
+
+
+def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        loop.call_soon_threadsafe(stop.set)
+        time.sleep(STOP_DEADLINE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
