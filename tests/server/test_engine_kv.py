@@ -1,8 +1,12 @@
 """The cache's slabs grow, move and clear without losing what is in them."""
 
+import pytest
 import torch
 
+from eloquent_server.engine import kv
 from eloquent_server.engine.kv import SlotCache
+
+CPU = torch.device("cpu")
 
 
 def write(cache: SlotCache, row: int, start: int, values: list[float]) -> torch.Tensor:
@@ -18,8 +22,11 @@ def row(keys: torch.Tensor) -> list[float]:
     return [float(value) for value in keys.flatten()]
 
 
-def test_a_row_grows_and_keeps_its_tokens() -> None:
-    cache = SlotCache(max_tokens=1000)
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_row_grows_and_keeps_its_tokens(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "_LAZY_TOKENS", 256)
+    cache = SlotCache(max_tokens=1000, device=CPU)
+    cache._lazy = lazy
     write(cache, 0, 0, [1.0, 2.0])
     assert cache.capacity == (1, 256)
     write(cache, 0, 2, [3.0] * 300)
@@ -33,7 +40,7 @@ def test_a_row_grows_and_keeps_its_tokens() -> None:
 
 
 def test_a_batch_writes_each_row_at_its_own_position() -> None:
-    cache = SlotCache(max_tokens=64)
+    cache = SlotCache(max_tokens=64, device=CPU)
     write(cache, 0, 0, [1.0, 2.0, 3.0])
     write(cache, 1, 0, [4.0])
     cache.aim(0, torch.tensor([[3], [1]]), 4)
@@ -43,7 +50,7 @@ def test_a_batch_writes_each_row_at_its_own_position() -> None:
 
 
 def test_move_clear_and_release() -> None:
-    cache = SlotCache(max_tokens=64)
+    cache = SlotCache(max_tokens=64, device=CPU)
     write(cache, 0, 0, [float("nan")] * 3)
     write(cache, 1, 0, [1.0, 2.0])
     cache.clear_row(0)
@@ -53,3 +60,9 @@ def test_move_clear_and_release() -> None:
     cache.release()
     assert cache.capacity == (0, 0)
     assert row(write(cache, 0, 0, [6.0])) == [6]
+
+
+def test_rows_are_there_from_the_start() -> None:
+    cache = SlotCache(max_tokens=64, device=CPU, rows=8)
+    write(cache, 0, 0, [1.0])
+    assert cache.capacity == (8, 64)

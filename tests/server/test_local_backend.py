@@ -76,7 +76,7 @@ async def test_cancelling_the_task_cancels_the_turn(running: bool) -> None:
     backend = LocalBackend(loaded, max_running=1)
     tasks = [asyncio.create_task(answer(backend, ask("x"))) for _ in range(3)]
     await asyncio.sleep(0)
-    while running and not loaded.model.calls:
+    while running and not loaded.model.calls:  # noqa: ASYNC110 (the model is in a thread)
         await asyncio.sleep(0)
     for task in tasks:
         task.cancel()

@@ -31,8 +31,8 @@ from eloquent_server.engine.turn import (
 
 MAX_RUNNING = 8
 PREFILL_CHUNK_TOKENS = 256
-BUSY_PREFILL_CHUNK_TOKENS = 128
-"While others decode: their gap is about the time of one chunk."
+BUSY_PREFILL_CHUNK_TOKENS = 64
+"While others decode: their gap grows by the time of one chunk."
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class Engine:
         self._tokenizer = loaded.tokenizer.backend_tokenizer
         self._max_running = max_running
         self._chunk_tokens = prefill_chunk_tokens
-        self._cache = SlotCache(max_tokens=loaded.context_tokens)
+        self._cache = SlotCache(
+            max_tokens=loaded.context_tokens, device=loaded.model.device, rows=max_running
+        )
         self._runner = Runner(loaded.model, self._cache)
         # Turn i of `_running` decodes in row i; the prompt being prefilled has the row after them.
         self._running: list[Turn] = []
@@ -171,7 +173,8 @@ class Engine:
     def _prefill(self, turn: Turn) -> None:
         """Take one chunk of the prompt; after the last one the turn has its first token."""
         row = len(self._running)
-        count = min(self._chunk_tokens, BUSY_PREFILL_CHUNK_TOKENS if row else self._chunk_tokens)
+        busy = BUSY_PREFILL_CHUNK_TOKENS if self._running else self._chunk_tokens
+        count = min(self._chunk_tokens, busy)
         chunk = turn.prompt[turn.prefilled : turn.prefilled + count]
         try:
             logits = self._runner.prefill(row, chunk, turn.prefilled)

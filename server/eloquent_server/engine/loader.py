@@ -185,7 +185,7 @@ def _probe(model: Any, name: str) -> None:
     try:
         ids = torch.tensor([tokens], device=model.device)
         expected = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        runner = Runner(model, SlotCache(max_tokens=count))
+        runner = Runner(model, SlotCache(max_tokens=count, device=model.device))
         runner.prefill(0, tokens[: count // 2], 0)
         for position in range(count // 2, count):
             logits = runner.decode(0, [tokens[position]], [position])
