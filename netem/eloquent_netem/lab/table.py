@@ -1,0 +1,153 @@
+"""Runs many cells, schemes and seeds, and lays the figures out as tables."""
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from statistics import fmean, stdev
+from typing import Any, TextIO
+
+from eloquent_netem.lab.stalls import Cell, Run, run_cell
+
+STANDARD_CELLS = (
+    Cell(rtt_s=0.1, tokens_per_s=30, loss=0.05),
+    Cell(rtt_s=0.1, tokens_per_s=30, loss=0.10),
+    Cell(rtt_s=0.3, tokens_per_s=50, loss=0.10),
+)
+
+BASELINE = "retransmit"
+Z_95 = 1.96
+"Standard errors in half a 95 % confidence interval (normal approximation)."
+
+IP_UDP_HEADER_BYTES = 28
+"IPv4 and UDP headers of one packet."
+
+NOTES = """\
+Independent loss both ways, the same seeds for all schemes; the same congestion controller
+(Reno) and pacer for all; virtual time. *Strict* is the share of the answer's time in which a token
+is due and not rendered; *200 ms* counts only what lies beyond 200 ms after the rendering before.
+± is half a 95 % confidence interval over the seeds. *Against* compares means with `retransmit`;
+*better seeds* counts those on which the strict ratio is below `retransmit`'s. Downlink bytes
+include IPv4, UDP and QUIC; acknowledgements and handshake repeats count. `oracle` is the link's
+own bound: no sender can do better (0 under independent loss)."""
+
+HEADER = (
+    "| scheme | strict % | against | 200 ms % | worst seed | better seeds | p50 ms | p99 ms | "
+    "packets/token | bytes/token |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    *,
+    schemes: Sequence[str],
+    seeds: Iterable[int],
+    tokens: int,
+    progress: TextIO | None = None,
+) -> list[Run]:
+    """Run every cell with every scheme and seed, on all processors.
+
+    Raises:
+        DeliveryError: a run lost, doubled or changed a token.
+        StuckError: a run did not end.
+    """
+    jobs = [
+        (replace(cell, tokens=tokens), scheme, seed)
+        for cell in cells
+        for scheme in schemes
+        for seed in seeds
+    ]
+    runs: list[Run] = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(run_cell, *zip(*jobs, strict=True)):
+            runs.append(run)
+            if progress is not None and progress.isatty():
+                print(f"\r{len(runs)} of {len(jobs)} runs", end="", file=progress, flush=True)
+    if progress is not None and progress.isatty():
+        print(file=progress)
+    return runs
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the tables, one for each cell, in Markdown."""
+    parts = [NOTES]
+    for cell in dict.fromkeys(run.cell for run in runs):
+        mine = [run for run in runs if run.cell == cell]
+        baseline = [run for run in mine if run.scheme == BASELINE]
+        title = (
+            f"\n## {1000 * cell.rtt_s:g} ms round trip, {cell.tokens_per_s:g} tokens/s, "
+            f"{100 * cell.loss:g} % loss\n\n{cell.tokens} tokens, "
+            f"{len({run.seed for run in mine})} seeds.\n"
+        )
+        rows = [
+            _row(scheme, [run for run in mine if run.scheme == scheme], baseline)
+            for scheme in dict.fromkeys(run.scheme for run in mine)
+        ]
+        parts += [title, HEADER, *rows]
+    return "\n".join(parts)
+
+
+def to_json(runs: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
+    """Return all runs and how they were made; ratios are shares of one, times milliseconds."""
+    meta = {
+        "command": ["eloquent", *command],
+        "aioquic": version("aioquic"),
+        "eloquent-stream": version("eloquent-stream"),
+        "python": platform.python_version(),
+        "driver": "sim",
+    }
+    rows = [
+        {
+            "scenario": {
+                key: value for key, value in asdict(run.cell).items() if key != "outages_s"
+            },
+            "scheme": run.scheme,
+            "seed": run.seed,
+            "stall_ratio": run.measures.stall_ratio,
+            "stall_ratio_200ms": run.measures.stall_ratio_200ms,
+            "delay_p50_ms": 1000 * run.measures.delay_p50_s,
+            "delay_p99_ms": 1000 * run.measures.delay_p99_s,
+            "delay_max_ms": 1000 * run.measures.delay_max_s,
+            "packets_per_token": run.downlink_packets / run.cell.tokens,
+            "wire_bytes_per_token": _wire_bytes(run) / run.cell.tokens,
+        }
+        for run in runs
+    ]
+    return {"meta": meta, "rows": rows}
+
+
+def _row(scheme: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
+    strict = _mean(runs, lambda run: 100 * run.measures.stall_ratio)
+    beyond = _mean(runs, lambda run: 100 * run.measures.stall_ratio_200ms)
+    worst = max(100 * run.measures.stall_ratio_200ms for run in runs)
+    against = better = "—"
+    if baseline and scheme != BASELINE:
+        reference = fmean(run.measures.stall_ratio for run in baseline)
+        mine = fmean(run.measures.stall_ratio for run in runs)
+        against = f"{100 * (mine / reference - 1):+.1f} %" if reference else "—"
+        by_seed = {run.seed: run.measures.stall_ratio for run in baseline}
+        count = sum(run.measures.stall_ratio < by_seed[run.seed] for run in runs)
+        better = f"{count} of {len(runs)}"
+    p50, p99 = (
+        fmean(1000 * getattr(run.measures, name) for run in runs)
+        for name in ("delay_p50_s", "delay_p99_s")
+    )
+    packets = fmean(run.downlink_packets / run.cell.tokens for run in runs)
+    sent_bytes = fmean(_wire_bytes(run) / run.cell.tokens for run in runs)
+    cost = "— | —" if scheme == "oracle" else f"{packets:.2f} | {sent_bytes:.0f}"
+    return (
+        f"| {scheme} | {strict} | {against} | {beyond} | {worst:.2f} | {better} | {p50:.0f} | "
+        f"{p99:.0f} | {cost} |"
+    )
+
+
+def _mean(runs: Sequence[Run], figure: Callable[[Run], float]) -> str:
+    values = [figure(run) for run in runs]
+    half = Z_95 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{fmean(values):.2f} ± {half:.2f}"
+
+
+def _wire_bytes(run: Run) -> int:
+    return run.downlink_bytes + run.downlink_packets * IP_UDP_HEADER_BYTES
