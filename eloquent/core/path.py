@@ -15,11 +15,17 @@ class Path:
         "Smoothed round-trip time in seconds; before the first sample QUIC's initial guess."
         self.loss = 0.0
         "Share of recent bundles that were lost, exponentially weighted."
+        self.blocked_at = float("-inf")
+        "When a bundle that was due last had to wait for the congestion window or the pacer."
 
     @property
     def is_lossy(self) -> bool:
-        """Whether repeating a bundle is worth its cost."""
+        """Whether bundles are being lost, so that repeating one is worth its cost."""
         return self.loss > LOSSY_ABOVE
+
+    def is_blocked(self, now: float) -> bool:
+        """Return whether the congestion window has bound within the last round trip."""
+        return now - self.blocked_at <= self.srtt_s
 
     def on_outcome(self, *, lost: bool) -> None:
         """Take the fate of one bundle into the loss estimate."""

@@ -67,7 +67,10 @@ class EloquentSender(Sender):
     def _schedule_repeat(self, now: float, *, has_new: bool) -> None:
         if has_new:
             self._tail_repeats = 0
-            if self._path.is_lossy:
+            # Where the window binds, a repeat would take the place of the next tokens; at the
+            # log's end there are none.
+            is_affordable = self._log.end is not None or not self._path.is_blocked(now)
+            if self._path.is_lossy and is_affordable:
                 self._repeat_at = now + REPEAT_S
                 return
         tail_s = TAIL_RTTS * self._path.srtt_s + TAIL_SLACK_S

@@ -162,7 +162,10 @@ class Connection:
         """Return the UDP datagrams to send now."""
         self._path.srtt_s = self._quic.srtt_s
         self._sent_at = now
-        return self._quic.datagrams_to_send(now=now)
+        datagrams = self._quic.datagrams_to_send(now=now)
+        if self.has_datagram(now):
+            self._path.blocked_at = now
+        return datagrams
 
     def next_time(self) -> float | None:
         """Return when `handle_timer` and `send` should be called next, in seconds, or None."""

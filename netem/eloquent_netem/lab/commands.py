@@ -61,7 +61,7 @@ def stalls(
     for name in schemes:
         if name != ORACLE:
             scheme(name)
-    cells = STANDARD_CELLS
+    cells: tuple[Cell, ...] = STANDARD_CELLS
     if rtt_ms is not None:
         cells = (Cell(rtt_s=rtt_ms / 1000, tokens_per_s=rate, loss=loss),)
     runs = run_cells(
