@@ -1,0 +1,99 @@
+"""Fails, naming what changed, when an aioquic release changes what `_aioquic` relies on."""
+
+import inspect
+
+import pytest
+from aioquic.quic.connection import QuicConnection
+from aioquic.quic.packet_builder import QuicPacketBuilder
+
+from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic.client import client_configuration
+
+USED_ATTRIBUTES = (
+    "_datagrams_pending",
+    "_loss",
+    "_quic_logger",
+    "_remote_max_datagram_frame_size",
+)
+USED_RECOVERY_ATTRIBUTES = ("_pacer", "_rtt_initial", "_rtt_initialized", "_rtt_smoothed")
+USED_BUILDER_PARTS = (
+    "remaining_buffer_space",
+    "remaining_flight_space",
+    "packet_number",
+    "start_frame",
+)
+
+
+def quic_source(method: str) -> str:
+    return inspect.getsource(getattr(QuicConnection, method))
+
+
+class NoDatagrams:
+    def has_datagram(self, now: float) -> bool:
+        return False
+
+    def next_datagram(self, now: float, room: int) -> None:
+        return None
+
+    def on_delivery(self, token: object, *, acked: bool) -> None:
+        raise AssertionError("nothing was sent")
+
+
+def stock_connection() -> QuicConnection:
+    return QuicConnection(configuration=client_configuration("localhost", pin=None))
+
+
+@pytest.mark.parametrize("name", USED_ATTRIBUTES)
+def test_a_connection_has_the_attribute(name: str) -> None:
+    assert hasattr(stock_connection(), name), f"aioquic's QuicConnection lost {name}"
+
+
+@pytest.mark.parametrize("name", USED_RECOVERY_ATTRIBUTES)
+def test_loss_recovery_has_the_attribute(name: str) -> None:
+    assert hasattr(stock_connection()._loss, name), f"aioquic's QuicPacketRecovery lost {name}"
+
+
+@pytest.mark.parametrize("name", USED_BUILDER_PARTS)
+def test_the_packet_builder_has_the_part(name: str) -> None:
+    assert hasattr(QuicPacketBuilder, name), f"aioquic's QuicPacketBuilder lost {name}"
+
+
+def test_datagrams_are_written_the_way_that_we_override() -> None:
+    source = quic_source("_write_application")
+    for used in (
+        "while self._datagrams_pending:",
+        "self._write_datagram_frame(",
+        "data=self._datagrams_pending[0]",
+        "self._datagrams_pending.popleft()",
+        "except QuicPacketBuilderStop:",
+        "self._loss._pacer.next_send_time(now=now)",
+        "self._loss._pacer.update_after_send(now=now)",
+    ):
+        assert used in source, f"aioquic's _write_application has no {used!r} any more"
+
+
+def test_the_overridden_methods_have_the_signatures_that_we_know() -> None:
+    known = {
+        "_write_datagram_frame": ["self", "builder", "data", "frame_type"],
+        "_write_application": ["self", "builder", "network_path", "now"],
+        "datagrams_to_send": ["self", "now"],
+    }
+    for method, parameters in known.items():
+        found = list(inspect.signature(getattr(QuicConnection, method)).parameters)
+        assert found == parameters, f"aioquic changed {method}: {found}"
+
+
+def test_delivery_handlers_are_told_acknowledgement_and_loss() -> None:
+    parameters = inspect.signature(QuicPacketBuilder.start_frame).parameters
+    assert {"capacity", "handler", "handler_args"} <= set(parameters)
+
+
+def test_the_pacer_is_fed_the_way_that_ours_expects() -> None:
+    connection = LateBoundConnection(
+        configuration=client_configuration("localhost", pin=None), source=NoDatagrams()
+    )
+    pacer = connection._loss._pacer
+    assert pacer.next_send_time(1.0) is None
+    pacer.update_rate(congestion_window=12_000, smoothed_rtt=0.1)
+    assert pacer.next_send_time(1.0) is None
+
