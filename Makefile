@@ -1,0 +1,60 @@
+# Everything sets itself up in $(VENV); nothing outside it and the model's cache is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-dev
+INSTALLED_USER := $(VENV)/.installed
+SYSTEM_TOOLS := tmux
+
+.PHONY: chat test check format results clean help
+
+help: ## Say what there is.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+chat: $(INSTALLED_USER) ## Install, fetch the model, and chat with it.
+	@$(BIN)/eloquent models fetch >/dev/null
+	@$(BIN)/eloquent chat
+
+test: $(INSTALLED) system-tools ## Install, then run all that CI runs.
+	$(MAKE) --no-print-directory check
+
+check: ## Run all checks in an environment that is installed.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: $(INSTALLED) ## Put the code into its standard form.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
+	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
+
+clean: ## Remove the environment and all caches in this folder.
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+# Tools that some tests need. CI has them installed; elsewhere those tests skip by name.
+.PHONY: system-tools
+system-tools:
+ifeq ($(CI),true)
+	@for tool in $(SYSTEM_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -q -y $$missing; fi
+endif
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Eloquent needs Python 3.11 or newer as '$(PYTHON)'; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: asked for by its exact version it comes as the wheel that the
+# index or the local configuration offers, and what follows finds it satisfied.
+$(INSTALLED_USER): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+$(INSTALLED): $(INSTALLED_USER)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
