@@ -79,7 +79,11 @@ def log_digest() -> "hashlib.blake2b":
 
 
 def encode_event(event: Event) -> bytes:
-    """Return the event as it stands in the log."""
+    """Return the event as it stands in the log.
+
+    Raises:
+        ValueError: it is larger than a reader takes, or its text is not whole code points.
+    """
     if isinstance(event, TextDelta):
         kind, body = KIND_TEXT, event.text.encode()
     elif isinstance(event, Failure):
@@ -98,6 +102,8 @@ def encode_event(event: Event) -> bytes:
                 )
             ),
         )
+    if len(body) > MAX_EVENT_BYTES:
+        raise ValueError(f"an event of {len(body)} bytes: at most {MAX_EVENT_BYTES} are allowed")
     return bytes((kind,)) + encode_varint(len(body)) + body
 
 
@@ -181,7 +187,7 @@ def _decode_body(kind: int, body: bytes) -> Event | None:
         if kind == KIND_END:
             end: Any = msgspec.msgpack.decode(body, type=_EndBody)
             return End(*(getattr(end, name) for name in _EndBody.__struct_fields__))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(
             f"An event of kind {kind} cannot be read ({error}): the answer's log is damaged or "
             "the peer speaks another protocol. Ask again."

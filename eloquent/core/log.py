@@ -28,7 +28,7 @@ class TokenLog:
         """Add an event.
 
         Raises:
-            ValueError: the log is closed.
+            ValueError: the log is closed, or the event cannot be encoded (`encode_event`).
         """
         if self._end is not None:
             raise ValueError("the log is closed: nothing follows its End event")

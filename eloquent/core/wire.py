@@ -28,7 +28,7 @@ class Bundle:
     turn: int
     "The turn's number on this connection: its QUIC stream id divided by 4."
     number: int
-    "Counts the bundles of this turn and connection, from 0; never used twice."
+    "Counts the bundles of this turn and connection, from 0; never used twice; below 2**62 - 1."
     offset: int
     "Where in the log `data` starts, in bytes."
     data: bytes
@@ -133,9 +133,10 @@ def decode_frame(payload: bytes) -> Frame:
         data = payload[position:]
         if not data:
             raise WireError("A bundle carries no data: the peer breaks the protocol.")
-        if offset + len(data) > VARINT_MAX:
+        if offset + len(data) > VARINT_MAX or number == VARINT_MAX:
             raise WireError(
-                "A bundle reaches beyond the largest offset: the peer breaks the protocol."
+                "A bundle's number or end is beyond what a report can name: the peer breaks the "
+                "protocol."
             )
         return Bundle(turn, number, offset, data)
     if kind == FRAME_REPORT:
@@ -214,7 +215,7 @@ def decode_reply(data: bytes) -> Reply:
         if kind == REPLY_ENDED:
             ended = msgspec.msgpack.decode(body, type=_EndedBody)
             return Ended(ended.length, ended.digest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"A reply of type {kind} cannot be read: {error}.") from error
     raise WireError(f"A reply is of unknown type {kind}: the server speaks another version.")
 

@@ -1,0 +1,69 @@
+"""The token log only grows, and its end says what came before."""
+
+import pytest
+
+from eloquent.core.events import MAX_EVENT_BYTES, End, Failure, TextDelta, encode_event, log_digest
+from eloquent.core.log import TokenLog
+
+
+def close(log: TokenLog, reason: str = "stop") -> End:
+    return log.close(reason, model="m", prompt_tokens=4, completion_tokens=2)
+
+
+def test_the_log_is_its_events_one_after_the_other() -> None:
+    log = TokenLog()
+    events = [TextDelta("Grüße"), TextDelta("!"), Failure("engine_died", "It died.")]
+    for event in events:
+        log.append(event)
+    before = b"".join(map(encode_event, events))
+    assert log.length == len(before)
+    assert log.read(0, log.length) == before
+    assert log.end is None
+
+    end = close(log, "error")
+    digest = log_digest()
+    digest.update(before)
+    assert end == End("error", "m", 4, 2, len(before), digest.digest())
+    assert log.end == end
+    assert log.read(0, log.length) == before + encode_event(end)
+    assert log.length == len(before) + len(encode_event(end))
+
+
+def test_reading_goes_to_the_end_at_most() -> None:
+    log = TokenLog()
+    log.append(TextDelta("abc"))
+    assert log.read(2, 4) == b"ab"
+    assert log.read(4, 100) == b"c"
+    assert log.read(100, 200) == b""
+    assert log.read(0, 0) == b""
+
+
+def test_what_was_read_does_not_change() -> None:
+    log = TokenLog()
+    log.append(TextDelta("a"))
+    before = log.read(0, log.length)
+    log.append(TextDelta("b"))
+    assert before == encode_event(TextDelta("a"))
+    assert log.read(0, len(before)) == before
+
+
+def test_nothing_follows_the_end() -> None:
+    log = TokenLog()
+    end = close(log)
+    length = log.length
+    with pytest.raises(ValueError, match="closed"):
+        log.append(TextDelta("late"))
+    with pytest.raises(ValueError, match="closed"):
+        close(log, "length")
+    assert (log.end, log.length) == (end, length)
+
+
+@pytest.mark.parametrize("text", ["x" * (MAX_EVENT_BYTES + 1), "lone surrogate \ud800"])
+def test_an_event_that_no_reader_could_take_is_refused_and_leaves_the_log_as_it_was(
+    text: str,
+) -> None:
+    log = TokenLog()
+    log.append(TextDelta("a"))
+    with pytest.raises(ValueError):  # noqa: PT011  (two kinds; either names the trouble)
+        log.append(TextDelta(text))
+    assert log.read(0, log.length) == encode_event(TextDelta("a"))

@@ -1,0 +1,240 @@
+"""The wire format, byte by byte: a change here is a change of the protocol."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eloquent.core import wire
+from eloquent.core.varint import VARINT_MAX, encode_varint
+from eloquent.core.wire import (
+    Bundle,
+    Ended,
+    Frame,
+    Rejected,
+    Reply,
+    Report,
+    Request,
+    UnsupportedVersionError,
+    bundle_header_size,
+    decode_frame,
+    decode_reply,
+    decode_request,
+    encode_bundle,
+    encode_reply,
+    encode_report,
+    encode_request,
+)
+from eloquent.errors import WireError
+
+TURN_ID = bytes(range(16))
+DIGEST = bytes(range(16, 32))
+
+FRAMES: list[tuple[Frame, str]] = [
+    # type 01 | turn | number | offset | data
+    (Bundle(0, 0, 0, b"a"), "01 00 00 00 61"),
+    (Bundle(5, 64, 16_384, b"Hi!"), "01 05 4040 80004000 486921"),
+    (
+        Bundle(16_383, 1 << 30, 15_293, b"\x00"),
+        "01 7fff c000000040000000 7bbd 00",
+    ),
+    # type 02 | turn | contiguous | newest + 1
+    (Report(0, 0, -1), "02 00 00 00"),
+    (Report(7, 1000, 62), "02 07 43e8 3f"),
+    (Report(1 << 30, (1 << 62) - 1, 63), "02 c000000040000000 ffffffffffffffff 4040"),
+]
+
+REQUESTS: list[tuple[Request, str]] = [
+    # version 01 | turn id (16 bytes) | length | body
+    (Request(TURN_ID, b"{}"), "01 000102030405060708090a0b0c0d0e0f 02 7b7d"),
+    (Request(TURN_ID, b""), "01 000102030405060708090a0b0c0d0e0f 00"),
+    (Request(TURN_ID, b"x" * 64), "01 000102030405060708090a0b0c0d0e0f 4040" + "78" * 64),
+]
+
+REPLIES: list[tuple[Reply, str]] = [
+    # type 01 | length | MessagePack array of 2: code, message
+    (Rejected("busy", "Full."), "01 0c 92 a4 62757379 a5 46756c6c2e"),
+    # type 02 | length | MessagePack array of 2: length, digest
+    (Ended(1000, DIGEST), "02 16 92 cd03e8 c410 101112131415161718191a1b1c1d1e1f"),
+]
+
+numbers = st.integers(0, 300) | st.integers(0, (1 << 62) - (1 << 20))
+bundles = st.builds(Bundle, numbers, numbers, numbers, st.binary(min_size=1, max_size=50))
+reports = st.builds(Report, numbers, numbers, st.just(-1) | numbers)
+requests = st.builds(Request, st.binary(min_size=16, max_size=16), st.binary(max_size=100))
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+replies = st.builds(Rejected, texts, texts) | st.builds(
+    Ended, st.integers(0, 1 << 62), st.binary(max_size=20)
+)
+frame_payloads = bundles.map(encode_bundle) | reports.map(encode_report)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, messages: st.SearchStrategy[bytes]) -> bytes:
+    """A valid message with some bytes replaced, put in, taken out or cut off."""
+    data = bytearray(draw(messages))
+    for _ in range(draw(st.integers(1, 4))):
+        position = draw(st.integers(0, len(data)))
+        new = draw(st.binary(max_size=9))
+        data[position : position + draw(st.integers(0, 9))] = new
+    return bytes(data)
+
+
+def encode_frame(frame: Frame) -> bytes:
+    return encode_bundle(frame) if isinstance(frame, Bundle) else encode_report(frame)
+
+
+def test_the_constants_that_are_on_the_wire() -> None:
+    assert wire.ALPN == "eloquent"
+    assert wire.PROTOCOL_VERSION == 1
+    assert (wire.FRAME_BUNDLE, wire.FRAME_REPORT) == (1, 2)
+    assert (wire.REPLY_REJECTED, wire.REPLY_ENDED) == (1, 2)
+    assert wire.TURN_ID_BYTES == 16
+
+
+@pytest.mark.parametrize(("frame", "encoded"), FRAMES)
+def test_the_exact_bytes_of_a_frame(frame: Frame, encoded: str) -> None:
+    assert encode_frame(frame) == bytes.fromhex(encoded)
+    assert decode_frame(bytes.fromhex(encoded)) == frame
+
+
+@pytest.mark.parametrize(("request_", "encoded"), REQUESTS)
+def test_the_exact_bytes_of_a_request(request_: Request, encoded: str) -> None:
+    assert encode_request(request_) == bytes.fromhex(encoded)
+    assert decode_request(bytes.fromhex(encoded)) == request_
+
+
+@pytest.mark.parametrize(("reply", "encoded"), REPLIES)
+def test_the_exact_bytes_of_a_reply(reply: Reply, encoded: str) -> None:
+    assert encode_reply(reply) == bytes.fromhex(encoded)
+    assert decode_reply(bytes.fromhex(encoded)) == reply
+
+
+@given(bundles | reports)
+def test_frames_round_trip(frame: Frame) -> None:
+    assert decode_frame(encode_frame(frame)) == frame
+
+
+@given(requests)
+def test_requests_round_trip(request_: Request) -> None:
+    assert decode_request(encode_request(request_)) == request_
+
+
+@given(replies)
+def test_replies_round_trip(reply: Reply) -> None:
+    assert decode_reply(encode_reply(reply)) == reply
+
+
+@given(bundles)
+def test_the_header_size_is_what_stands_before_the_data(bundle: Bundle) -> None:
+    size = bundle_header_size(bundle.turn, bundle.number, bundle.offset)
+    assert encode_bundle(bundle)[size:] == bundle.data
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        "",
+        "01",
+        "01 00",
+        "01 00 00",
+        "01 00 00 40",
+        "01 00 00 00",  # no data
+        "01 00 00 ffffffffffffffff 61",  # beyond the largest offset
+        "01 00 ffffffffffffffff 00 61",  # no report could name this number
+        "02 00 00",
+        "02 00 00 00 00",  # bytes after the end
+        "00",
+        "03 00 00 00",
+        "4040 00 00 00",
+    ],
+)
+def test_what_is_no_frame_is_refused(encoded: str) -> None:
+    with pytest.raises(WireError):
+        decode_frame(bytes.fromhex(encoded))
+
+
+@given(st.sampled_from([encoded for _, encoded in REQUESTS]), st.data())
+def test_a_request_cut_short_is_refused(encoded: str, data: st.DataObject) -> None:
+    whole = bytes.fromhex(encoded)
+    with pytest.raises(WireError):
+        decode_request(whole[: data.draw(st.integers(0, len(whole) - 1))])
+
+
+def test_something_after_a_request_is_refused() -> None:
+    with pytest.raises(WireError, match="follows"):
+        decode_request(encode_request(Request(TURN_ID, b"{}")) + b"x")
+
+
+@pytest.mark.parametrize("version", [0, 2, 1 << 40])
+def test_another_version_is_told_apart(version: int) -> None:
+    with pytest.raises(UnsupportedVersionError, match=f"version {version}"):
+        decode_request(encode_request(Request(TURN_ID, b"{}"), version))
+
+
+@pytest.mark.parametrize("size", [0, 15, 17])
+def test_a_turn_id_of_another_size_is_not_encoded(size: int) -> None:
+    with pytest.raises(ValueError, match="turn id"):
+        encode_request(Request(bytes(size), b"{}"))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        "",
+        "01",
+        "01 05 92",
+        "01 01 92 a0 a0",  # longer than announced
+        "03 03 92 a0 a0",  # unknown type
+        "01 03 92 a0 01",  # a number for a text
+        "01 04 92 a0 a1 ff",  # broken UTF-8
+        "01 02 91 a0",  # a field is missing
+        "02 03 92 a0 a0",
+        "01 00",
+    ],
+)
+def test_what_is_no_reply_is_refused(encoded: str) -> None:
+    with pytest.raises(WireError):
+        decode_reply(bytes.fromhex(encoded))
+
+
+def test_a_reply_nested_too_deeply_is_refused() -> None:
+    body = b"\x93\xa0\xa0" + b"\x91" * 50_000 + b"\x90"
+    with pytest.raises(WireError):
+        decode_reply(b"\x01" + encode_varint(len(body)) + body)
+
+
+def test_fields_that_a_later_version_adds_to_a_reply_are_passed_over() -> None:
+    assert decode_reply(bytes.fromhex("01 04 93 a0 a0 07")) == Rejected("", "")
+
+
+@given(
+    st.binary(max_size=60) | st.binary(max_size=60).map(b"\x01".__add__) | damaged(frame_payloads)
+)
+def test_any_bytes_give_a_frame_or_a_wire_error(payload: bytes) -> None:
+    try:
+        frame = decode_frame(payload)
+    except WireError:
+        return
+    # What was accepted can be said again, and a report about it can be made.
+    assert decode_frame(encode_frame(frame)) == frame
+    if isinstance(frame, Bundle):
+        encode_report(Report(frame.turn, frame.offset + len(frame.data), frame.number))
+        assert frame.offset + len(frame.data) <= VARINT_MAX
+
+
+@given(st.binary(max_size=60) | damaged(requests.map(encode_request)))
+def test_any_bytes_give_a_request_or_a_wire_error(data: bytes) -> None:
+    try:
+        request_ = decode_request(data)
+    except WireError:
+        return
+    assert decode_request(encode_request(request_)) == request_
+
+
+@given(st.binary(max_size=60) | damaged(replies.map(encode_reply)))
+def test_any_bytes_give_a_reply_or_a_wire_error(data: bytes) -> None:
+    try:
+        reply = decode_reply(data)
+    except WireError:
+        return
+    assert decode_reply(encode_reply(reply)) == reply
