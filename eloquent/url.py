@@ -38,7 +38,13 @@ def parse_url(text: str) -> ServerUrl:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigurationError(f"{text!r} is no server URL ({error}): write {_FORM}.") from error
-    if parts.scheme != SCHEME or not host or parts.path.strip("/") or parts.query or parts.username:
+    if (
+        parts.scheme != SCHEME
+        or not host
+        or parts.path.strip("/")
+        or parts.query
+        or "@" in parts.netloc
+    ):
         raise ConfigurationError(f"{text!r} is no server URL: write {_FORM}.")
     pin = None
     if parts.fragment:
