@@ -1,0 +1,264 @@
+"""Server and client on loopback, over real sockets: answers, refusals, rude clients."""
+
+import asyncio
+import datetime
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.core.wire import Request
+from eloquent.errors import ConfigurationError, ConnectionFailedError, RequestError
+from eloquent.quic.certificate import make_certificate
+from eloquent.quic.connect import ClientLink, ClientTurn, connect
+from eloquent.quic.listen import Listener, listen
+from eloquent.url import ServerUrl
+from eloquent_server.backends.base import Backend, BackendEvent, Finish
+from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.chat import ChatRequest
+from eloquent_server.gateway import Gateway
+
+DEADLINE_S = 20.0
+"Ends a hang; decides nothing."
+
+LONG_AGO = datetime.timedelta(days=1)
+
+
+class ScriptedBackend:
+    """Answers as the test says; the real gateway, transport and sockets are around it."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.behaviour = "wait"
+
+    @property
+    def models(self) -> Sequence[str]:
+        return ("scripted",)
+
+    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+        self.started.set()
+        if self.behaviour == "fault":
+            raise ZeroDivisionError("a fault of the backend's")
+        yield TextDelta("first")
+        if self.behaviour == "fault later":
+            raise ZeroDivisionError("a fault of the backend's")
+        if self.behaviour == "failure":
+            yield Failure("engine_error", "The engine failed.")
+            return
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+        yield Finish("stop", 1, 1)
+
+    async def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def serving(backend: Backend) -> AsyncIterator[tuple[Listener, ServerUrl]]:
+    certificate = make_certificate("127.0.0.1", datetime.datetime.now(datetime.UTC) - LONG_AGO)
+    listener = await listen(
+        "127.0.0.1", 0, certificate=certificate, handler=Gateway(backend).handle
+    )
+    try:
+        yield listener, ServerUrl("127.0.0.1", listener.port, certificate.pin)
+    finally:
+        await listener.close()
+        await backend.close()
+
+
+@asynccontextmanager
+async def linked(backend: Backend) -> AsyncIterator[tuple[Listener, ClientLink]]:
+    async with serving(backend) as (listener, url):
+        link = await connect(url)
+        try:
+            yield listener, link
+        finally:
+            await link.close()
+
+
+def ask(link: ClientLink, body: object, turn_id: bytes | None = None) -> ClientTurn:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return link.ask(Request(turn_id or secrets.token_bytes(16), raw))
+
+
+def said(text: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+async def events_of(turn: ClientTurn) -> list[Event]:
+    async with asyncio.timeout(DEADLINE_S):
+        return [event async for event in turn]
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+async def test_an_answer_arrives_with_its_end() -> None:
+    async with linked(EchoBackend(1000.0)) as (_, link):
+        events = await events_of(ask(link, said("to be or not")))
+    assert text_of(events) == "to be or not"
+    end = events[-1]
+    assert isinstance(end, End)
+    assert (end.finish_reason, end.model, end.completion_tokens) == ("stop", "echo", 4)
+
+
+async def test_many_turns_and_clients_at_once() -> None:
+    async with serving(EchoBackend(500.0)) as (_, url):
+        links = [await connect(url) for _ in range(4)]
+        texts = [f"client {one} turn {two} says this" for one in range(4) for two in range(5)]
+        turns = [ask(links[index // 5], said(text)) for index, text in enumerate(texts)]
+        answers = await asyncio.gather(*(events_of(turn) for turn in turns))
+        for link in links:
+            await link.close()
+    assert [text_of(events) for events in answers] == texts
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "named"),
+    [
+        (b"\xff\x00 no JSON", "invalid_request", "JSON"),
+        (b"", "invalid_request", "JSON|truncated"),
+        (b"[" * 100_000, "invalid_request", "chat body"),
+        ({}, "invalid_request", "messages"),
+        ({"messages": []}, "invalid_request", "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "invalid_request", "king"),
+        ({**said("x"), "temperature": 9}, "invalid_request", "temperature"),
+        ({**said("x"), "tools": []}, "invalid_request", "tools"),
+        ({**said("x"), "model": "nope"}, "unknown_model", "nope"),
+    ],
+    ids=["bytes", "empty", "deep", "{}", "none", "role", "temperature", "tools", "model"],
+)
+async def test_a_bad_body_is_declined_by_name_and_hurts_nobody(
+    body: object, code: str, named: str
+) -> None:
+    async with linked(EchoBackend(1000.0)) as (_, link):
+        good = ask(link, said("I am fine"))
+        with pytest.raises(RequestError, match=named) as caught:
+            await events_of(ask(link, body))
+        assert caught.value.code == code
+        assert text_of(await events_of(good)) == "I am fine"
+
+
+async def test_a_turn_id_is_not_generated_twice() -> None:
+    async with linked(EchoBackend(1000.0)) as (_, link):
+        turn_id = secrets.token_bytes(16)
+        await events_of(ask(link, said("once"), turn_id))
+        with pytest.raises(RequestError) as caught:
+            await events_of(ask(link, said("once"), turn_id))
+        assert caught.value.code == "turn_exists"
+
+
+async def test_cancelling_a_turn_closes_its_generation() -> None:
+    backend = ScriptedBackend()
+    async with linked(backend) as (listener, link):
+        turn = ask(link, said("x"))
+        async with asyncio.timeout(DEADLINE_S):
+            await backend.started.wait()
+            turn.cancel()
+            await backend.cancelled.wait()
+            while listener.turns:  # noqa: ASYNC110  (the task ends a few loop steps later)
+                await asyncio.sleep(0)
+
+
+async def test_a_client_that_leaves_closes_its_generation() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend) as (_, url):
+        link = await connect(url)
+        ask(link, said("x"))
+        async with asyncio.timeout(DEADLINE_S):
+            await backend.started.wait()
+            await link.close()
+            await backend.cancelled.wait()
+
+
+async def test_a_fault_before_the_first_token_declines_the_turn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend()
+    backend.behaviour = "fault"
+    async with linked(backend) as (_, link):
+        with pytest.raises(RequestError) as caught:
+            await events_of(ask(link, said("x")))
+        assert caught.value.code == "internal_error"
+        assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_fault_in_mid_answer_fails_that_turn_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend()
+    async with linked(backend) as (_, link):
+        other = ask(link, said("x"))
+        await asyncio.wait_for(backend.started.wait(), DEADLINE_S)
+        backend.behaviour = "fault later"
+        with pytest.raises(ConnectionFailedError):
+            await events_of(ask(link, said("x")))
+        assert not other.is_over
+        backend.behaviour = "failure"
+        events = await events_of(ask(link, said("x")))
+    assert [type(event) for event in events] == [TextDelta, Failure, End]
+    assert isinstance(events[-1], End)
+    assert events[-1].finish_reason == "error"
+
+
+async def test_a_wrong_pin_is_refused_by_the_client() -> None:
+    async with serving(EchoBackend()) as (_, url):
+        with pytest.raises(ConnectionFailedError, match="certificate"):
+            await connect(ServerUrl(url.host, url.port, "0" * 64))
+
+
+async def test_without_a_pin_a_self_signed_certificate_is_refused() -> None:
+    async with serving(EchoBackend()) as (_, url):
+        with pytest.raises(ConnectionFailedError):
+            await connect(ServerUrl(url.host, url.port))
+
+
+async def test_nobody_listens_there() -> None:
+    async with serving(EchoBackend()) as (_, url):
+        pass
+    with pytest.raises(ConnectionFailedError, match="eloquent serve"):
+        await connect(url)
+
+
+async def test_a_port_in_use_is_named() -> None:
+    async with serving(EchoBackend()) as (listener, _):
+        certificate = make_certificate("127.0.0.1", datetime.datetime.now(datetime.UTC))
+        with pytest.raises(ConfigurationError, match=str(listener.port)):
+            await listen(
+                "127.0.0.1", listener.port, certificate=certificate, handler=Gateway.handle
+            )
+
+
+async def test_stray_packets_hurt_nobody() -> None:
+    async with linked(EchoBackend(200.0)) as (listener, link):
+        turn = ask(link, said("still well after all of that"))
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(
+            asyncio.DatagramProtocol, remote_addr=("127.0.0.1", listener.port)
+        )
+        for size in (0, 1, 20, 1200, 1400):
+            for first in (0x00, 0x40, 0x7F, 0x80, 0xC0, 0xFF):
+                transport.sendto(bytes((first,)) + secrets.token_bytes(size))
+                transport.sendto((bytes((first, 0, 0, 0, 1, 8)) + bytes(1500))[: size + 6])
+        events = await events_of(turn)
+        transport.close()
+    assert text_of(events) == "still well after all of that"
+
+
+async def test_the_server_says_goodbye_when_it_stops() -> None:
+    backend = ScriptedBackend()
+    async with serving(backend) as (listener, url):
+        link = await connect(url)
+        turn = ask(link, said("x"))
+        await asyncio.wait_for(backend.started.wait(), DEADLINE_S)
+        await listener.close()
+        with pytest.raises(ConnectionFailedError, match="shutting down"):
+            await events_of(turn)
+        assert not link.is_open
