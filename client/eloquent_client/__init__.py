@@ -1,1 +1,48 @@
-"""The client: a library, `eloquent ask` and the terminal chat."""
+"""The client: a library, `eloquent ask` and the terminal chat.
+
+The library is what this module exports; `docs/protocol.md` has the fields of a request.
+"""
+
+from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.errors import ConfigurationError, EloquentError
+from eloquent.url import ServerUrl
+from eloquent_client.client import Client
+from eloquent_client.errors import (
+    APIConnectionError,
+    APIError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    BadRequestError,
+    LocalServerError,
+    NotFoundError,
+    ServerFaultError,
+)
+from eloquent_client.local import local_server
+from eloquent_client.messages import Message, StreamStats, Usage
+from eloquent_client.stream import MessageStream
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIResponseError",
+    "APIStatusError",
+    "APITimeoutError",
+    "BadRequestError",
+    "Client",
+    "ConfigurationError",
+    "EloquentError",
+    "End",
+    "Event",
+    "Failure",
+    "LocalServerError",
+    "Message",
+    "MessageStream",
+    "NotFoundError",
+    "ServerFaultError",
+    "ServerUrl",
+    "StreamStats",
+    "TextDelta",
+    "Usage",
+    "local_server",
+]

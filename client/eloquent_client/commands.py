@@ -1,0 +1,173 @@
+"""The subcommands `eloquent ask` and `eloquent chat`."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from importlib.util import find_spec
+from json import dumps
+from typing import Any
+
+from eloquent.errors import ConfigurationError
+from eloquent.url import ServerUrl, parse_url
+from eloquent_client.client import Client
+from eloquent_client.local import local_server
+from eloquent_client.printable import printable
+from eloquent_client.stream import MessageStream
+
+EXIT_BROKEN_PIPE = 141
+"As a shell reports a program that SIGPIPE ended."
+
+
+def ask(
+    prompt: str | None = None,
+    *,
+    url: str | None = None,
+    model: str | None = None,
+    system: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    json: bool = False,
+) -> None:
+    """Ask one question and print the answer as it comes.
+
+    Args:
+        prompt: The question. With `-`, or without a prompt when something is piped in, it is read
+            from standard input.
+        url: The server, as `eloquent serve` prints it. Without it a server is started on this
+            machine for this one question.
+        model: The model to ask. Without a URL: the model to start (see `eloquent serve --help`).
+        system: Instructions that stand before the question.
+        max_tokens: End the answer after this many tokens.
+        temperature: 0 always takes the likeliest token; up to 2 is more varied.
+        seed: The same seed and question give the same answer on the same machine.
+        json: Print one JSON object once the answer is complete: the text and how it arrived.
+            Times are in milliseconds; `duplicates` and `missing` are bytes of the answer.
+    """
+    server_url = None if url is None else parse_url(url)
+    messages = [{"role": "user", "content": _read_prompt(prompt)}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    body = {
+        "messages": messages,
+        "model": model if server_url is not None else None,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    try:
+        asyncio.run(_ask(server_url, model, body, as_json=json))
+    except BrokenPipeError:
+        # Whoever read our output is gone; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+
+
+def chat(
+    *,
+    url: str | None = None,
+    model: str | None = None,
+    system: str | None = None,
+) -> None:
+    """Chat in the terminal.
+
+    Args:
+        url: The server, as `eloquent serve` prints it. Without it a server is started on this
+            machine for as long as the chat runs.
+        model: The model to ask. Without a URL: the model to start (see `eloquent serve --help`).
+        system: Instructions that stand before every conversation.
+    """
+    if find_spec("textual") is None:
+        raise ConfigurationError(
+            "The terminal chat needs Textual, which is not installed: run "
+            "pip install 'eloquent-stream[chat]'. `eloquent ask` works without it."
+        )
+    from eloquent_client.tui.run import run_chat
+
+    server_url = None if url is None else parse_url(url)
+    asyncio.run(run_chat(server_url, model=model, system=system))
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigurationError(
+            'There is no question: write eloquent ask "QUESTION", or pipe one in.'
+        )
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"Standard input is no text ({error}): pipe in text in {sys.stdin.encoding}."
+            ) from error
+    if not prompt.strip():
+        raise ConfigurationError("The question is empty: write one, or pipe one in.")
+    return prompt
+
+
+async def _ask(
+    url: ServerUrl | None, model: str | None, body: dict[str, Any], *, as_json: bool
+) -> None:
+    async with (
+        _server(url, model) as server_url,
+        Client(server_url) as client,
+        client.stream(**body) as stream,
+    ):
+        if as_json:
+            await _print_json(stream)
+        else:
+            await _print_text(stream)
+
+
+@contextlib.asynccontextmanager
+async def _server(url: ServerUrl | None, model: str | None) -> AsyncIterator[ServerUrl]:
+    if url is not None:
+        yield url
+        return
+    async with local_server(model, on_progress=_print_progress) as local_url:
+        yield local_url
+
+
+async def _print_text(stream: MessageStream) -> None:
+    is_terminal = sys.stdout.isatty()
+    last = ""
+    try:
+        async for text in stream.text_stream:
+            last = printable(text) if is_terminal else text
+            sys.stdout.write(last)
+            sys.stdout.flush()
+    finally:
+        if last and not last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+async def _print_json(stream: MessageStream) -> None:
+    message = await stream.get_final_message()
+    stats = stream.stats
+    answer = {
+        "text": message.text,
+        "finish_reason": message.finish_reason,
+        "model": message.model,
+        "tokens": message.usage.completion_tokens,
+        "prompt_tokens": message.usage.prompt_tokens,
+        "ttft_ms": _rounded(stats.ttft_ms),
+        "duration_ms": _rounded(stats.duration_ms),
+        "rtt_ms": _rounded(stats.rtt_ms),
+        "datagrams": stats.datagrams,
+        "loss_recovered": stats.loss_recovered,
+        "duplicates": stats.duplicates,
+        "missing": stats.missing,
+    }
+    sys.stdout.write(dumps(answer, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _rounded(time_ms: float | None) -> float | None:
+    return None if time_ms is None else round(time_ms, 3)
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

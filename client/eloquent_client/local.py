@@ -1,0 +1,140 @@
+"""A server of one's own: a child process on loopback, for as long as a block lasts."""
+
+import asyncio
+import re
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from eloquent.errors import ConfigurationError
+from eloquent.url import ServerUrl, parse_url
+from eloquent_client.errors import LocalServerError
+
+READY_PREFIX = "LISTENING "
+"Starts the line on standard output with which a server gives its URL once it is ready."
+
+STOP_TIMEOUT_S = 5.0
+"A server whose standard input has closed ends within this time, or is terminated."
+
+KEPT_LINES = 20
+"As many of a failed server's last lines are shown."
+
+READ_BYTES = 4096
+
+OnProgress = Callable[[str], None]
+
+
+@asynccontextmanager
+async def local_server(
+    model: str | None = None, *, on_progress: OnProgress = lambda line: None
+) -> AsyncIterator[ServerUrl]:
+    """Run a server on loopback as long as the block lasts, and give its URL once it is ready.
+
+    `model` is what `eloquent serve --model` takes; None is its default. `on_progress` gets each
+    line that the server writes to standard error, also later ones. Readiness has no deadline: a
+    model may have to be downloaded first.
+
+    Raises:
+        LocalServerError: the server cannot be started, or ended before it was ready.
+    """
+    command = [sys.executable, "-m", "eloquent", "serve"]
+    command += ["--host", "127.0.0.1", "--port", "0", "--exit-with-parent"]
+    if model is not None:
+        command += [f"--model={model}"]
+    try:
+        # In a session of its own a Ctrl-C at the terminal does not reach the server: it ends when
+        # its standard input closes, which also happens if this process is killed.
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
+        )
+    except OSError as error:
+        raise LocalServerError(
+            f"Cannot start a server on this machine: {error}. Start one elsewhere and give its URL "
+            "with --url."
+        ) from error
+    last_lines: deque[str] = deque(maxlen=KEPT_LINES)
+    readers = {asyncio.create_task(_follow_logs(process, last_lines, on_progress))}
+    try:
+        url = await _wait_until_ready(process)
+        if url is None:
+            await asyncio.wait(readers, timeout=STOP_TIMEOUT_S)
+            said = "\n".join(last_lines) or "(nothing)"
+            raise LocalServerError(
+                f"The server started on this machine ended with exit code {await process.wait()} "
+                "before it was ready, so there is nothing to chat with. Put right what it said "
+                f"last, or give the URL of another server with --url. It said:\n{said}"
+            )
+        readers.add(asyncio.create_task(_drain(process)))
+        yield url
+    finally:
+        try:
+            await _stop(process)
+            await asyncio.wait(readers, timeout=STOP_TIMEOUT_S)
+        finally:
+            for reader in readers:
+                reader.cancel()
+
+
+async def _wait_until_ready(process: Process) -> ServerUrl | None:
+    """Return the URL that the server prints, or None if its output ends first."""
+    assert process.stdout is not None
+    async for line in _lines(process.stdout):
+        if line.startswith(READY_PREFIX):
+            try:
+                return parse_url(line.removeprefix(READY_PREFIX).strip())
+            except ConfigurationError as error:
+                raise LocalServerError(
+                    f"The server started on this machine gave no usable URL: {error} Its release "
+                    "and the client's may differ: install both anew."
+                ) from error
+    return None
+
+
+async def _follow_logs(process: Process, last: deque[str], on_progress: OnProgress) -> None:
+    assert process.stderr is not None
+    async for line in _lines(process.stderr):
+        last.append(line)
+        on_progress(line)
+
+
+async def _drain(process: Process) -> None:
+    """Read what else the server prints, so that it is never blocked."""
+    assert process.stdout is not None
+    while await process.stdout.read(READ_BYTES):
+        pass
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Give out lines of any length; a rewritten line (CR) counts as one each time."""
+    rest = b""
+    while data := await stream.read(READ_BYTES):
+        *lines, rest = re.split(rb"[\r\n]+", rest + data)
+        for line in lines:
+            if line:
+                yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+async def _stop(process: Process) -> None:
+    """Close the server's standard input; terminate it if it stays, kill it if it must be."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        if not await _ends_in_time(process):
+            process.terminate()
+            await _ends_in_time(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _ends_in_time(process: Process) -> bool:
+    try:
+        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The terminal chat; needs the extra `chat`, so nothing outside imports it but the command."""

@@ -1,0 +1,117 @@
+"""The status line: the link to the server, and how the answer comes over it."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rich.text import Text
+from textual.widgets import Static
+
+from eloquent_client.messages import StreamStats
+
+QUIET_AFTER_S = 1.0
+"A running answer from which nothing came for this long is shown as quiet."
+
+WIDE = 110
+"Columns from which on the line is written out; the width alone decides, so that it stays calm."
+
+SEPARATOR = "  "
+
+
+class LinkState(Enum):
+    """What the link is doing; the value is what the reader sees."""
+
+    IDLE = "not connected"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    WAITING = "waiting for the model"
+    RECEIVING = "receiving"
+    LOST = "link lost"
+
+
+STYLES = {
+    LinkState.IDLE: "dim",
+    LinkState.CONNECTING: "yellow",
+    LinkState.CONNECTED: "green",
+    LinkState.WAITING: "yellow",
+    LinkState.RECEIVING: "bold green",
+    LinkState.LOST: "bold red",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the line says."""
+
+    state: LinkState
+    rtt_ms: float | None = None
+    "Smoothed round-trip time in milliseconds; None: not connected."
+    stats: StreamStats | None = None
+    "Of the running or the last answer; None before the first."
+    tokens: int = 0
+    "Of that answer, up to now."
+    quiet_s: float = 0.0
+    "Seconds since something came last, while an answer runs."
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second from the first one on, or None while that says nothing."""
+        if self.stats is None or self.stats.ttft_ms is None or self.tokens < 2:
+            return None
+        seconds = (self.stats.duration_ms - self.stats.ttft_ms) / 1e3
+        return (self.tokens - 1) / seconds if seconds > 0 else None
+
+
+def status_line(status: Status, width: int) -> Text:
+    """Return the line in words, or in fewer words if there are less than `WIDE` columns."""
+    is_short = width < WIDE
+    state = status.state.value
+    if status.quiet_s >= QUIET_AFTER_S:
+        state += f", quiet {status.quiet_s:.0f} s"
+    parts = [Text(f"● {state}", style=STYLES[status.state])]
+    if status.rtt_ms is not None:
+        parts.append(Text(f"RTT {_milliseconds(status.rtt_ms)}"))
+    if status.stats is not None and status.stats.datagrams > 0:
+        parts.append(_losses(status.stats, is_short=is_short))
+        parts.append(Text(f"{status.tokens} {'tok' if is_short else 'tokens'}"))
+        if status.stats.ttft_ms is not None:
+            first = _milliseconds(status.stats.ttft_ms)
+            parts.append(Text(f"first {first}" if is_short else f"first after {first}"))
+        if status.tokens_per_s is not None:
+            parts.append(Text(f"{status.tokens_per_s:.0f}{'' if is_short else ' tokens'}/s"))
+    line = Text(SEPARATOR).join(parts)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _losses(stats: StreamStats, *, is_short: bool) -> Text:
+    lost, sent = stats.loss_recovered, stats.datagrams + stats.loss_recovered
+    if lost == 0:
+        return Text("no loss" if is_short else "no packet lost")
+    if is_short:
+        return Text(f"lost {lost}/{sent}, recovered", style="yellow")
+    return Text(f"{lost} of {sent} packets lost, all recovered", style="yellow")
+
+
+def _milliseconds(time_ms: float) -> str:
+    if time_ms < 10:
+        return f"{time_ms:.1f} ms"
+    return f"{time_ms:.0f} ms" if time_ms < 10_000 else f"{time_ms / 1e3:.1f} s"
+
+
+class StatusBar(Static):
+    """One line at the bottom of the chat."""
+
+    DEFAULT_CSS = """
+    StatusBar { height: 1; padding: 0 1; background: $surface; color: $text-muted; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._line = Text()
+
+    def show(self, status: Status) -> None:
+        """Show `status`; what has not changed is not drawn again."""
+        line = status_line(status, self.content_size.width)
+        if line != self._line:
+            self._line = line
+            self.update(line)
