@@ -59,7 +59,6 @@ class Receiver:
     @property
     def stats(self) -> ReceiverStats:
         """Counters up to now."""
-        self._stats.loss_recovered = self._newest + 1 - self._numbers_count
         return self._stats
 
     def on_bundle(self, bundle: Bundle, now: float) -> list[Event]:
@@ -75,6 +74,8 @@ class Receiver:
             self._numbers_count += 1
         self._newest = max(self._newest, bundle.number)
         fresh = self._take(bundle)
+        if not self._ahead_held:
+            self._stats.loss_recovered = self._newest + 1 - self._numbers_count
         events = self._decoder.feed(fresh) if fresh else []
         self._check_confirmation()
         self._schedule_report(now)

@@ -139,10 +139,13 @@ class RetransmitSender(Sender):
         """See `Sender.next_bundle`."""
         if self._pending_copies:
             start, stop = self._pending_copies[0]
-            if self._data_room(start, stop, room) < stop - start:
+            size = self._data_room(start, stop, room)
+            if size <= 0:
                 return None
             self._pending_copies.popleft()
-            return self._make(start, stop)
+            if start + size < stop:
+                self._pending_copies.appendleft((start + size, stop))
+            return self._make(start, start + size)
         start, stop = next(iter(self._resend), (self._sent_end, self._log.length))
         size = self._data_room(start, stop, room)
         if size <= 0:

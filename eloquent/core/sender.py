@@ -30,8 +30,9 @@ class _Sent:
 class Sender(ABC):
     """Sends one turn's log to one reader.
 
-    Invariants: `_mark` is the lowest byte not yet seen by the reader; `_sent_end` the highest
-    ever sent; `_resend` holds sent bytes, not seen, that no bundle in flight carries.
+    Invariants: `_mark` is the lowest byte not yet seen by the reader, by the transport's word or
+    the reader's; `_reported` what the reader said, and never above `_mark`; `_sent_end` the end of
+    all that was ever sent; `_resend` holds sent bytes, not seen, that no bundle in flight carries.
     """
 
     def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
@@ -41,6 +42,7 @@ class Sender(ABC):
         self._seen = RangeSet()
         self._mark = 0
         self._newest_acked = -1
+        self._reported = 0
         self._in_flight: dict[int, _Sent] = {}
         self._next_number = 0
         self._sent_end = 0
@@ -107,6 +109,9 @@ class Sender(ABC):
                 f"A report for turn {self._turn} acknowledges byte {report.contiguous} and bundle "
                 f"{report.newest}, which were never sent: the peer is broken or lies."
             )
+        if report.contiguous < self._reported:
+            return  # Overtaken by a later one: what a reader has, it keeps.
+        self._reported = report.contiguous
         if report.contiguous > self._mark:
             self._add_seen(0, report.contiguous)
         elif report.contiguous < self._mark and report.newest >= self._newest_acked:

@@ -1,0 +1,356 @@
+"""What each sender knows of its reader: acknowledgements, losses and reports, one at a time."""
+
+import pytest
+
+from eloquent.core.events import TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.path import Path
+from eloquent.core.schemes import REPEAT_S, SCHEMES, EloquentSender, scheme
+from eloquent.core.sender import MIN_ROOM_BYTES, NOW, Sender
+from eloquent.core.wire import Bundle, Report, encode_bundle
+from eloquent.errors import ConfigurationError, WireError
+
+TURN = 2
+ROOM = 1200
+TOKEN_BYTES = 12
+"Each token below: kind, length and ten letters."
+
+every_scheme = pytest.mark.parametrize("name", SCHEMES)
+
+
+def make(name: str = "eloquent", *, loss: float = 0.0, srtt_s: float = 0.1) -> Sender:
+    path = Path(srtt_s=srtt_s)
+    path.loss = loss
+    return scheme(name)(TURN, TokenLog(), path)
+
+
+def generate(sender: Sender, now: float = 0.0, tokens: int = 1) -> None:
+    for _ in range(tokens):
+        sender.log.append(TextDelta("0123456789"))
+    sender.log_grew(now)
+
+
+def send(sender: Sender, now: float = 0.0, room: int = ROOM) -> Bundle:
+    bundle = sender.next_bundle(now, room)
+    assert bundle is not None
+    return bundle
+
+
+def span(bundle: Bundle) -> tuple[int, int]:
+    return bundle.offset // TOKEN_BYTES, (bundle.offset + len(bundle.data)) // TOKEN_BYTES
+
+
+def report(tokens: int, newest: int) -> Report:
+    return Report(TURN, tokens * TOKEN_BYTES, newest)
+
+
+def test_a_scheme_that_does_not_exist_is_named_with_those_that_do() -> None:
+    with pytest.raises(ConfigurationError, match=r"no-such.*eloquent.*retransmit"):
+        scheme("no-such")
+
+
+@every_scheme
+def test_with_an_empty_log_there_is_nothing_to_do(name: str) -> None:
+    sender = make(name)
+    assert sender.next_time() is None
+    assert sender.next_bundle(0.0, ROOM) is None
+    assert not sender.is_complete
+
+
+@every_scheme
+def test_bundle_numbers_count_from_zero(name: str) -> None:
+    sender = make(name)
+    numbers = []
+    for _ in range(4):
+        generate(sender)
+        while sender.next_time() == NOW:
+            numbers.append(send(sender).number)
+    assert numbers == list(range(sender.bundles_sent))
+
+
+@every_scheme
+def test_a_sender_is_complete_when_its_reader_has_the_end(name: str) -> None:
+    sender = make(name)
+    generate(sender)
+    end = sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=1)
+    sender.log_grew(0.0)
+    bundles = []
+    while sender.next_time() == NOW:
+        bundles.append(send(sender))
+    assert end.length < sender.log.length
+    for bundle in bundles:
+        assert not sender.is_complete
+        sender.on_acked(bundle.number)
+        if sender.is_complete:
+            break
+    assert sender.is_complete
+
+
+@every_scheme
+def test_fates_told_twice_or_of_unknown_bundles_do_nothing(name: str) -> None:
+    sender = make(name)
+    generate(sender)
+    number = send(sender).number
+    sender.on_acked(number)
+    before = sender.next_time()
+    for _ in range(2):
+        sender.on_acked(number)
+        sender.on_lost(number)
+        sender.on_lost(99)
+        sender.on_acked(99)
+    assert sender.next_time() == before
+
+
+def test_each_bundle_carries_what_is_not_acknowledged() -> None:
+    sender = make()
+    spans = []
+    for number in range(4):
+        generate(sender)
+        spans.append(span(send(sender)))
+        if number == 1:
+            sender.on_acked(0)
+    assert spans == [(0, 1), (0, 2), (1, 3), (1, 4)]
+
+
+def test_an_acknowledgement_above_the_mark_does_not_close_the_gap_below() -> None:
+    sender = make("retransmit")
+    for _ in range(3):
+        generate(sender)
+        send(sender)
+    sender.on_acked(2)
+    sender.on_acked(1)
+    sender.on_lost(0)
+    assert span(send(sender)) == (0, 1)
+
+
+def test_a_retransmission_is_what_was_lost_and_not_what_came() -> None:
+    sender = make("retransmit")
+    for _ in range(4):
+        generate(sender)
+        assert send(sender)
+    sender.on_acked(3)
+    sender.on_lost(1)
+    assert sender.next_time() == NOW
+    assert span(send(sender)) == (1, 2)
+    assert sender.next_time() is None
+
+
+def test_a_loss_that_a_bundle_in_flight_makes_good_causes_no_packet() -> None:
+    sender = make(loss=0.0)
+    generate(sender)
+    send(sender)
+    generate(sender)
+    assert span(send(sender)) == (0, 2)
+    sender.on_lost(0)
+    assert sender.next_time() != NOW
+    sender.on_lost(1)
+    assert sender.next_time() == NOW
+
+
+# Reports.
+
+
+@every_scheme
+@pytest.mark.parametrize(("tokens", "newest"), [(2, 0), (1, 40), (0, 1 << 61), (1 << 50, -1)])
+def test_a_report_of_what_was_never_sent_is_a_wire_error(
+    name: str, tokens: int, newest: int
+) -> None:
+    sender = make(name)
+    generate(sender)
+    send(sender)
+    with pytest.raises(WireError, match="never sent"):
+        sender.on_report(report(tokens, newest))
+
+
+def test_what_is_generated_and_not_sent_cannot_be_reported() -> None:
+    sender = make()
+    generate(sender)
+    send(sender)
+    generate(sender)
+    with pytest.raises(WireError, match="never sent"):
+        sender.on_report(report(2, 0))
+
+
+@every_scheme
+def test_an_impossible_report_changes_nothing(name: str) -> None:
+    sender = make(name)
+    generate(sender)
+    send(sender)
+    before = sender.next_time()
+    with pytest.raises(WireError):
+        sender.on_report(report(0, 99))
+    assert sender.next_time() == before
+    assert not sender.is_complete
+
+
+@every_scheme
+def test_a_report_counts_when_every_acknowledgement_is_lost(name: str) -> None:
+    sender = make(name)
+    generate(sender, tokens=2)
+    while sender.next_time() == NOW:
+        newest = send(sender).number
+    sender.on_report(report(2, newest))
+    assert sender.next_time() is None
+    generate(sender)
+    assert span(send(sender)) == (2, 3)
+
+
+@every_scheme
+def test_a_report_brings_back_what_was_acknowledged_and_never_came(name: str) -> None:
+    sender = make(name)
+    for _ in range(3):
+        generate(sender)
+        while sender.next_time() == NOW:
+            newest = send(sender).number
+    for number in range(newest + 1):
+        sender.on_acked(number)
+    assert sender.next_time() is None
+    sender.on_report(report(1, newest))
+    assert sender.next_time() == NOW
+    assert span(send(sender)) == (1, 3)
+
+
+@every_scheme
+def test_a_report_from_before_the_acknowledged_bundle_says_nothing(name: str) -> None:
+    sender = make(name)
+    for _ in range(3):
+        generate(sender)
+        while sender.next_time() == NOW:
+            newest = send(sender).number
+    for number in range(newest + 1):
+        sender.on_acked(number)
+    sender.on_report(report(1, newest - 1))
+    sender.on_report(report(0, -1))
+    assert sender.next_time() is None
+
+
+@every_scheme
+@pytest.mark.parametrize("newest_of_old", [0, 1])
+def test_a_report_overtaken_by_a_later_one_says_nothing(name: str, newest_of_old: int) -> None:
+    sender = make(name)
+    for _ in range(2):
+        generate(sender)
+        while sender.next_time() == NOW:
+            newest = send(sender).number
+    sender.on_report(report(2, newest))
+    for number in range(newest + 1):
+        sender.on_lost(number)
+    assert sender.next_time() is None
+    sender.on_report(report(1, min(newest_of_old, newest)))
+    sender.on_report(report(0, newest))
+    assert sender.next_time() is None
+    assert sender.next_bundle(0.0, ROOM) is None
+
+
+# Room.
+
+
+@every_scheme
+def test_a_bundle_fits_its_packet_to_the_byte(name: str) -> None:
+    sender = make(name)
+    generate(sender, tokens=500)
+    for _ in range(3):
+        size = len(encode_bundle(send(sender)))
+        assert size == (1150 if name == "eloquent-queued" else ROOM)
+
+
+def test_a_small_bundle_goes_into_a_small_packet() -> None:
+    sender = make()
+    generate(sender)
+    assert sender.next_bundle(0.0, 4 + TOKEN_BYTES - 1) is None
+    assert span(send(sender, room=4 + TOKEN_BYTES)) == (0, 1)
+
+
+@every_scheme
+def test_a_large_bundle_waits_for_a_packet_worth_its_header(name: str) -> None:
+    sender = make(name)
+    generate(sender, tokens=50)
+    assert sender.next_time() == NOW
+    assert sender.next_bundle(0.0, MIN_ROOM_BYTES - 1) is None
+    assert sender.next_time() == NOW
+
+
+def test_where_not_all_fits_the_oldest_byte_not_yet_sent_comes_first() -> None:
+    sender = make()
+    generate(sender, tokens=80)
+    assert span(send(sender, room=4 + 40 * TOKEN_BYTES)) == (0, 40)
+    assert send(sender, room=300).offset == 40 * TOKEN_BYTES
+    sender.on_lost(0)
+    assert send(sender, room=300).offset == 0
+
+
+def test_a_copy_that_meets_a_smaller_packet_is_split() -> None:
+    sender = make("duplicate")
+    generate(sender, tokens=80)
+    first = send(sender)
+    copies = []
+    while len(copies) < 3 and sender.next_time() == NOW:
+        copies.append(send(sender, room=800))
+    assert b"".join(bundle.data for bundle in copies) == first.data
+    assert sender.next_time() is None
+
+
+def test_the_contents_are_chosen_when_the_packet_is_written() -> None:
+    early, late = make("eloquent-queued"), make("eloquent")
+    for sender in (early, late):
+        generate(sender)
+        generate(sender)
+    assert span(send(late)) == (0, 2)
+    assert [span(send(early)), span(send(early))] == [(0, 1), (0, 2)]
+
+
+# Time.
+
+
+def test_on_a_lossy_path_a_bundle_is_repeated_once_soon() -> None:
+    sender = make(loss=0.5)
+    generate(sender)
+    send(sender, now=1.0)
+    assert sender.next_time() == 1.0 + REPEAT_S
+    assert sender.next_bundle(1.0 + REPEAT_S / 2, ROOM) is None
+    assert span(send(sender, now=1.0 + REPEAT_S)) == (0, 1)
+    later = sender.next_time()
+    assert later is not None
+    assert later > 1.1
+
+
+def test_on_a_clean_path_nothing_is_repeated_before_a_round_trip() -> None:
+    sender = make()
+    generate(sender)
+    send(sender, now=1.0)
+    due = sender.next_time()
+    assert due is not None
+    assert due > 1.1
+
+
+def test_where_the_window_binds_new_tokens_go_before_repeats() -> None:
+    sender = make(loss=0.5)
+    sender._path.blocked_at = 0.95
+    generate(sender)
+    send(sender, now=1.0)
+    due = sender.next_time()
+    assert due is not None
+    assert due > 1.1
+
+
+def test_the_end_of_the_log_is_repeated_even_where_the_window_binds() -> None:
+    sender = make(loss=0.5)
+    sender._path.blocked_at = 0.95
+    sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=0)
+    send(sender, now=1.0)
+    assert sender.next_time() == 1.0 + REPEAT_S
+
+
+def test_what_is_acknowledged_is_not_repeated() -> None:
+    sender = make(loss=0.5)
+    generate(sender)
+    sender.on_acked(send(sender, now=1.0).number)
+    assert sender.next_time() is None
+    assert sender.next_bundle(9.0, ROOM) is None
+
+
+def test_a_path_without_a_round_trip_time_yet_repeats_the_tail_all_the_same() -> None:
+    sender = EloquentSender(TURN, TokenLog(), Path())
+    generate(sender)
+    send(sender)
+    assert sender.next_time() == pytest.approx(0.135)
