@@ -40,6 +40,7 @@ class Link:
         self._duplicates = duplicates
         self._jitter_rng = stage_rng(seed, name, "jitter")
         self._duplicate_rng = stage_rng(seed, name, "duplicate")
+        self._duplicate_jitter_rng = stage_rng(seed, name, "duplicate-jitter")
         self._last_arrival = float("-inf")
         self._sent = 0
         self._sent_bytes = 0
@@ -62,9 +63,9 @@ class Link:
         self._sent_bytes += len(packet)
         if self._loss.drops(now):
             return
-        self._schedule(now, packet)
+        self._schedule(now, packet, self._jitter_rng)
         if self._duplicates and self._duplicate_rng.random() < self._duplicates:
-            self._schedule(now, packet)
+            self._schedule(now, packet, self._duplicate_jitter_rng)
 
     def next_time(self) -> float | None:
         """Return when the next packet comes out, in seconds, or None if the link is empty."""
@@ -77,10 +78,10 @@ class Link:
             packets.append(heappop(self._in_transit)[2])
         return packets
 
-    def _schedule(self, now: float, packet: bytes) -> None:
+    def _schedule(self, now: float, packet: bytes, jitter_rng: random.Random) -> None:
         arrival = now + self._delay_s
         if self._jitter_s:
-            arrival += self._jitter_rng.uniform(0, self._jitter_s)
+            arrival += jitter_rng.uniform(0, self._jitter_s)
         if not self._reorders:
             arrival = max(arrival, self._last_arrival)
         self._last_arrival = max(arrival, self._last_arrival)

@@ -46,7 +46,11 @@ class IndependentLoss(NoLoss):
 
 
 class Outages:
-    """Drops everything during given spans of time, and what `otherwise` drops outside them."""
+    """Drops everything during given spans of time, and what `otherwise` drops outside them.
+
+    `otherwise` decides on the packets of an outage too, so that an outage does not change what is
+    lost after it.
+    """
 
     def __init__(self, spans_s: Sequence[tuple[float, float]], otherwise: Loss) -> None:
         self._spans_s = sorted(spans_s)
@@ -55,14 +59,15 @@ class Outages:
     def drops(self, now: float) -> bool:
         """See `Loss.drops`."""
         is_out = any(start <= now < stop for start, stop in self._spans_s)
-        return is_out or self._otherwise.drops(now)
+        return self._otherwise.drops(now) or is_out
 
     def passes_from(self, now: float) -> float:
         """See `Loss.passes_from`."""
         for start, stop in self._spans_s:
             if start <= now < stop:
                 now = stop
-        return self._otherwise.passes_from(now)
+        later = self._otherwise.passes_from(now)
+        return later if later == now else self.passes_from(later)
 
 
 class DropList:
