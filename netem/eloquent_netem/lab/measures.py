@@ -3,6 +3,7 @@
 Every tool that reports a figure takes it from here; `docs/design.md`, "Measures", defines them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,9 @@ from eloquent.errors import EloquentError
 
 GAP_ALLOWED_S = 0.2
 "What `stall_ratio_200ms` lets pass: a gap between renderings that a reader hardly notices."
+
+ROUNDING = 1e-9
+"Differences up to this come from floating-point arithmetic."
 
 
 class DeliveryError(EloquentError):
@@ -64,8 +68,8 @@ def measure_stalls(
         max(0.0, rendered - due) for due, rendered in zip(due_s, rendered_s, strict=True)
     )
     return StallMeasures(
-        stall_ratio=waited_s / total_s if total_s > 0 else 0.0,
-        stall_ratio_200ms=waited_beyond_s / total_s if total_s > 0 else 0.0,
+        stall_ratio=waited_s / total_s if total_s > ROUNDING else 0.0,
+        stall_ratio_200ms=waited_beyond_s / total_s if total_s > ROUNDING else 0.0,
         delay_p50_s=quantile(delays_s, 0.5),
         delay_p99_s=quantile(delays_s, 0.99),
         delay_max_s=delays_s[-1],
@@ -74,4 +78,5 @@ def measure_stalls(
 
 def quantile(ordered: Sequence[float], share: float) -> float:
     """Return the smallest value that at least `share` of the sorted values do not exceed."""
-    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+    count = math.ceil(share * len(ordered) - ROUNDING)  # 0.07 * 100 is a little more than 7
+    return ordered[max(0, count - 1)]
