@@ -7,7 +7,9 @@ import sys
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from json import dumps
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
@@ -21,7 +23,7 @@ EXIT_BROKEN_PIPE = 141
 
 
 def ask(
-    prompt: str | None = None,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     url: str | None = None,
     model: str | None = None,
@@ -94,6 +96,11 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise ConfigurationError(
             'There is no question: write eloquent ask "QUESTION", or pipe one in.'
+        )
+    if prompt is not None and prompt.startswith("--") and " " not in prompt:
+        # Since `-` must be taken as a question, so is what looks like an option and is none.
+        raise ConfigurationError(
+            f"There is no option {prompt}: see `eloquent ask --help`. To ask just that, pipe it in."
         )
     if prompt is None or prompt == "-":
         try:

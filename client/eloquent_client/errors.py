@@ -72,6 +72,7 @@ _BY_CODE: dict[str, type[APIStatusError]] = {
     "turn_exists": BadRequestError,
     "unsupported_version": BadRequestError,
     "unknown_model": NotFoundError,
+    "engine_error": ServerFaultError,
     "internal_error": ServerFaultError,
     "unavailable": ServerFaultError,
 }

@@ -1,0 +1,158 @@
+"""`eloquent ask`, as a program."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+
+import pytest
+from loopback import DEADLINE_S, Hanging, StartServer, saying
+
+from eloquent.core.events import TextDelta
+from eloquent.errors import ConfigurationError
+from eloquent.quic.listen import Turn
+from eloquent_client import commands
+from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.gateway import Gateway
+
+
+async def start(*arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "eloquent", "ask", *arguments),
+        stdin=stdin,
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+
+
+async def run(*arguments: str, given: str | None = None) -> tuple[int, str, str]:
+    """Return exit code, standard output and standard error."""
+    process = await start(*arguments, stdin=asyncio.subprocess.DEVNULL if given is None else PIPE)
+    async with asyncio.timeout(DEADLINE_S):
+        out, err = await process.communicate(None if given is None else given.encode())
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_text(start_server: StartServer) -> None:
+    server = await start_server(saying("Hello ", "there 👋"))
+    assert await run("Hi", "--url", str(server.url)) == (0, "Hello there 👋\n", "")
+
+
+async def test_json(start_server: StartServer) -> None:
+    server = await start_server(saying("Hello\n", "there 👋", finish_reason="length"))
+    code, out, err = await run("Hi", "--json", "--url", str(server.url))
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    answer = json.loads(out)
+    assert set(answer) == {
+        *("text", "finish_reason", "model", "tokens", "prompt_tokens"),
+        *("ttft_ms", "duration_ms", "rtt_ms"),
+        *("datagrams", "loss_recovered", "duplicates", "missing"),
+    }
+    assert answer["text"] == "Hello\nthere 👋"
+    assert (answer["finish_reason"], answer["model"], answer["tokens"]) == ("length", "told", 2)
+    assert answer["duplicates"] == answer["missing"] == 0
+    assert 0 < answer["ttft_ms"] <= answer["duration_ms"]
+
+
+async def test_everything_is_asked(start_server: StartServer) -> None:
+    bodies: list[bytes] = []
+
+    async def handle(turn: Turn) -> None:
+        bodies.append(turn.request.body)
+        await saying("yes")(turn)
+
+    server = await start_server(handle)
+    options = [
+        *("--model", "m", "--system", "Be brief.", "--max-tokens", "5"),
+        *("--temperature", "0.5", "--seed", "3", "--url", str(server.url)),
+    ]
+    assert (await run("-", *options, given="from a pipe"))[0] == 0
+    assert (await run("--url", str(server.url), given="from a pipe"))[0] == 0
+    user = {"role": "user", "content": "from a pipe"}
+    assert json.loads(bodies[0]) == {
+        "messages": [{"role": "system", "content": "Be brief."}, user],
+        "model": "m",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "seed": 3,
+    }
+    assert json.loads(bodies[1]) == {"messages": [user]}
+
+
+async def test_a_server_of_its_own() -> None:
+    code, out, _ = await run("say this again", "--model", "echo", "--json")
+    assert code == 0
+    assert json.loads(out)["text"] == "say this again"
+
+
+async def test_errors_are_one_message(start_server: StartServer) -> None:
+    server = await start_server(Gateway(EchoBackend(1e6)).handle)
+    code, out, err = await run("Hi", "--json", "--model", "nonesuch", "--url", str(server.url))
+    assert (code, out) == (1, "")
+    assert err.startswith("eloquent: This server has no model 'nonesuch'")
+    await server.close()
+    code, out, err = await run("Hi", "--url", str(server.url))
+    assert (code, out) == (1, "")
+    assert err.startswith("eloquent: Nothing listens")
+
+
+async def test_a_question_that_begins_with_a_hyphen(start_server: StartServer) -> None:
+    server = await start_server(Gateway(EchoBackend(1e6)).handle)
+    assert await run("- one\n- two", "--url", str(server.url)) == (0, "- one\n- two\n", "")
+    code, out, err = await run("--jsn", "--url", str(server.url))
+    assert (code, out) == (1, "")
+    assert "no option --jsn" in err
+
+
+@pytest.mark.parametrize("arguments", [("",), ("-",), ()])
+async def test_no_question(arguments: tuple[str, ...]) -> None:
+    code, out, err = await run(*arguments, "--url", "eloquent://127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert "The question is empty" in err
+
+
+async def test_ctrl_c_cancels(start_server: StartServer) -> None:
+    hanging = Hanging("So far")
+    server = await start_server(hanging)
+    process = await start("Hi", "--url", str(server.url))
+    assert process.stdout is not None
+    async with asyncio.timeout(DEADLINE_S):
+        assert await process.stdout.readexactly(6) == b"So far"
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+        await hanging.cancelled.wait()
+    assert (process.returncode, out, err) == (130, b"\n", b"")
+
+
+async def test_a_reader_that_goes(start_server: StartServer) -> None:
+    gone = asyncio.Event()
+
+    async def handle(turn: Turn) -> None:
+        turn.append(TextDelta("x"))
+        await gone.wait()
+        await saying(*["y"] * 10)(turn)
+
+    server = await start_server(handle)
+    reader, writer = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "eloquent", "ask", "Hi", "--url", str(server.url)),
+        stdout=writer,
+        stderr=PIPE,
+    )
+    os.close(writer)
+    async with asyncio.timeout(DEADLINE_S):
+        assert await asyncio.to_thread(os.read, reader, 1) == b"x"
+        os.close(reader)
+        gone.set()
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (commands.EXIT_BROKEN_PIPE, b"")
+
+
+def test_chat_needs_textual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"eloquent-stream\[chat\]"):
+        commands.chat()
