@@ -23,7 +23,7 @@ def make_app() -> App:
         result_action="return_value",
     )
     for command in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
-        app.command(command.value, name=command.name)
+        app.command(command.load(), name=command.name)
     return app
 
 

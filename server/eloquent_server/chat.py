@@ -7,7 +7,6 @@ import msgspec
 from eloquent.errors import RequestError
 
 MAX_MESSAGES = 10_000
-DEFAULT_TEMPERATURE = 1.0
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -32,9 +31,10 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     "The older name of `max_completion_tokens`, which wins."
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = DEFAULT_TEMPERATURE
-    "0 is greedy decoding."
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    "0 is greedy decoding; None: what the model's authors advise, else 1."
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    "None: as for `temperature`."
     seed: int | None = None
     "The same seed and request give the same answer on the same machine."
     n: Literal[1] = 1

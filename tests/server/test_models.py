@@ -15,7 +15,7 @@ import pytest
 from eloquent.errors import ConfigurationError
 from eloquent_server import models
 
-FILES = ("config.json", "tokenizer.json", "model.safetensors")
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
 
 
 @pytest.fixture
@@ -281,3 +281,16 @@ def test_listing_imports_no_torch() -> None:
         "eloquent_server.backends.echo; m.list_models(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_that_another_release_converted_is_converted_anew(
+    cache: Path, conversions: list[Path]
+) -> None:
+    path = models.fetch().path
+    facts = json.loads((path / "provenance.json").read_text())
+    (path / "provenance.json").write_text(json.dumps(facts | {"sampling": "none"}))
+    (path / "model.safetensors").write_text("old")
+    assert models.fetch().path == path
+    assert (path / "model.safetensors").read_text() != "old"
+    assert len(conversions) == 2
+    assert json.loads((path / "provenance.json").read_text()) == facts

@@ -19,6 +19,10 @@ def _entropy() -> int:
     return secrets.randbits(63)
 
 
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
 class LocalBackend:
     """Answers with one model of the local engine; implements `Backend`."""
 
@@ -35,6 +39,8 @@ class LocalBackend:
 
         self._name = loaded.name
         self._entropy = entropy
+        self._temperature = loaded.temperature
+        self._top_p = loaded.top_p
         self._prompts = PromptEncoder(loaded.tokenizer)
         self._engine = Engine(
             loaded, max_running=MAX_RUNNING if max_running is None else max_running
@@ -90,8 +96,8 @@ class LocalBackend:
                 prompt=prompt,
                 seed=self._entropy() if request.seed is None else request.seed,
                 max_tokens=request.token_limit,
-                temperature=request.temperature,
-                top_p=request.top_p,
+                temperature=_given(request.temperature, self._temperature),
+                top_p=_given(request.top_p, self._top_p),
             ),
             emit,
         )

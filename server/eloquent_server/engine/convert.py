@@ -6,6 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+ADVISED_TEMPERATURE = 0.2
+ADVISED_TOP_P = 0.9
+"What SmolLM2's authors advise in its model card; the GGUF file does not carry it."
+
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the model in `gguf` to `target` in the Hugging Face layout, weights in float32.
@@ -23,6 +27,9 @@ def convert(gguf: Path, target: Path) -> None:
         model.__dict__.pop(mark, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.generation_config.update(
+        do_sample=True, temperature=ADVISED_TEMPERATURE, top_p=ADVISED_TOP_P
+    )
     model.save_pretrained(target, max_shard_size="2GB")
     tokenizer.save_pretrained(target)
 

@@ -37,6 +37,9 @@ class LoadedModel:
     "The most tokens of prompt and answer together."
     end_tokens: frozenset[int]
     "Token ids that end an answer."
+    temperature: float = 1.0
+    top_p: float = 1.0
+    "Sampling where a request names none: the model's `generation_config.json`, as far as it says."
 
 
 def load(directory: Path, name: str, *, device: str = "auto") -> LoadedModel:
@@ -98,6 +101,7 @@ def prepare(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         tokenizer=tokenizer,
         context_tokens=int(model.config.max_position_embeddings),
         end_tokens=_end_tokens(model, tokenizer),
+        **_advised_sampling(model),
     )
 
 
@@ -174,6 +178,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         ids = getattr(source, "eos_token_id", None)
         ends.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(ends)
+
+
+def _advised_sampling(model: Any) -> dict[str, float]:
+    advice = getattr(model, "generation_config", None)
+    found = {name: getattr(advice, name, None) for name in ("temperature", "top_p")}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 @torch.inference_mode()
