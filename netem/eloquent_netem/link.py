@@ -61,11 +61,16 @@ class Link:
         """Put a packet in at `now` (seconds, never going back)."""
         self._sent += 1
         self._sent_bytes += len(packet)
-        if self._loss.drops(now):
+        # Every stage decides on every packet, dropped ones too: see `stage_rng`.
+        is_dropped = self._loss.drops(now)
+        jitter_s = self._jitter_rng.uniform(0, self._jitter_s)
+        is_doubled = self._duplicate_rng.random() < self._duplicates
+        second_jitter_s = self._duplicate_jitter_rng.uniform(0, self._jitter_s)
+        if is_dropped:
             return
-        self._schedule(now, packet, self._jitter_rng)
-        if self._duplicates and self._duplicate_rng.random() < self._duplicates:
-            self._schedule(now, packet, self._duplicate_jitter_rng)
+        self._schedule(now + self._delay_s + jitter_s, packet)
+        if is_doubled:
+            self._schedule(now + self._delay_s + second_jitter_s, packet)
 
     def next_time(self) -> float | None:
         """Return when the next packet comes out, in seconds, or None if the link is empty."""
@@ -78,12 +83,8 @@ class Link:
             packets.append(heappop(self._in_transit)[2])
         return packets
 
-    def _schedule(self, now: float, packet: bytes, jitter_rng: random.Random) -> None:
-        arrival = now + self._delay_s
-        if self._jitter_s:
-            arrival += jitter_rng.uniform(0, self._jitter_s)
+    def _schedule(self, arrival: float, packet: bytes) -> None:
         if not self._reorders:
-            arrival = max(arrival, self._last_arrival)
-        self._last_arrival = max(arrival, self._last_arrival)
+            arrival = self._last_arrival = max(arrival, self._last_arrival)
         self._sequence += 1
         heappush(self._in_transit, (arrival, self._sequence, packet))

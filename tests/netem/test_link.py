@@ -127,6 +127,15 @@ def test_duplicates_do_not_change_when_the_packets_themselves_arrive() -> None:
     assert all((index, time) in times for index, time in plain.items())
 
 
+def test_loss_does_not_change_when_other_packets_arrive() -> None:
+    options = {"delay_s": 0.05, "seed": 3, "name": "down", "jitter_s": 0.004, "duplicates": 0.3}
+    clean = arrivals(Link(**options, reorders=True))  # type: ignore[arg-type]
+    thinned = arrivals(Link(**options, reorders=True, loss=lossy(3)))  # type: ignore[arg-type]
+    kept = {index for index, _ in thinned}
+    assert len(kept) < 180
+    assert thinned == [(index, time) for index, time in clean if index in kept]
+
+
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.5]))
 def test_nothing_is_reordered_unless_asked(seed: int, duplicates: float) -> None:
     link = Link(
