@@ -275,10 +275,19 @@ def test_the_end_is_reported_at_once_and_so_is_each_repeat_of_it() -> None:
     receiver.on_bundle(bundle(log, 0, 0, 1), 0.0)
     assert report(receiver) == Report(TURN, TOKEN_BYTES, 0)
     for number in range(1, 4):
-        now = float(number)
+        now = REPORT_BEAT_S + number * 2 * GAP_REPORT_S
         receiver.on_bundle(bundle(log, number, 0), now)
         assert receiver.next_time() == now
         assert receiver.next_report(now) == Report(TURN, log.length, number)
+
+
+def test_reports_of_the_end_keep_their_distance() -> None:
+    log, receiver = letters("a", closed=True), Receiver(TURN)
+    receiver.on_bundle(bundle(log, 0, 0), 1.0)
+    assert receiver.next_time() == pytest.approx(1.0 + GAP_REPORT_S)
+    receiver.next_report(1.0 + GAP_REPORT_S)
+    receiver.on_bundle(bundle(log, 1, 0), 1.0 + 1.5 * GAP_REPORT_S)
+    assert receiver.next_time() == pytest.approx(1.0 + 2 * GAP_REPORT_S)
 
 
 def test_a_lost_last_report_is_made_again_at_once() -> None:
