@@ -42,24 +42,26 @@ class EloquentSender(Sender):
         """See `Sender.next_time`."""
         if self._log.length > self._sent_end or self._resend:
             return NOW
-        return self._repeat_at if self._mark < self._log.length else None
+        return self._repeat_at if self._mark < self._log.length else self._confirm_time()
 
     def next_bundle(self, now: float, room: int) -> Bundle | None:
         """See `Sender.next_bundle`."""
+        self._doubt(now)
         due = self.next_time()
         if due is None or due > now:
             return None
         start = self._mark
         size = self._data_room(start, self._log.length, room)
         if size < self._log.length - start:
-            start = self._oldest_unsent()
+            start = self._overflow_start()
             size = self._data_room(start, self._log.length, room)
         if size <= 0:
             return None
         self._schedule_repeat(now, has_new=start + size > self._sent_end)
-        return self._make(start, start + size)
+        return self._make(start, start + size, now)
 
-    def _oldest_unsent(self) -> int:
+    def _overflow_start(self) -> int:
+        """Return where to go on when not all that is unacknowledged fits the packet."""
         for start, _ in self._resend:
             return start
         return self._sent_end if self._sent_end < self._log.length else self._mark
@@ -133,10 +135,12 @@ class RetransmitSender(Sender):
     def next_time(self) -> float | None:
         """See `Sender.next_time`."""
         has_more = self._log.length > self._sent_end
-        return NOW if self._pending_copies or self._resend or has_more else None
+        is_due = bool(self._pending_copies or self._resend or has_more)
+        return NOW if is_due else self._confirm_time()
 
     def next_bundle(self, now: float, room: int) -> Bundle | None:
         """See `Sender.next_bundle`."""
+        self._doubt(now)
         if self._pending_copies:
             start, stop = self._pending_copies[0]
             size = self._data_room(start, stop, room)
@@ -145,13 +149,13 @@ class RetransmitSender(Sender):
             self._pending_copies.popleft()
             if start + size < stop:
                 self._pending_copies.appendleft((start + size, stop))
-            return self._make(start, start + size)
+            return self._make(start, start + size, now)
         start, stop = next(iter(self._resend), (self._sent_end, self._log.length))
         size = self._data_room(start, stop, room)
         if size <= 0:
             return None
         self._pending_copies.extend([(start, start + size)] * (self._copies - 1))
-        return self._make(start, start + size)
+        return self._make(start, start + size, now)
 
 
 class DuplicateSender(RetransmitSender):

@@ -18,7 +18,14 @@ NOW = float("-inf")
 "What `next_time` returns when a bundle is due at once."
 
 MIN_ROOM_BYTES = 160
-"A bundle that does not fit whole waits for a packet with at least this much room."
+"A packet with less room than this takes a bundle only if all that is to be sent fits."
+
+CONFIRM_RTTS = 1.25
+CONFIRM_SLACK_S = 0.06
+CONFIRM_TRIES = 8
+"""A log that is acknowledged to its end and not reported as read after `CONFIRM_RTTS` round trips
+and the slack (the reader's report may wait 20 ms) goes out again from the last report on; each of
+`CONFIRM_TRIES` further times after twice the wait. Then the application is not there any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ class Sender(ABC):
         self._next_number = 0
         self._sent_end = 0
         self._resend = RangeSet()
+        self._made_at = 0.0
+        self._confirm_tries = 0
 
     @property
     def log(self) -> TokenLog:
@@ -60,8 +69,11 @@ class Sender(ABC):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the reader has the whole log, its end included."""
-        return self._log.end is not None and self._mark == self._log.length
+        """Whether the reader has said that it has the whole log, or will never say it."""
+        if self._log.end is None:
+            return False
+        is_given_up = self._mark == self._log.length and self._confirm_tries > CONFIRM_TRIES
+        return self._reported == self._log.length or is_given_up
 
     def log_grew(self, now: float) -> None:  # noqa: B027  (only a scheme that queues needs it)
         """Tell the sender, at time `now` in seconds, that events were appended to the log."""
@@ -115,12 +127,31 @@ class Sender(ABC):
         if report.contiguous > self._mark:
             self._add_seen(0, report.contiguous)
         elif report.contiguous < self._mark and report.newest >= self._newest_acked:
-            missing_end = self._mark
-            self._seen.subtract(report.contiguous, missing_end)
-            self._mark = report.contiguous
-            self._add_resend(report.contiguous, missing_end)
+            self._move_mark_back(report.contiguous)
 
-    def _make(self, start: int, stop: int) -> Bundle:
+    def _confirm_time(self) -> float | None:
+        """Return when to doubt that an acknowledged log was read to its end; None: not at all."""
+        is_acknowledged = self._log.end is not None and self._mark == self._log.length
+        if not is_acknowledged or self.is_complete:
+            return None
+        wait_s = CONFIRM_RTTS * self._path.srtt_s + CONFIRM_SLACK_S
+        return self._made_at + wait_s * (1 << self._confirm_tries)
+
+    def _doubt(self, now: float) -> None:
+        """Bring back what was acknowledged and never reported, if it is time to doubt it."""
+        time = self._confirm_time()
+        if time is not None and time <= now:
+            self._confirm_tries += 1
+            self._move_mark_back(self._reported)
+
+    def _move_mark_back(self, offset: int) -> None:
+        missing_end = self._mark
+        self._seen.subtract(offset, missing_end)
+        self._mark = offset
+        self._add_resend(offset, missing_end)
+
+    def _make(self, start: int, stop: int, now: float) -> Bundle:
+        self._made_at = now
         number = self._next_number
         self._next_number += 1
         self._in_flight[number] = _Sent(start, stop)

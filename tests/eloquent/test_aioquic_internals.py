@@ -96,4 +96,3 @@ def test_the_pacer_is_fed_the_way_that_ours_expects() -> None:
     assert pacer.next_send_time(1.0) is None
     pacer.update_rate(congestion_window=12_000, smoothed_rtt=0.1)
     assert pacer.next_send_time(1.0) is None
-

@@ -231,11 +231,6 @@ def test_a_whole_round_trip_of_bundles_is_falsely_acknowledged() -> None:
     assert max(delays_s(pair, tokens)) < 0.2 + 3 * RTT_S
 
 
-@pytest.mark.xfail(
-    reason="an acknowledgement alone ends the turn; only a report should",
-    raises=AssertionError,
-    strict=True,
-)
 @every_scheme
 def test_the_tail_is_falsely_acknowledged(scheme: str) -> None:
     unseen = range(8, 10) if scheme == "duplicate" else [4]

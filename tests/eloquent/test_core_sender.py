@@ -6,7 +6,7 @@ from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.path import Path
 from eloquent.core.schemes import REPEAT_S, SCHEMES, EloquentSender, scheme
-from eloquent.core.sender import MIN_ROOM_BYTES, NOW, Sender
+from eloquent.core.sender import CONFIRM_TRIES, MIN_ROOM_BYTES, NOW, Sender
 from eloquent.core.wire import Bundle, Report, encode_bundle
 from eloquent.errors import ConfigurationError, WireError
 
@@ -72,18 +72,37 @@ def test_bundle_numbers_count_from_zero(name: str) -> None:
 def test_a_sender_is_complete_when_its_reader_has_the_end(name: str) -> None:
     sender = make(name)
     generate(sender)
-    end = sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=1)
+    sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=1)
     sender.log_grew(0.0)
     bundles = []
     while sender.next_time() == NOW:
         bundles.append(send(sender))
     assert end.length < sender.log.length
     for bundle in bundles:
-        assert not sender.is_complete
         sender.on_acked(bundle.number)
-        if sender.is_complete:
-            break
+    assert not sender.is_complete  # the transport has it all; whether the reader does is open
+    sender.on_report(Report(TURN, sender.log.length, bundles[-1].number))
     assert sender.is_complete
+    assert sender.next_time() is None
+
+
+@every_scheme
+def test_a_reader_that_never_reports_is_given_up_after_a_while(name: str) -> None:
+    sender = make(name)
+    generate(sender)
+    sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=1)
+    sender.log_grew(0.0)
+    now, repeats = 0.0, []
+    while (due := sender.next_time()) is not None:
+        now = max(now, due)
+        bundle = sender.next_bundle(now, 1200)
+        assert bundle is not None
+        repeats.append(now)
+        sender.on_acked(bundle.number)
+        assert now < 300
+    assert sender.is_complete
+    assert len(set(repeats)) == 1 + CONFIRM_TRIES + 1
+    assert now > 10
 
 
 @every_scheme
