@@ -41,6 +41,7 @@ def parse_url(text: str) -> ServerUrl:
     if (
         parts.scheme != SCHEME
         or not host
+        or port == 0
         or parts.path.strip("/")
         or parts.query
         or "@" in parts.netloc

@@ -396,3 +396,12 @@ def test_no_loss_means_no_repeats() -> None:
     sender = world.pair.server.sender(turn)
     assert sender is not None
     assert sender.bundles_sent == 50
+
+
+def test_the_two_copies_of_a_bundle_leave_in_two_packets() -> None:
+    world = World(scheme_name="duplicate")
+    turn, log = world.accepted_turn()
+    world.wait(1.0)
+    sent = world.links[1].packets_sent
+    world.append(turn, log, "twice")
+    assert world.links[1].packets_sent == sent + 2
