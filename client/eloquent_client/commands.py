@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -48,6 +49,8 @@ def ask(
         json: Print one JSON object once the answer is complete: the text and how it arrived.
             Times are in milliseconds; `duplicates` and `missing` are bytes of the answer.
     """
+    # What goes wrong is raised; without a handler Python would print QUIC's log beside it.
+    logging.getLogger().addHandler(logging.NullHandler())
     server_url = None if url is None else parse_url(url)
     messages = [{"role": "user", "content": _read_prompt(prompt)}]
     if system is not None:

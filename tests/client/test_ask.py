@@ -94,6 +94,9 @@ async def test_errors_are_one_message(start_server: StartServer) -> None:
     code, out, err = await run("Hi", "--json", "--model", "nonesuch", "--url", str(server.url))
     assert (code, out) == (1, "")
     assert err.startswith("eloquent: This server has no model 'nonesuch'")
+    code, out, err = await run("Hi", "--url", str(server.url).partition("#")[0])
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "self-signed certificate" in err
     await server.close()
     code, out, err = await run("Hi", "--url", str(server.url))
     assert (code, out) == (1, "")
