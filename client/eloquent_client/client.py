@@ -11,7 +11,7 @@ from eloquent.core.wire import TURN_ID_BYTES, Request
 from eloquent.errors import EloquentError
 from eloquent.quic.connect import CONNECT_TIMEOUT_S, ClientLink, connect
 from eloquent.url import ServerUrl, parse_url
-from eloquent_client.errors import APIConnectionError, APITimeoutError, BadRequestError, api_error
+from eloquent_client.errors import APITimeoutError, BadRequestError, api_error
 from eloquent_client.stream import MessageStream
 
 ANSWER_TIMEOUT_S = 600.0
@@ -124,10 +124,6 @@ class Client:
                 f"No answer from {self._url.host}, UDP port {self._url.port}, within "
                 f"{self._connect_timeout_s:g} s: no server runs there, or a firewall blocks UDP. "
                 "Check the URL and the network."
-            ) from error
-        except UnicodeError as error:
-            raise APIConnectionError(
-                f"{self._url.host!r} cannot be a host's name ({error}). Check the URL."
             ) from error
         except EloquentError as error:
             raise api_error(error) from error

@@ -30,13 +30,13 @@ class ClientTurn:
     def __init__(self, link: "ClientLink", number: int) -> None:
         self._link = link
         self._number = number
-        self._queue: asyncio.Queue[Event | EloquentError] = asyncio.Queue()
+        self._queue: asyncio.Queue[Event | EloquentError | None] = asyncio.Queue()
         self._last_stats = ReceiverStats()
         self._is_over = False
 
     @property
     def stats(self) -> ReceiverStats:
-        """Counters up to now, or as they were when the turn ended."""
+        """Counters up to now, or as they were when the turn's last event came."""
         return self._link.stats(self._number) or self._last_stats
 
     @property
@@ -45,9 +45,13 @@ class ClientTurn:
         return self._is_over
 
     def cancel(self) -> None:
-        """Give the turn up; the server stops generating."""
+        """Give the turn up: the server stops generating, and whoever iterates comes to the end."""
+        if self._is_over:
+            return
+        self._last_stats = self.stats
         self._is_over = True
         self._link.cancel(self._number)
+        self._queue.put_nowait(None)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Give out the events, in order and once, up to and with `End`.
@@ -60,6 +64,8 @@ class ClientTurn:
         """
         while not self._is_over:
             item = await self._queue.get()
+            if item is None:
+                return
             if isinstance(item, EloquentError):
                 self._is_over = True
                 raise item
@@ -68,8 +74,7 @@ class ClientTurn:
 
     def put(self, item: Event | EloquentError) -> None:
         """Hand over what arrived."""
-        if isinstance(item, End):
-            self._last_stats = self.stats
+        self._last_stats = self.stats
         self._queue.put_nowait(item)
 
 
@@ -180,12 +185,19 @@ class ClientLink(asyncio.DatagramProtocol):
             if failed is not None:
                 failed.put(event.error)
         elif isinstance(event, ConnectionEnded):
-            self._end(
-                ConnectionFailedError(
-                    f"The connection to {self._url.host} ended: {event.reason}. What has arrived "
-                    "is kept; ask again to go on."
-                )
+            self._end(ConnectionFailedError(self._why_ended(event)))
+
+    def _why_ended(self, event: ConnectionEnded) -> str:
+        if self._connected.done():
+            return (
+                f"The connection to {self._url.host} ended: {event.reason}. What has arrived is "
+                "kept; ask again to go on."
             )
+        return (
+            f"The connection to {self._url.host}, UDP port {self._url.port}, could not be made: "
+            f"{event.reason}. Use the URL as `eloquent serve` printed it last, with its pin "
+            "(#sha256=...): the certificate is made anew at each start."
+        )
 
     def _deliver(self, progress: TurnProgress) -> None:
         turn = self._turns.get(progress.turn)
@@ -223,9 +235,10 @@ async def connect(url: ServerUrl, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Cl
         transport, link = await loop.create_datagram_endpoint(
             lambda: ClientLink(url), remote_addr=(url.host, url.port)
         )
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConnectionFailedError(
-            f"Cannot reach {url.host}: {error.strerror or error}. Check the name and the network."
+            f"Cannot reach {url.host}: {reason}. Check the name and the network."
         ) from error
     try:
         await link.open(transport.get_extra_info("peername"), timeout_s)

@@ -220,6 +220,23 @@ async def test_without_a_pin_a_self_signed_certificate_is_refused() -> None:
             await connect(ServerUrl(url.host, url.port))
 
 
+async def test_a_name_that_cannot_be_one_is_a_connection_error() -> None:
+    with pytest.raises(ConnectionFailedError, match="Check the name"):
+        await connect(ServerUrl("a..b", 4433))
+
+
+async def test_cancelling_wakes_whoever_reads_and_keeps_the_counters() -> None:
+    backend = ScriptedBackend()
+    async with linked(backend) as (_, link):
+        turn = ask(link, said("x"))
+        async with asyncio.timeout(DEADLINE_S):
+            events = aiter(turn)
+            assert await anext(events) == TextDelta("first")
+            asyncio.get_running_loop().call_soon(turn.cancel)
+            assert [event async for event in events] == []
+        assert turn.stats.datagrams > 0
+
+
 async def test_nobody_listens_there() -> None:
     async with serving(EchoBackend()) as (_, url):
         pass
