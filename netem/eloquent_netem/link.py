@@ -4,6 +4,9 @@ import random
 from heapq import heappop, heappush
 
 from eloquent_netem.loss import Loss, NoLoss
+from eloquent_netem.packet import Packet
+from eloquent_netem.queues import DropTail, Queue
+from eloquent_netem.rate import Rate, UnlimitedRate
 
 
 def stage_rng(seed: int, link: str, stage: str) -> random.Random:
@@ -15,11 +18,12 @@ def stage_rng(seed: int, link: str, stage: str) -> random.Random:
 
 
 class Link:
-    """Loss, then delay with optional jitter, reordering and duplication.
+    """Loss, then the bottleneck (a queue served at a rate), then delay, jitter and duplication.
 
-    `jitter_s` adds a uniform extra delay; with `reorders` packets may overtake each other,
-    otherwise a packet never arrives before one sent earlier. `duplicates` is the probability
-    that a packet arrives a second time, with a delay of its own.
+    Loss is decided when a packet enters, so that it is a function of time, alike for everything
+    that is sent. `jitter_s` adds a uniform extra delay; with `reorders` packets may overtake each
+    other, otherwise a packet never arrives before one sent earlier. `duplicates` is the
+    probability that a packet arrives a second time, with a jitter of its own.
     """
 
     def __init__(
@@ -29,12 +33,16 @@ class Link:
         seed: int,
         name: str,
         loss: Loss | None = None,
+        rate: Rate | None = None,
+        queue: Queue | None = None,
         jitter_s: float = 0.0,
         reorders: bool = False,
         duplicates: float = 0.0,
     ) -> None:
         self._delay_s = delay_s
         self._loss = NoLoss() if loss is None else loss
+        self._rate = UnlimitedRate() if rate is None else rate
+        self._queue = DropTail() if queue is None else queue
         self._jitter_s = jitter_s
         self._reorders = reorders
         self._duplicates = duplicates
@@ -44,7 +52,10 @@ class Link:
         self._last_arrival = float("-inf")
         self._sent = 0
         self._sent_bytes = 0
-        self._in_transit: list[tuple[float, int, bytes]] = []
+        self._lost = 0
+        self._served_until = float("-inf")
+        self._service_at: float | None = None
+        self._in_transit: list[tuple[float, int, Packet]] = []
         self._sequence = 0
 
     @property
@@ -54,36 +65,78 @@ class Link:
 
     @property
     def bytes_sent(self) -> int:
-        """How many bytes entered the link, the dropped packets' included."""
+        """How many bytes entered the link, headers and dropped packets included."""
         return self._sent_bytes
 
-    def send(self, now: float, packet: bytes) -> None:
+    @property
+    def packets_lost(self) -> int:
+        """How many packets the loss took; what the queue dropped is in `queue.drops`."""
+        return self._lost
+
+    @property
+    def queue(self) -> Queue:
+        """The bottleneck's queue."""
+        return self._queue
+
+    def send(self, now: float, packet: Packet) -> None:
         """Put a packet in at `now` (seconds, never going back)."""
+        self._serve(now)
         self._sent += 1
-        self._sent_bytes += len(packet)
-        # Every stage decides on every packet, dropped ones too: see `stage_rng`.
-        is_dropped = self._loss.drops(now)
-        jitter_s = self._jitter_rng.uniform(0, self._jitter_s)
-        is_doubled = self._duplicate_rng.random() < self._duplicates
-        second_jitter_s = self._duplicate_jitter_rng.uniform(0, self._jitter_s)
-        if is_dropped:
-            return
-        self._schedule(now + self._delay_s + jitter_s, packet)
-        if is_doubled:
-            self._schedule(now + self._delay_s + second_jitter_s, packet)
+        self._sent_bytes += packet.size
+        packet.entered_s = now
+        # Drawn here for every packet, lost ones too, so that no stage shifts another's decisions.
+        packet.fate = (
+            self._jitter_rng.uniform(0, self._jitter_s),
+            self._duplicate_rng.random() < self._duplicates,
+            self._duplicate_jitter_rng.uniform(0, self._jitter_s),
+        )
+        if self._loss.drops(now):
+            self._lost += 1
+        elif self._queue.enqueue(now, packet):
+            if self._service_at is None:
+                self._service_at = self._rate.ready_from(max(now, self._served_until))
+            self._serve(now)
 
     def next_time(self) -> float | None:
-        """Return when the next packet comes out, in seconds, or None if the link is empty."""
-        return self._in_transit[0][0] if self._in_transit else None
+        """Return when something happens next in the link, in seconds, or None if it is empty.
 
-    def poll(self, now: float) -> list[bytes]:
+        At that time a packet comes out, or one goes on from the queue and `next_time` is later.
+        """
+        times = [time for time in (self._service_at, self._first_arrival()) if time is not None]
+        return min(times, default=None)
+
+    def poll(self, now: float) -> list[Packet]:
         """Return the packets that have come out by `now`, in order of arrival."""
+        self._serve(now)
         packets = []
         while self._in_transit and self._in_transit[0][0] <= now:
             packets.append(heappop(self._in_transit)[2])
         return packets
 
-    def _schedule(self, arrival: float, packet: bytes) -> None:
+    def _first_arrival(self) -> float | None:
+        return self._in_transit[0][0] if self._in_transit else None
+
+    def _serve(self, now: float) -> None:
+        """Serve the queue up to `now`."""
+        while self._service_at is not None and self._service_at <= now:
+            start = self._service_at
+            packet = self._queue.dequeue(start)
+            if packet is not None:
+                self._served_until = self._rate.departure(start, packet.size)
+                self._depart(self._served_until, packet)
+            self._service_at = (
+                self._rate.ready_from(max(start, self._served_until))
+                if self._queue.packets
+                else None
+            )
+
+    def _depart(self, now: float, packet: Packet) -> None:
+        jitter_s, is_doubled, second_jitter_s = packet.fate
+        self._schedule(now + self._delay_s + jitter_s, packet)
+        if is_doubled:
+            self._schedule(now + self._delay_s + second_jitter_s, packet)
+
+    def _schedule(self, arrival: float, packet: Packet) -> None:
         if not self._reorders:
             arrival = self._last_arrival = max(arrival, self._last_arrival)
         self._sequence += 1

@@ -11,18 +11,20 @@ from hypothesis import strategies as st
 
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import DropList, IndependentLoss
+from eloquent_netem.packet import Packet
 
 TRACE = """
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import IndependentLoss
+from eloquent_netem.packet import Packet
 loss = IndependentLoss(0.3, stage_rng(7, "down", "loss"))
 link = Link(delay_s=0.05, seed=7, name="down", loss=loss, jitter_s=0.02, reorders=True,
             duplicates=0.2)
 for index in range(50):
-    link.send(index * 0.01, bytes((index,)))
+    link.send(index * 0.01, Packet(bytes((index,)), 1))
 trace = []
 while (time := link.next_time()) is not None:
-    trace.append((time, [packet[0] for packet in link.poll(time)]))
+    trace.append((time, [packet.data[0] for packet in link.poll(time)]))
 print(trace)
 """
 
@@ -34,10 +36,10 @@ def lossy(seed: int, probability: float = 0.3, name: str = "down") -> Independen
 def arrivals(link: Link, count: int = 200, gap_s: float = 0.01) -> list[tuple[int, float]]:
     """Send packets 0, 1, ... at a steady rate; return what arrives when, in order of arrival."""
     for index in range(count):
-        link.send(index * gap_s, index.to_bytes(2, "big"))
+        link.send(index * gap_s, Packet(index.to_bytes(2, "big"), 2))
     out = []
     while (time := link.next_time()) is not None:
-        out += [(int.from_bytes(packet, "big"), time) for packet in link.poll(time)]
+        out += [(int.from_bytes(packet.data, "big"), time) for packet in link.poll(time)]
     return out
 
 
@@ -83,13 +85,13 @@ def test_a_seed_s_stream_is_known() -> None:
 def test_a_plain_link_only_delays() -> None:
     link = Link(delay_s=0.05, seed=1, name="down")
     assert link.next_time() is None
-    link.send(1.0, b"a")
-    link.send(1.01, b"bc")
+    link.send(1.0, Packet(b"a", 1))
+    link.send(1.01, Packet(b"bc", 2))
     assert link.next_time() == pytest.approx(1.05)
-    assert link.poll(1.049) == []
-    assert link.poll(1.055) == [b"a"]
-    assert link.poll(1.055) == []
-    assert link.poll(9.0) == [b"bc"]
+    assert [packet.data for packet in link.poll(1.049)] == []
+    assert [packet.data for packet in link.poll(1.055)] == [b"a"]
+    assert [packet.data for packet in link.poll(1.055)] == []
+    assert [packet.data for packet in link.poll(9.0)] == [b"bc"]
     assert link.next_time() is None
     assert (link.packets_sent, link.bytes_sent) == (2, 3)
 
@@ -97,8 +99,8 @@ def test_a_plain_link_only_delays() -> None:
 def test_dropped_packets_entered_the_link() -> None:
     link = Link(delay_s=0.05, seed=1, name="down", loss=DropList([0, 2]))
     for packet in (b"a", b"bb", b"cccc", b"d"):
-        link.send(0.0, packet)
-    assert link.poll(0.05) == [b"bb", b"d"]
+        link.send(0.0, Packet(packet, len(packet)))
+    assert [packet.data for packet in link.poll(0.05)] == [b"bb", b"d"]
     assert (link.packets_sent, link.bytes_sent) == (4, 8)
 
 
@@ -159,8 +161,8 @@ def test_packets_overtake_each_other_when_asked() -> None:
 def test_packets_that_arrive_together_keep_their_order() -> None:
     link = Link(delay_s=0.05, seed=1, name="down", reorders=True)
     for index in range(20):
-        link.send(0.0, bytes((index,)))
-    assert link.poll(0.05) == [bytes((index,)) for index in range(20)]
+        link.send(0.0, Packet(bytes((index,)), 1))
+    assert [packet.data for packet in link.poll(0.05)] == [bytes((index,)) for index in range(20)]
 
 
 def test_duplicates_come_as_often_as_asked_and_twice_at_most() -> None:

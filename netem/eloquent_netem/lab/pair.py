@@ -11,6 +11,7 @@ from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Connection, ConnectionEvent
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent_netem.link import Link
+from eloquent_netem.packet import udp_packet
 
 CLIENT_ADDRESS = ("192.0.2.1", 1)
 SERVER_ADDRESS = ("192.0.2.2", 2)
@@ -42,7 +43,7 @@ class _End:
 
     def act(self, now: float) -> None:
         for packet in self._inbound.poll(now):
-            self._connection.receive(packet, self._peer_address, now)
+            self._connection.receive(packet.data, self._peer_address, now)
         timer = self._connection.next_time()
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)
@@ -51,8 +52,8 @@ class _End:
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        for packet, _ in self._connection.send(now):
-            self._outbound.send(now, packet)
+        for payload, _ in self._connection.send(now):
+            self._outbound.send(now, udp_packet(payload))
 
 
 class QuicPair:

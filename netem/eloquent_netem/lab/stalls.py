@@ -56,7 +56,7 @@ class Run:
     measures: StallMeasures
     downlink_packets: int
     downlink_bytes: int
-    "UDP payload, from the first token's generation on."
+    "IPv4 and UDP headers included, from the first token's generation on."
 
 
 class _Loss:

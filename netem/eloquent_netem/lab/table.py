@@ -21,9 +21,6 @@ BASELINE = "retransmit"
 Z_95 = 1.96
 "Standard errors in half a 95 % confidence interval (normal approximation)."
 
-IP_UDP_HEADER_BYTES = 28
-"IPv4 and UDP headers of one packet."
-
 NOTES = """\
 Independent loss both ways, the same seeds for all schemes; the same congestion controller
 (Reno) and pacer for all; virtual time. *Strict* is the share of the answer's time in which a token
@@ -112,7 +109,7 @@ def to_json(runs: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
             "delay_p99_ms": 1000 * run.measures.delay_p99_s,
             "delay_max_ms": 1000 * run.measures.delay_max_s,
             "packets_per_token": run.downlink_packets / run.cell.tokens,
-            "wire_bytes_per_token": _wire_bytes(run) / run.cell.tokens,
+            "wire_bytes_per_token": run.downlink_bytes / run.cell.tokens,
         }
         for run in runs
     ]
@@ -143,7 +140,7 @@ def _row(scheme: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
         for name in ("delay_p50_s", "delay_p99_s")
     )
     packets = fmean(run.downlink_packets / run.cell.tokens for run in runs)
-    sent_bytes = fmean(_wire_bytes(run) / run.cell.tokens for run in runs)
+    sent_bytes = fmean(run.downlink_bytes / run.cell.tokens for run in runs)
     cost = "— | —" if scheme == "oracle" else f"{packets:.2f} | {sent_bytes:.0f}"
     return (
         f"| {scheme} | {strict} | {against} | {beyond} | {worst:.2f} | {better} | {p50:.0f} | "
@@ -155,7 +152,3 @@ def _mean(runs: Sequence[Run], figure: Callable[[Run], float]) -> str:
     values = [figure(run) for run in runs]
     half = Z_95 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{fmean(values):.2f} ± {half:.2f}"
-
-
-def _wire_bytes(run: Run) -> int:
-    return run.downlink_bytes + run.downlink_packets * IP_UDP_HEADER_BYTES
