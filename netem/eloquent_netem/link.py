@@ -23,7 +23,8 @@ class Link:
     Loss is decided when a packet enters, so that it is a function of time, alike for everything
     that is sent. `jitter_s` adds a uniform extra delay; with `reorders` packets may overtake each
     other, otherwise a packet never arrives before one sent earlier. `duplicates` is the
-    probability that a packet arrives a second time, with a jitter of its own.
+    probability that a packet arrives a second time, with a jitter of its own. Loss and rate see
+    time from `origin_s` on: the scenario's clock.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Link:
         jitter_s: float = 0.0,
         reorders: bool = False,
         duplicates: float = 0.0,
+        origin_s: float = 0.0,
     ) -> None:
+        self._origin_s = origin_s
         self._delay_s = delay_s
         self._loss = NoLoss() if loss is None else loss
         self._rate = UnlimitedRate() if rate is None else rate
@@ -90,11 +93,11 @@ class Link:
             self._duplicate_rng.random() < self._duplicates,
             self._duplicate_jitter_rng.uniform(0, self._jitter_s),
         )
-        if self._loss.drops(now):
+        if self._loss.drops(now - self._origin_s):
             self._lost += 1
         elif self._queue.enqueue(now, packet):
             if self._service_at is None:
-                self._service_at = self._rate.ready_from(max(now, self._served_until))
+                self._service_at = self._ready_from(max(now, self._served_until))
             self._serve(now)
 
     def next_time(self) -> float | None:
@@ -122,13 +125,15 @@ class Link:
             start = self._service_at
             packet = self._queue.dequeue(start)
             if packet is not None:
-                self._served_until = self._rate.departure(start, packet.size)
+                left = self._rate.departure(start - self._origin_s, packet.size)
+                self._served_until = left + self._origin_s
                 self._depart(self._served_until, packet)
             self._service_at = (
-                self._rate.ready_from(max(start, self._served_until))
-                if self._queue.packets
-                else None
+                self._ready_from(max(start, self._served_until)) if self._queue.packets else None
             )
+
+    def _ready_from(self, now: float) -> float:
+        return self._rate.ready_from(now - self._origin_s) + self._origin_s
 
     def _depart(self, now: float, packet: Packet) -> None:
         jitter_s, is_doubled, second_jitter_s = packet.fate
