@@ -1,6 +1,23 @@
 """Rate: when a link can take the next packet, and when that packet has left it."""
 
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
+
+from eloquent_netem.errors import NetemError
+from eloquent_netem.loss import merge_spans, span_at
+
+OPPORTUNITY_BYTES = 1500
+"What passes at one opportunity of a trace, IP header included."
+
+MS_PER_S = 1000
+
+
+class TraceError(NetemError):
+    """A file is not a trace in mahimahi's format."""
 
 
 class Rate(Protocol):
@@ -32,10 +49,150 @@ class FixedRate(UnlimitedRate):
     """A constant number of bits per second."""
 
     def __init__(self, bits_per_s: float) -> None:
-        if bits_per_s <= 0:
+        if not bits_per_s > 0:
             raise ValueError(f"a rate is above 0 bit/s, not {bits_per_s}")
         self._seconds_per_byte = 8 / bits_per_s
 
     def departure(self, start: float, size: int) -> float:
         """See `Rate.departure`."""
         return start + size * self._seconds_per_byte
+
+
+class TraceRate:
+    """Opportunities at given milliseconds, as mahimahi's mm-link replays them (`link_queue.cc`).
+
+    At each opportunity `packet_bytes` can pass: a large packet, several small ones, or the rest of
+    one that began at the opportunity before. Bytes that nobody takes at the time are lost. The
+    trace starts over when its last millisecond has come: what is at 0 comes at the same instant.
+
+    Raises:
+        ValueError: the milliseconds are no trace.
+    """
+
+    def __init__(self, times_ms: Sequence[int], *, packet_bytes: int = OPPORTUNITY_BYTES) -> None:
+        if packet_bytes < 1:
+            raise ValueError(f"at an opportunity passes 1 byte or more, not {packet_bytes}")
+        if not times_ms or times_ms[0] < 0 or times_ms[-1] == 0:
+            raise ValueError("a trace has an opportunity after millisecond 0, and none before it")
+        if any(later < earlier for earlier, later in pairwise(times_ms)):
+            raise ValueError("a trace's milliseconds never go back")
+        self._times_ms = tuple(times_ms)
+        self._period_ms = times_ms[-1]
+        self._packet_bytes = packet_bytes
+        self._round = 0
+        self._index = 0
+        self._time = self._opportunity()
+        self._bytes_left = packet_bytes
+        "Of the opportunity `_index` in `_round`, at `_time`: all before it are used or lost."
+
+    def ready_from(self, now: float) -> float:
+        """See `Rate.ready_from`."""
+        if self._time < now:
+            self._skip_to(now)
+        return self._time
+
+    def departure(self, start: float, size: int) -> float:
+        """See `Rate.departure`."""
+        while size > self._bytes_left:
+            size -= self._bytes_left
+            self._advance()
+        self._bytes_left -= size
+        left = self._time
+        if self._bytes_left == 0:
+            self._advance()
+        return left
+
+    def _advance(self) -> None:
+        self._index += 1
+        if self._index == len(self._times_ms):
+            self._index = 0
+            self._round += 1
+        self._bytes_left = self._packet_bytes
+        self._time = self._opportunity()
+
+    def _skip_to(self, now: float) -> None:
+        """Go to the first opportunity at `now` or later; `now` is after the present one."""
+        # Seek a millisecond early, since rounding may put `now` beside a whole one; then walk.
+        rounds, within_ms = divmod(int(now * MS_PER_S) - 1, self._period_ms)
+        sought = (rounds, bisect_left(self._times_ms, within_ms))
+        self._round, self._index = max((self._round, self._index), sought)
+        self._bytes_left = self._packet_bytes
+        self._time = self._opportunity()
+        while self._time < now:
+            self._advance()
+
+    def _opportunity(self) -> float:
+        return (self._round * self._period_ms + self._times_ms[self._index]) / MS_PER_S
+
+
+class PausedRate:
+    """Serves nothing during given spans of time; what waits is kept: a handover that holds.
+
+    Otherwise the rate is what it would be without them: a trace goes on meanwhile. A packet whose
+    service a span interrupts is served anew after it.
+
+    Raises:
+        ValueError: a span ends before it begins.
+    """
+
+    def __init__(self, rate: Rate, spans_s: Iterable[tuple[float, float]]) -> None:
+        self._rate = rate
+        self._spans_s = merge_spans(spans_s)
+
+    def ready_from(self, now: float) -> float:
+        """See `Rate.ready_from`."""
+        ready = self._rate.ready_from(now)
+        while (span := span_at(self._spans_s, ready)) is not None:
+            ready = self._rate.ready_from(span[1])
+        return ready
+
+    def departure(self, start: float, size: int) -> float:
+        """See `Rate.departure`."""
+        left = self._rate.departure(start, size)
+        while (span := self._begins_within(start, left)) is not None:
+            start = self.ready_from(span[1])
+            left = self._rate.departure(start, size)
+        return left
+
+    def _begins_within(self, start: float, left: float) -> tuple[float, float] | None:
+        """Return the first span that begins after `start` and not after `left`."""
+        index = bisect_right(self._spans_s, (start, math.inf))
+        is_within = index < len(self._spans_s) and self._spans_s[index][0] <= left
+        return self._spans_s[index] if is_within else None
+
+
+def load_trace(path: Path) -> list[int]:
+    """Read a mahimahi trace, the milliseconds for `TraceRate`, from a file with one a line.
+
+    Raises:
+        TraceError: the file cannot be read or is no such trace; it names the file and the line.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise TraceError(
+            f"The trace {path} cannot be read: {error.strerror}. Give the path of a file in "
+            "mahimahi's format."
+        ) from error
+    times_ms: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text.isdigit():
+            shown = text[:40].decode("ascii", "backslashreplace")
+            raise TraceError(
+                f"{path}, line {number}: '{shown}' is no millisecond. In a trace each line is a "
+                "whole number, 0 or more: a millisecond at which a packet can pass."
+            )
+        time_ms = int(text)
+        if times_ms and time_ms < times_ms[-1]:
+            raise TraceError(
+                f"{path}, line {number}: {time_ms} comes after {times_ms[-1]}. A trace's "
+                "milliseconds never go back: sort the lines."
+            )
+        times_ms.append(time_ms)
+    if not times_ms or times_ms[-1] == 0:
+        raise TraceError(
+            f"{path}, line {len(times_ms)}: the trace ends without a packet after millisecond 0. "
+            "Its last line is its length and must be above 0."
+        )
+    return times_ms

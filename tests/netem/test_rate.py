@@ -1,0 +1,268 @@
+"""Each rate serves what it says, when it says, through a link too."""
+
+import random
+from collections.abc import Iterator
+from itertools import accumulate, count, takewhile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eloquent_netem.errors import NetemError
+from eloquent_netem.link import Link
+from eloquent_netem.packet import Packet
+from eloquent_netem.rate import (
+    FixedRate,
+    PausedRate,
+    Rate,
+    TraceRate,
+    UnlimitedRate,
+    load_trace,
+)
+
+traces = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(sorted).filter(lambda ms: ms[-1])
+spans = st.lists(
+    st.tuples(st.integers(0, 300), st.integers(0, 60)).map(
+        lambda pair: (pair[0] / 1000, sum(pair) / 1000)
+    ),
+    max_size=4,
+)
+packets = st.lists(st.tuples(st.floats(0, 0.1), st.integers(1, 4000)), max_size=30)
+"Pauses before packets, in seconds, and sizes."
+
+
+def served(rate: Rate, sends: list[tuple[float, int]]) -> list[float]:
+    """Return in seconds when packets, each (when it comes, size), leave through a link."""
+    link = Link(delay_s=0.0, seed=1, name="down", rate=rate)
+    for index, (time, size) in enumerate(sends):
+        link.send(time, Packet(index.to_bytes(4, "big"), size))
+    times: dict[int, float] = {}
+    while (time := link.next_time()) is not None:
+        for packet in link.poll(time):
+            times[int.from_bytes(packet.data, "big")] = time
+    return [times[index] for index in range(len(sends))]
+
+
+def in_ms(times: list[float]) -> list[float]:
+    return [round(1000 * time, 6) for time in times]
+
+
+def backlog(packets: int, size: int = 1500, start_s: float = 0.0) -> list[tuple[float, int]]:
+    return [(start_s, size)] * packets
+
+
+def after(pauses: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Turn pauses before packets into times."""
+    now, sends = 0.0, []
+    for pause, size in pauses:
+        now += pause
+        sends.append((now, size))
+    return sends
+
+
+def test_an_unlimited_rate_takes_no_time() -> None:
+    assert served(UnlimitedRate(), backlog(3, start_s=2.0)) == [2.0] * 3
+
+
+def test_a_fixed_rate_takes_time_by_size() -> None:
+    times = served(FixedRate(12_000), [(0.0, 1500), (0.0, 750), (5.0, 75)])
+    assert times == pytest.approx([1.0, 1.5, 5.05])
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_an_impossible_rate_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="above 0 bit/s"):
+        FixedRate(rate)
+
+
+def test_full_packets_leave_at_the_trace_s_milliseconds() -> None:
+    assert in_ms(served(TraceRate([0, 3, 3, 7, 12]), backlog(5))) == [0, 3, 3, 7, 12]
+
+
+def test_a_trace_starts_over_at_its_last_millisecond() -> None:
+    # As in mahimahi: what is at 0 comes at the instant of what is last.
+    times = in_ms(served(TraceRate([0, 3, 10]), backlog(9)))
+    assert times == [0, 3, 10, 10, 13, 20, 20, 23, 30]
+    assert in_ms(served(TraceRate([3, 10]), backlog(5))) == [3, 10, 13, 20, 23]
+
+
+def test_a_packet_that_comes_at_an_opportunity_takes_it_and_a_later_one_waits() -> None:
+    sends = [(0.003, 1500), (0.0031, 1500)]
+    assert in_ms(served(TraceRate([0, 3, 7]), sends)) == [3, 7]
+
+
+def test_opportunities_that_nobody_uses_are_lost() -> None:
+    rate = TraceRate([1, 2, 3, 4, 5, 50, 60])
+    assert in_ms(served(rate, backlog(3, start_s=0.0045))) == [5, 50, 60]
+
+
+def test_small_packets_share_an_opportunity() -> None:
+    assert in_ms(served(TraceRate([5, 9, 20]), backlog(7, size=500))) == [5] * 3 + [9] * 3 + [20]
+
+
+def test_a_packet_may_begin_at_one_opportunity_and_end_at_the_next() -> None:
+    assert in_ms(served(TraceRate([5, 9, 20]), backlog(4, size=1000))) == [5, 9, 9, 20]
+    assert in_ms(served(TraceRate([5, 9, 20]), backlog(1, size=4000))) == [20]
+
+
+def test_bytes_left_of_an_opportunity_are_lost_when_its_instant_is_over() -> None:
+    sends = [(0.0, 500), (0.006, 1500), (0.006, 1500)]
+    assert in_ms(served(TraceRate([5, 9, 20]), sends)) == [5, 9, 20]
+
+
+def test_bytes_left_of_an_opportunity_serve_who_comes_at_its_instant() -> None:
+    link = Link(delay_s=0.0, seed=1, name="down", rate=TraceRate([5, 9]))
+    link.send(0.0, Packet(b"a", 500))
+    assert [packet.data for packet in link.poll(0.005)] == [b"a"]
+    link.send(0.005, Packet(b"b", 1000))
+    link.send(0.005, Packet(b"c", 1))
+    assert [packet.data for packet in link.poll(0.005)] == [b"b"]
+    assert link.next_time() == 0.009
+
+
+def test_an_opportunity_s_bytes_can_be_set() -> None:
+    assert in_ms(served(TraceRate([5, 9, 20], packet_bytes=100), backlog(3, size=100))) == [
+        5,
+        9,
+        20,
+    ]
+
+
+def test_the_throughput_of_a_full_link_is_the_trace_s() -> None:
+    rng = random.Random(1)
+    times_ms = [*sorted(rng.randrange(2000) for _ in range(800)), 2000]
+    left = served(TraceRate(times_ms), backlog(5000, size=1200))
+    for round_ms in (2000, 4000, 6000):
+        by_then = sum(time <= round_ms / 1000 for time in left)
+        assert by_then == round_ms // 2000 * 801 * 1500 // 1200
+
+
+def test_a_trace_goes_on_for_hours() -> None:
+    rate = TraceRate([0, 400, 1000])
+    for hour in range(1, 10):
+        assert rate.ready_from(hour * 3600 - 0.5) == hour * 3600
+        assert rate.departure(hour * 3600.0, 1500) == hour * 3600
+        assert rate.ready_from(hour * 3600 + 0.0001) == pytest.approx(hour * 3600 + 0.4)
+
+
+@given(traces, packets)
+def test_departures_never_go_back_and_never_exceed_the_capacity(
+    times_ms: list[int], pauses: list[tuple[float, int]]
+) -> None:
+    sends = after(pauses)
+    left = served(TraceRate(times_ms), sends)
+    assert left == sorted(left)
+    assert left == pytest.approx(by_hand(times_ms, sends), abs=1e-9)
+    sent_bytes = list(accumulate(size for _, size in sends))
+    for (came, _), time, total in zip(sends, left, sent_bytes, strict=True):
+        assert time >= came
+        passed = takewhile(lambda ms: ms / 1000 <= time, opportunities(times_ms))  # noqa: B023
+        assert 1500 * len(list(passed)) >= total
+
+
+def opportunities(times_ms: list[int]) -> Iterator[int]:
+    return (turn * times_ms[-1] + ms for turn in count() for ms in times_ms)
+
+
+def by_hand(times_ms: list[int], sends: list[tuple[float, int]]) -> list[float]:
+    """Go through all opportunities and give each's bytes to who waits."""
+    waiting = [list(send) for send in sends]
+    left: list[float] = []
+    for ms in opportunities(times_ms):
+        if not waiting:
+            break
+        budget = 1500
+        while waiting and budget and waiting[0][0] <= ms / 1000:
+            taken = min(budget, waiting[0][1])
+            budget -= taken
+            waiting[0][1] -= taken
+            if not waiting[0][1]:
+                waiting.pop(0)
+                left.append(ms / 1000)
+    return left
+
+
+@pytest.mark.parametrize("times_ms", [[], [0], [0, 0], [-1, 3], [3, 2]])
+def test_what_is_no_trace_is_refused(times_ms: list[int]) -> None:
+    with pytest.raises(ValueError, match="a trace"):
+        TraceRate(times_ms)
+
+
+def test_an_opportunity_without_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 byte or more"):
+        TraceRate([1], packet_bytes=0)
+
+
+def test_a_pause_holds_what_waits() -> None:
+    rate = PausedRate(UnlimitedRate(), [(1.0, 2.0), (2.0, 2.5)])
+    sends = [(0.9, 100), (1.0, 100), (1.7, 100), (2.5, 100), (3.0, 100)]
+    assert served(rate, sends) == [0.9, 2.5, 2.5, 2.5, 3.0]
+
+
+def test_a_trace_goes_on_during_a_pause() -> None:
+    rate = PausedRate(TraceRate([0, 3, 5, 7, 12]), [(0.003, 0.007)])
+    assert in_ms(served(rate, backlog(4))) == [0, 7, 12, 12]
+
+
+def test_what_a_pause_interrupts_is_served_anew() -> None:
+    # One packet a second: the second is half through at 1.5 s.
+    rate = PausedRate(FixedRate(12_000), [(1.5, 4.0)])
+    assert served(rate, backlog(3)) == pytest.approx([1.0, 5.0, 6.0])
+    split = PausedRate(TraceRate([5, 9, 20]), [(0.006, 0.010)])
+    assert in_ms(served(split, backlog(3, size=1000))) == [5, 20, 25]
+
+
+def test_a_pause_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be"):
+        PausedRate(UnlimitedRate(), [(2.0, 1.0)])
+
+
+@given(traces, spans, packets, st.booleans())
+def test_nothing_leaves_in_a_pause_and_none_makes_the_link_faster(
+    times_ms: list[int],
+    spans_s: list[tuple[float, float]],
+    pauses: list[tuple[float, int]],
+    is_fixed: bool,
+) -> None:
+    def inner() -> Rate:
+        return FixedRate(3e6) if is_fixed else TraceRate(times_ms)
+
+    sends = after(pauses)
+    left = served(PausedRate(inner(), spans_s), sends)
+    assert left == sorted(left)
+    assert not any(start <= time < stop for time in left for start, stop in spans_s)
+    free = served(inner(), sends)
+    assert all(time >= sooner for time, sooner in zip(left, free, strict=True))
+
+
+def test_a_trace_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.down"
+    path.write_bytes(b"0\n0\r\n 7\n12")
+    assert load_trace(path) == [0, 0, 7, 12]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (b"1\n\n3\n", 2, "'' is no millisecond"),
+        (b"1\n2.5\n", 2, "'2.5' is no millisecond"),
+        (b"1\n2\n-3\n", 3, "'-3' is no millisecond"),
+        (b"1\n\xff\n", 2, r"'\\xff' is no millisecond"),
+        (b"1\n5\n4\n", 3, "4 comes after 5"),
+        (b"0\n0\n", 2, "above 0"),
+        (b"", 0, "above 0"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused_by_name_and_line(
+    tmp_path: Path, content: bytes, line: int, reason: str
+) -> None:
+    path = tmp_path / "b.down"
+    path.write_bytes(content)
+    with pytest.raises(NetemError, match=rf"b\.down, line {line}: .*{reason}"):
+        load_trace(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NetemError, match=r"c\.down cannot be read: No such file"):
+        load_trace(tmp_path / "c.down")
