@@ -1,6 +1,7 @@
 """The server's endpoint: one UDP socket, many connections, a task for each turn."""
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import cast
@@ -32,6 +33,7 @@ from eloquent.quic.server import ServerConnection, server_configuration
 INITIAL_MIN_BYTES = 1200
 "A client's first datagram is at least this large (RFC 9000 section 14.1)."
 
+MAX_PORT = 65535
 MAX_CONNECTIONS = 10_000
 DRAIN_S = 1.0
 "How long `close` waits for the connections' last packets to be acknowledged."
@@ -269,14 +271,26 @@ async def listen(
     Raises:
         ConfigurationError: the address cannot be had.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigurationError(
+            f"There is no UDP port {port}: choose one up to {MAX_PORT} with --port, or 0 for any "
+            "free one."
+        )
     loop = asyncio.get_running_loop()
     try:
         _, listener = await loop.create_datagram_endpoint(
             lambda: Listener(certificate, handler, make_sender), local_addr=(host, port)
         )
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            advice = (
+                "Is another server running there? Choose another port with --port, or 0 for any "
+                "free one."
+            )
+        else:
+            advice = "Choose an address of this machine with --host; 0.0.0.0 stands for all."
         raise ConfigurationError(
-            f"Cannot listen on {host}, UDP port {port}: {error.strerror or error}. Is another "
-            "server running there? Choose another with --port, or 0 for any free one."
+            f"Cannot listen on {host}, UDP port {port}: {reason}. {advice}"
         ) from error
     return listener

@@ -237,6 +237,21 @@ async def test_cancelling_wakes_whoever_reads_and_keeps_the_counters() -> None:
         assert turn.stats.datagrams > 0
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "advice"),
+    [
+        ("127.0.0.1", 65536, "--port"),
+        ("127.0.0.1", -1, "--port"),
+        ("192.0.2.1", 0, "--host"),  # an address for documentation, which no machine has
+        ("no..name", 0, "--host"),
+    ],
+)
+async def test_an_address_that_cannot_be_had(host: str, port: int, advice: str) -> None:
+    certificate = make_certificate("127.0.0.1", datetime.datetime.now(datetime.UTC) - LONG_AGO)
+    with pytest.raises(ConfigurationError, match=advice):
+        await listen(host, port, certificate=certificate, handler=Gateway(EchoBackend()).handle)
+
+
 async def test_nobody_listens_there() -> None:
     async with serving(EchoBackend()) as (_, url):
         pass
