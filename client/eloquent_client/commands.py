@@ -105,13 +105,14 @@ def _read_prompt(prompt: str | None) -> str:
         raise ConfigurationError(
             f"There is no option {prompt}: see `eloquent ask --help`. To ask just that, pipe it in."
         )
-    if prompt is None or prompt == "-":
-        try:
+    try:
+        if prompt is None or prompt == "-":
             prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(
-                f"Standard input is no text ({error}): pipe in text in {sys.stdin.encoding}."
-            ) from error
+        prompt.encode()  # Some locales let any bytes through, as lone surrogates.
+    except UnicodeError as error:
+        raise ConfigurationError(
+            f"The question is no text ({error}): give it in {sys.stdin.encoding}."
+        ) from error
     if not prompt.strip():
         raise ConfigurationError("The question is empty: write one, or pipe one in.")
     return prompt

@@ -118,6 +118,16 @@ async def test_no_question(arguments: tuple[str, ...]) -> None:
     assert "The question is empty" in err
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the locale decides which
+async def test_a_question_that_is_no_text(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", f"utf-8:{errors}")
+    process = await start("--url", "eloquent://127.0.0.1:1", stdin=PIPE)
+    async with asyncio.timeout(DEADLINE_S):
+        out, err = await process.communicate(b"caf\xe9")
+    assert (process.returncode, out) == (1, b"")
+    assert b"no text" in err
+
+
 async def test_ctrl_c_cancels(start_server: StartServer) -> None:
     hanging = Hanging("So far")
     server = await start_server(hanging)
