@@ -1,0 +1,178 @@
+"""From a scenario to links: every stage with a random stream of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from eloquent_netem.cellular import synthetic_cellular
+from eloquent_netem.dualpi2 import DualPi2
+from eloquent_netem.errors import NetemError
+from eloquent_netem.link import Link, stage_rng
+from eloquent_netem.loss import (
+    DropList,
+    GilbertElliott,
+    IndependentLoss,
+    Loss,
+    NoLoss,
+    Outages,
+    PacketGilbertElliott,
+    handover_spans,
+)
+from eloquent_netem.queues import CoDel, DropTail, Queue
+from eloquent_netem.rate import FixedRate, PausedRate, Rate, TraceRate, UnlimitedRate, load_trace
+from eloquent_netem.scenario import Scenario
+from eloquent_netem.scenario_parts import (
+    BOTH,
+    BurstLossSpec,
+    CellularRateSpec,
+    CoDelSpec,
+    DirectionSpec,
+    DropListSpec,
+    DropTailSpec,
+    FixedRateSpec,
+    HandoversSpec,
+    IndependentLossSpec,
+    OutageSpec,
+    PacketBurstLossSpec,
+    TraceRateSpec,
+)
+from eloquent_netem.scenario_schema import Place, ScenarioError
+
+BITS_PER_MBIT = 1_000_000
+MS_PER_S = 1000
+
+CELLULAR_LENGTH_S = 600.0
+"A synthetic cellular link starts over after this, like a recording."
+
+Spans = list[tuple[float, float]]
+
+
+def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -> Link:
+    """Return a new link for one direction.
+
+    Raises:
+        ScenarioError: a part refuses its figures, or a file that is named cannot be read.
+    """
+    spec = scenario.direction(direction)
+    place = scenario.place.at(direction)
+    dropped, held = outage_spans(scenario, direction, seed)
+    with _blame(place.at("loss")):
+        loss = build_loss(spec, direction, seed)
+    with _blame(place.at("rate")):
+        rate = build_rate(scenario, direction, seed)
+    with _blame(place.at("queue")):
+        queue = build_queue(spec, direction, seed)
+    if dropped:
+        loss = Outages(dropped, loss)
+    if held:
+        rate = PausedRate(rate, held)
+    return Link(
+        delay_s=spec.delay_ms / MS_PER_S,
+        seed=seed,
+        name=direction,
+        loss=loss,
+        rate=rate,
+        queue=queue,
+        jitter_s=spec.jitter_ms / MS_PER_S,
+        reorders=spec.reorder,
+        duplicates=spec.duplicate,
+        origin_s=origin_s,
+    )
+
+
+def outage_spans(scenario: Scenario, direction: str, seed: int) -> tuple[Spans, Spans]:
+    """Return the spans, in seconds, in which a direction drops, and those in which it holds.
+
+    The outages of both directions come from a stream that both share: they are at the same
+    instants.
+    """
+    dropped: Spans = []
+    held: Spans = []
+    shared, own = scenario.outages, scenario.direction(direction).outages
+    here = scenario.place
+    for owner, outages, place in ((BOTH, shared, here), (direction, own, here.at(direction))):
+        for index, outage in enumerate(outages):
+            with _blame(place.at("outages").at(index)):
+                found = _spans(outage, f"outages-{index}", owner, seed, scenario.length_s)
+            (dropped if outage.effect == "drop" else held).extend(found)
+    return dropped, held
+
+
+def build_loss(spec: DirectionSpec, direction: str, seed: int) -> Loss:
+    """Return a direction's loss, without its outages."""
+    loss = spec.loss
+    rng = stage_rng(seed, direction, "loss")
+    if isinstance(loss, IndependentLossSpec):
+        return IndependentLoss(loss.probability, rng)
+    if isinstance(loss, DropListSpec):
+        return DropList(loss.indices)
+    if isinstance(loss, BurstLossSpec):
+        return GilbertElliott(loss=loss.loss, burst_s=loss.burst_ms / MS_PER_S, rng=rng)
+    if isinstance(loss, PacketBurstLossSpec):
+        return PacketGilbertElliott(loss=loss.loss, burst_packets=loss.burst_packets, rng=rng)
+    return NoLoss()
+
+
+def build_rate(scenario: Scenario, direction: str, seed: int) -> Rate:
+    """Return a direction's rate, without the outages that hold."""
+    rate = scenario.direction(direction).rate
+    if isinstance(rate, FixedRateSpec):
+        return FixedRate(rate.mbit_s * BITS_PER_MBIT)
+    if isinstance(rate, TraceRateSpec):
+        return TraceRate(load_trace(scenario.folder / rate.file))
+    if isinstance(rate, CellularRateSpec):
+        times_ms = synthetic_cellular(
+            rng=stage_rng(seed, direction, "rate"),
+            mean_bits_per_s=rate.mean_mbit_s * BITS_PER_MBIT,
+            length_s=min(scenario.length_s, CELLULAR_LENGTH_S),
+            stall_share=rate.stall_share,
+            stall_s=rate.stall_ms / MS_PER_S,
+        )
+        return TraceRate(times_ms)
+    return UnlimitedRate()
+
+
+def build_queue(spec: DirectionSpec, direction: str, seed: int) -> Queue:
+    """Return a direction's queue."""
+    queue = spec.queue
+    if isinstance(queue, DropTailSpec):
+        return DropTail(limit_packets=queue.packets, limit_bytes=queue.bytes)
+    if isinstance(queue, CoDelSpec):
+        return CoDel(
+            limit_packets=queue.packets,
+            target_s=queue.target_ms / MS_PER_S,
+            interval_s=queue.interval_ms / MS_PER_S,
+            ecn=queue.ecn,
+        )
+    rate = spec.rate
+    return DualPi2(
+        rng=stage_rng(seed, direction, "queue"),
+        scheduler="time-shifted" if queue.scheduler == "time-shifted" else "wrr",
+        bits_per_s=rate.mbit_s * BITS_PER_MBIT if isinstance(rate, FixedRateSpec) else None,
+        limit_packets=queue.packets,
+    )
+
+
+def _spans(outage: OutageSpec, stage: str, owner: str, seed: int, length_s: float) -> Spans:
+    if isinstance(outage, HandoversSpec):
+        return list(
+            handover_spans(
+                every_s=outage.every_s,
+                lasting_s=outage.lasting_ms / MS_PER_S,
+                length_s=length_s,
+                rng=stage_rng(seed, owner, stage),
+            )
+        )
+    return list(outage.spans_s)
+
+
+@contextmanager
+def _blame(place: Place) -> Iterator[None]:
+    """Turn what a part says of its figures into an error that names file and key."""
+    try:
+        yield
+    except ScenarioError:
+        raise
+    except (ValueError, NetemError) as error:
+        raise place.error(str(error).rstrip(".")) from error
+    except OSError as error:
+        raise place.error(f"{error.filename} cannot be read: {error.strerror}") from error

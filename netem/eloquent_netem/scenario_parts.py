@@ -1,0 +1,271 @@
+"""The parts of a scenario file: loss, outages, rate, queue, and the flows of cross traffic.
+
+These dataclasses are the file's format (docs/netem.md): a field made by `key` is a key of the file.
+"""
+
+from dataclasses import dataclass, field
+
+from eloquent_netem.scenario_schema import (
+    ListOf,
+    OneOf,
+    Place,
+    choice,
+    key,
+    number,
+    spans,
+    text,
+    truth,
+    whole,
+)
+
+MAX_DELAY_MS = 60_000
+MAX_LENGTH_S = 86_400
+MIN_RATE_MBIT_S = 0.001
+MAX_RATE_MBIT_S = 100_000
+MAX_PACKETS = 10_000_000
+DEFAULT_LIMIT_PACKETS = 1000
+"The transmit queue of a Linux interface (txqueuelen), and the limit of its pfifo and CoDel."
+
+SLOT_MS = 1.0
+"Burst loss is decided in slots of time of this length."
+
+UP, DOWN, BOTH = "up", "down", "both"
+
+a_rate = number(least=MIN_RATE_MBIT_S, most=MAX_RATE_MBIT_S)
+a_limit = whole(least=1, most=MAX_PACKETS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoLossSpec:
+    """Nothing is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndependentLossSpec:
+    """Each packet is lost with the same probability, whatever happened to others."""
+
+    probability: float = field(metadata=key(number(least=0, below=1)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BurstLossSpec:
+    """Gilbert-Elliott, clocked in slots of 1 ms: what is sent in a burst is lost."""
+
+    loss: float = field(metadata=key(number(least=0, below=1)))
+    "The share of time, and so of evenly sent packets, that bursts take."
+    burst_ms: float = field(metadata=key(number(least=SLOT_MS, most=MAX_DELAY_MS)))
+    "The mean length of a burst."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacketBurstLossSpec:
+    """Gilbert-Elliott, stepping once a packet: unfair to a sender that slows down."""
+
+    loss: float = field(metadata=key(number(least=0, below=1)))
+    burst_packets: float = field(metadata=key(number(least=1, most=MAX_PACKETS)))
+    "The mean length of a burst, in packets."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropListSpec:
+    """The packets with the given indices are lost; the first is 0."""
+
+    indices: tuple[int, ...] = field(metadata=key(ListOf(whole(least=0))))
+
+
+LOSSES: dict[str, type] = {
+    "none": NoLossSpec,
+    "independent": IndependentLossSpec,
+    "bursts": BurstLossSpec,
+    "packet-bursts": PacketBurstLossSpec,
+    "drop-list": DropListSpec,
+}
+NO_LOSS = NoLossSpec()
+LossSpec = NoLossSpec | IndependentLossSpec | BurstLossSpec | PacketBurstLossSpec | DropListSpec
+
+an_effect = choice("drop", "hold")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpansSpec:
+    """Outages at given times."""
+
+    spans_s: tuple[tuple[float, float], ...] = field(metadata=key(spans))
+    effect: str = field(metadata=key(an_effect))
+    "drop: what is sent is lost; hold: it waits in the queue, and then goes on."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoversSpec:
+    """Outages at random times, such as a moving phone has them."""
+
+    every_s: float = field(metadata=key(number(least=0.1, most=MAX_LENGTH_S)))
+    "The mean time from the start of one to the start of the next."
+    lasting_ms: float = field(metadata=key(number(least=SLOT_MS, most=MAX_DELAY_MS)))
+    effect: str = field(metadata=key(an_effect))
+
+    def check(self, place: Place) -> None:
+        """Refuse what no link can do."""
+        if self.lasting_ms >= self.every_s * 1000:
+            raise place.at("lasting_ms").error(
+                f"must be below every_s ({self.every_s * 1000:g} ms), not {self.lasting_ms:g}"
+            )
+
+
+OUTAGES: dict[str, type] = {"spans": SpansSpec, "handovers": HandoversSpec}
+OutageSpec = SpansSpec | HandoversSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlimitedRateSpec:
+    """Takes no time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedRateSpec:
+    """A constant rate."""
+
+    mbit_s: float = field(metadata=key(a_rate))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRateSpec:
+    """A recording in the mahimahi format; it starts over at its end."""
+
+    file: str = field(metadata=key(text))
+    "Relative to the scenario file."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellularRateSpec:
+    """A synthetic cellular link: its rate wanders and at times it stalls, differently by seed."""
+
+    mean_mbit_s: float = field(metadata=key(number(least=MIN_RATE_MBIT_S, most=200)))
+    "Over the whole of it, stalls included."
+    stall_share: float = field(default=0.03, metadata=key(number(least=0, most=0.5)))
+    "The part of the time that stalls take."
+    stall_ms: float = field(default=400.0, metadata=key(number(least=50, most=MAX_DELAY_MS)))
+    "The mean length of a stall."
+
+
+RATES: dict[str, type] = {
+    "unlimited": UnlimitedRateSpec,
+    "fixed": FixedRateSpec,
+    "trace": TraceRateSpec,
+    "cellular": CellularRateSpec,
+}
+UNLIMITED = UnlimitedRateSpec()
+RateSpec = UnlimitedRateSpec | FixedRateSpec | TraceRateSpec | CellularRateSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropTailSpec:
+    """First in, first out; what finds it full is dropped."""
+
+    packets: int | None = field(default=None, metadata=key(a_limit))
+    bytes: int | None = field(default=None, metadata=key(whole(least=1500)))
+
+    def check(self, place: Place) -> None:
+        """Refuse a queue without end: it would hide every loss behind delay."""
+        if self.packets is None and self.bytes is None:
+            raise place.error("must have a limit; give packets or bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoDelSpec:
+    """CoDel (RFC 8289): drops, or marks, what keeps a standing queue."""
+
+    target_ms: float = field(default=5.0, metadata=key(number(above=0, most=MAX_DELAY_MS)))
+    interval_ms: float = field(default=100.0, metadata=key(number(above=0, most=MAX_DELAY_MS)))
+    ecn: bool = field(default=False, metadata=key(truth))
+    "Whether packets that can be marked are marked instead of dropped."
+    packets: int = field(default=DEFAULT_LIMIT_PACKETS, metadata=key(a_limit))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DualPi2Spec:
+    """DualPI2 (RFC 9332): a low-latency queue for ECT(1) beside a classic one."""
+
+    scheduler: str = field(default="wrr", metadata=key(choice("wrr", "time-shifted")))
+    packets: int = field(default=10_000, metadata=key(a_limit))
+
+
+QUEUES: dict[str, type] = {"drop-tail": DropTailSpec, "codel": CoDelSpec, "dualpi2": DualPi2Spec}
+QueueSpec = DropTailSpec | CoDelSpec | DualPi2Spec
+
+DEFAULT_QUEUE = DropTailSpec(packets=DEFAULT_LIMIT_PACKETS)
+
+
+a_loss, a_rate_spec, a_queue = OneOf(LOSSES), OneOf(RATES), OneOf(QUEUES)
+outage_list = ListOf(OneOf(OUTAGES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionSpec:
+    """One direction of the path."""
+
+    delay_ms: float = field(default=0.0, metadata=key(number(least=0, most=MAX_DELAY_MS)))
+    jitter_ms: float = field(default=0.0, metadata=key(number(least=0, most=MAX_DELAY_MS)))
+    "A further delay of each packet, uniform from 0 to this."
+    reorder: bool = field(default=False, metadata=key(truth))
+    "Whether jitter may let packets overtake each other."
+    duplicate: float = field(default=0.0, metadata=key(number(least=0, most=1)))
+    "The probability that a packet arrives twice."
+    loss: LossSpec = field(default=NO_LOSS, metadata=key(a_loss))
+    outages: tuple[OutageSpec, ...] = field(default=(), metadata=key(outage_list))
+    rate: RateSpec = field(default=UNLIMITED, metadata=key(a_rate_spec))
+    queue: QueueSpec = field(default=DEFAULT_QUEUE, metadata=key(a_queue))
+
+
+PLAIN = DirectionSpec()
+
+a_direction = choice(UP, DOWN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSpec:
+    """What every kind of cross traffic has."""
+
+    direction: str = field(metadata=key(a_direction))
+    rtt_ms: float | None = field(default=None, metadata=key(number(above=0, most=MAX_DELAY_MS)))
+    "The flow's round-trip time without queues; the two delays of the path unless given."
+    start_s: float = field(default=0.0, metadata=key(number(least=0, most=MAX_LENGTH_S)))
+    "When it begins."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PragueSpec(FlowSpec):
+    """A bulk transfer under a scalable congestion control, in ECT(1) packets (RFC 9331)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CubicSpec(FlowSpec):
+    """A bulk transfer under CUBIC (RFC 9438)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BurstsSpec(FlowSpec):
+    """ECT(1) packets that heed no mark and no loss, in bursts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebSpec(FlowSpec):
+    """Transfers of a random size with pauses of a random length."""
+
+
+CROSS: dict[str, type] = {
+    "prague": PragueSpec,
+    "cubic": CubicSpec,
+    "bursts": BurstsSpec,
+    "web": WebSpec,
+}
+CrossSpec = PragueSpec | CubicSpec | BurstsSpec | WebSpec
+
+
+def kind_of(part: object) -> str:
+    """Return the `kind` under which a part stands in a file."""
+    for kinds in (LOSSES, OUTAGES, RATES, QUEUES, CROSS):
+        for kind, form in kinds.items():
+            if type(part) is form:
+                return kind
+    raise ValueError(f"{part!r} is no part of a scenario file")
