@@ -18,7 +18,7 @@ from eloquent_client.errors import (
     NotFoundError,
     ServerFaultError,
 )
-from eloquent_client.local import local_server
+from eloquent_client.local import local_client, local_server
 from eloquent_client.messages import Message, StreamStats, Usage
 from eloquent_client.stream import MessageStream
 
@@ -44,5 +44,6 @@ __all__ = [
     "StreamStats",
     "TextDelta",
     "Usage",
+    "local_client",
     "local_server",
 ]

@@ -46,6 +46,7 @@ class Client:
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._link: ClientLink | None = None
+        self._failure: EloquentError | None = None
         self._connecting = asyncio.Lock()
 
     @property
@@ -87,8 +88,18 @@ class Client:
         Raises:
             APIConnectionError: no server answers, or it is not the one that the URL's pin names.
             APITimeoutError: that took longer than `connect_timeout_s`.
+            EloquentError: what `fail` was given.
         """
         await self._open_link()
+
+    def fail(self, error: EloquentError) -> None:
+        """Let all turns fail with `error`, those that run and those asked later.
+
+        For whoever knows that the server is gone for good.
+        """
+        self._failure = error
+        if self._link is not None:
+            self._link.fail(error)
 
     async def close(self) -> None:
         """Close the connection; turns that still run fail."""
@@ -109,6 +120,8 @@ class Client:
 
     async def _open_link(self) -> ClientLink:
         async with self._connecting:
+            if self._failure is not None:
+                raise self._failure
             if self._link is None or not self._link.is_open:
                 await self.close()
                 self._link = await self._connect()

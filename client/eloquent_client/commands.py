@@ -1,11 +1,9 @@
 """The subcommands `eloquent ask` and `eloquent chat`."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from json import dumps
 from typing import Annotated, Any
@@ -15,7 +13,8 @@ from cyclopts import Parameter
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
-from eloquent_client.local import local_server
+from eloquent_client.errors import LocalServerError
+from eloquent_client.local import local_client
 from eloquent_client.printable import printable
 from eloquent_client.stream import MessageStream
 
@@ -121,24 +120,16 @@ def _read_prompt(prompt: str | None) -> str:
 async def _ask(
     url: ServerUrl | None, model: str | None, body: dict[str, Any], *, as_json: bool
 ) -> None:
-    async with (
-        _server(url, model) as server_url,
-        Client(server_url) as client,
-        client.stream(**body) as stream,
-    ):
-        if as_json:
-            await _print_json(stream)
-        else:
-            await _print_text(stream)
-
-
-@contextlib.asynccontextmanager
-async def _server(url: ServerUrl | None, model: str | None) -> AsyncIterator[ServerUrl]:
-    if url is not None:
-        yield url
-        return
-    async with local_server(model, on_progress=_print_progress) as local_url:
-        yield local_url
+    client = Client(url) if url is not None else local_client(model, on_progress=_print_progress)
+    try:
+        async with client as connected, connected.stream(**body) as stream:
+            if as_json:
+                await _print_json(stream)
+            else:
+                await _print_text(stream)
+    except LocalServerError as error:
+        # What the server said has been printed as it said it.
+        raise LocalServerError(error.message) from error
 
 
 async def _print_text(stream: MessageStream) -> None:

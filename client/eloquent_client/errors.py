@@ -8,7 +8,7 @@ APIError
 ├── APIConnectionError      the link failed
 │   └── APITimeoutError     it took too long
 └── APIResponseError        what came is no valid answer
-LocalServerError            a server started on this machine did not come up
+LocalServerError            a server started on this machine did not come up, or died
 """
 
 from eloquent.errors import (
@@ -61,7 +61,15 @@ class APIResponseError(APIError):
 
 
 class LocalServerError(EloquentError):
-    """The server started on this machine ended before it was ready."""
+    """The server started on this machine ended before it was ready, or while it was needed.
+
+    `said` are its last lines, which the error's text has after `message`; it may be empty.
+    """
+
+    def __init__(self, message: str, said: str = "") -> None:
+        super().__init__(f"{message} It said:\n{said}" if said else message)
+        self.message = message
+        self.said = said
 
 
 _BY_CODE: dict[str, type[APIStatusError]] = {

@@ -5,11 +5,12 @@ import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
+from eloquent_client.client import Client
 from eloquent_client.errors import LocalServerError
 
 READY_PREFIX = "LISTENING "
@@ -25,6 +26,9 @@ READ_BYTES = 4096
 
 OnProgress = Callable[[str], None]
 
+Ending = Callable[[str], Awaitable[LocalServerError]]
+"Waits for a server's end and returns the error that tells of it; takes when that was."
+
 
 @asynccontextmanager
 async def local_server(
@@ -39,6 +43,38 @@ async def local_server(
     Raises:
         LocalServerError: the server cannot be started, or ended before it was ready.
     """
+    async with _running(model, on_progress) as (url, _):
+        yield url
+
+
+@asynccontextmanager
+async def local_client(
+    model: str | None = None, *, on_progress: OnProgress = lambda line: None
+) -> AsyncIterator[Client]:
+    """Run a server as `local_server` does, and give a client of it.
+
+    If the server ends before the block does, the client's turns fail at once with
+    `LocalServerError`, those that run and those asked later.
+
+    Raises:
+        LocalServerError: the server cannot be started, or ended before it was ready.
+    """
+
+    async def watch(client: Client, ending: Ending) -> None:
+        client.fail(await ending("while it was needed: start it again"))
+
+    async with _running(model, on_progress) as (url, ending), Client(url) as client:
+        watching = asyncio.create_task(watch(client, ending))
+        try:
+            yield client
+        finally:
+            watching.cancel()
+
+
+@asynccontextmanager
+async def _running(
+    model: str | None, on_progress: OnProgress
+) -> AsyncIterator[tuple[ServerUrl, Ending]]:
     command = [sys.executable, "-m", "eloquent", "serve"]
     command += ["--host", "127.0.0.1", "--port", "0", "--exit-with-parent"]
     if model is not None:
@@ -55,19 +91,26 @@ async def local_server(
             "with --url."
         ) from error
     last_lines: deque[str] = deque(maxlen=KEPT_LINES)
-    readers = {asyncio.create_task(_follow_logs(process, last_lines, on_progress))}
+    logs = asyncio.create_task(_follow_logs(process, last_lines, on_progress))
+    readers = {logs}
+
+    async def ending(when: str) -> LocalServerError:
+        code = await process.wait()
+        await asyncio.wait((logs,), timeout=STOP_TIMEOUT_S)
+        return LocalServerError(
+            f"The server started on this machine ended with exit code {code} {when}.",
+            "\n".join(last_lines),
+        )
+
     try:
         url = await _wait_until_ready(process)
         if url is None:
-            await asyncio.wait(readers, timeout=STOP_TIMEOUT_S)
-            said = "\n".join(last_lines) or "(nothing)"
-            raise LocalServerError(
-                f"The server started on this machine ended with exit code {await process.wait()} "
-                "before it was ready, so there is nothing to chat with. Put right what it said "
-                f"last, or give the URL of another server with --url. It said:\n{said}"
+            raise await ending(
+                "before it was ready: put right what it said last, or give the URL of another "
+                "server with --url"
             )
         readers.add(asyncio.create_task(_drain(process)))
-        yield url
+        yield url, ending
     finally:
         try:
             await _stop(process)

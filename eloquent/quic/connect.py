@@ -91,7 +91,7 @@ class ClientLink(asyncio.DatagramProtocol):
         self._address: Address = None
         self._turns: dict[int, ClientTurn] = {}
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._failure: ConnectionFailedError | None = None
+        self._failure: EloquentError | None = None
 
     @property
     def path(self) -> Path:
@@ -107,7 +107,7 @@ class ClientLink(asyncio.DatagramProtocol):
         """Open a turn.
 
         Raises:
-            ConnectionFailedError: the connection is over.
+            ConnectionFailedError: the connection is over; or what `fail` was given.
         """
         if self._failure is not None:
             raise self._failure
@@ -131,7 +131,22 @@ class ClientLink(asyncio.DatagramProtocol):
         """Close the connection; turns that are open fail."""
         self._connection.close("the client is done")
         self._driver.pump()
-        self._end(ConnectionFailedError("The connection was closed on this side."))
+        self.fail(ConnectionFailedError("The connection was closed on this side."))
+
+    def fail(self, failure: EloquentError) -> None:
+        """Give the connection up: turns that are open, and those asked later, fail with this."""
+        if self._failure is not None:
+            return
+        self._failure = failure
+        self._driver.stop()
+        if self._transport is not None:
+            self._transport.close()
+        if not self._connected.done():
+            self._connected.set_exception(failure)
+            self._connected.exception()  # whoever awaits gets it; nobody may be waiting
+        for turn in self._turns.values():
+            turn.put(failure)
+        self._turns.clear()
 
     async def open(self, address: Address, timeout_s: float) -> None:
         """Shake hands with the server at `address`.
@@ -149,7 +164,7 @@ class ClientLink(asyncio.DatagramProtocol):
                 f"No answer from {self._url.host}, UDP port {self._url.port}, within "
                 f"{timeout_s:g} s: no server runs there, or a firewall blocks UDP. Check the URL."
             )
-            self._end(failure)
+            self.fail(failure)
             raise failure from None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -163,7 +178,7 @@ class ClientLink(asyncio.DatagramProtocol):
     def error_received(self, exc: Exception) -> None:
         """See `asyncio.DatagramProtocol`; only a refusal while connecting is final."""
         if isinstance(exc, ConnectionRefusedError) and not self._connected.done():
-            self._end(
+            self.fail(
                 ConnectionFailedError(
                     f"Nothing listens on {self._url.host}, UDP port {self._url.port}: start the "
                     "server (`eloquent serve`) or check the URL."
@@ -185,7 +200,7 @@ class ClientLink(asyncio.DatagramProtocol):
             if failed is not None:
                 failed.put(event.error)
         elif isinstance(event, ConnectionEnded):
-            self._end(ConnectionFailedError(self._why_ended(event)))
+            self.fail(ConnectionFailedError(self._why_ended(event)))
 
     def _why_ended(self, event: ConnectionEnded) -> str:
         if self._connected.done():
@@ -207,20 +222,6 @@ class ClientLink(asyncio.DatagramProtocol):
             turn.put(item)
             if isinstance(item, End):
                 del self._turns[progress.turn]
-
-    def _end(self, failure: ConnectionFailedError) -> None:
-        if self._failure is not None:
-            return
-        self._failure = failure
-        self._driver.stop()
-        if self._transport is not None:
-            self._transport.close()
-        if not self._connected.done():
-            self._connected.set_exception(failure)
-            self._connected.exception()  # whoever awaits gets it; nobody may be waiting
-        for turn in self._turns.values():
-            turn.put(failure)
-        self._turns.clear()
 
 
 async def connect(url: ServerUrl, *, timeout_s: float = CONNECT_TIMEOUT_S) -> ClientLink:

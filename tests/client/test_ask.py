@@ -89,6 +89,13 @@ async def test_a_server_of_its_own() -> None:
     assert json.loads(out)["text"] == "say this again"
 
 
+async def test_a_server_of_its_own_that_fails_says_why_once() -> None:
+    code, out, err = await run("Hi", "--model", "/nonexistent")
+    assert (code, out) == (1, "")
+    assert err.count("There is no model '/nonexistent'") == 1
+    assert err.splitlines()[-1].startswith("eloquent: The server started on this machine ended")
+
+
 async def test_errors_are_one_message(start_server: StartServer) -> None:
     server = await start_server(Gateway(EchoBackend(1e6)).handle)
     code, out, err = await run("Hi", "--json", "--model", "nonesuch", "--url", str(server.url))

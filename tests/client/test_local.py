@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,16 @@ import pytest
 from loopback import DEADLINE_S
 
 from eloquent.url import ServerUrl, parse_url
-from eloquent_client import APIConnectionError, Client, LocalServerError, local, local_server
+from eloquent_client import (
+    APIConnectionError,
+    Client,
+    LocalServerError,
+    local,
+    local_client,
+    local_server,
+)
 
+PYTHON = sys.executable
 PIN = "0" * 64
 
 
@@ -64,6 +73,22 @@ async def test_a_server_that_fails_says_why() -> None:
             pass
     assert "exit code 1" in str(error.value)
     assert any("/nonexistent" in line for line in lines)
+
+
+async def test_a_client_knows_at_once_that_its_server_died(fake_server: Path) -> None:
+    write_script(fake_server, "echo 'Its last words' >&2", f'exec {PYTHON} "$@"')
+    question = "some two hundred seconds of words " * 2000
+    async with asyncio.timeout(DEADLINE_S), local_client("echo") as client:
+        async with client.stream([{"role": "user", "content": question}]) as stream:
+            await anext(stream.text_stream)
+            os.kill(int((fake_server.parent / "pid").read_text()), signal.SIGKILL)
+            with pytest.raises(LocalServerError, match="-9") as error:
+                await stream.get_final_message()
+        assert "Its last words" in str(error.value)
+        assert stream.text
+        assert not client.is_connected
+        with pytest.raises(LocalServerError, match="-9"):
+            await client.connect()
 
 
 async def test_progress_is_shown_in_lines(fake_server: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
-from eloquent_client.local import local_server
+from eloquent_client.local import local_client
 from eloquent_client.tui.app import ChatApp
 
 
@@ -40,5 +40,5 @@ async def _start(
     on_progress: Callable[[str], None],
 ) -> Client:
     if url is None:
-        url = await stack.enter_async_context(local_server(model, on_progress=on_progress))
+        return await stack.enter_async_context(local_client(model, on_progress=on_progress))
     return await stack.enter_async_context(Client(url))
