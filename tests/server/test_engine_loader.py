@@ -1,6 +1,7 @@
 """Loading: what is refused, and why."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_damaged_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="could not be loaded"):
         load(tmp_path, "mine", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", "short"),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}'),
+    ],
+)
+def test_a_damaged_file(directory: Path, tmp_path: Path, file: str, content: str) -> None:
+    copied = shutil.copytree(directory, tmp_path / "copy")
+    (copied / file).write_text(content)
+    with pytest.raises(ConfigurationError, match="could not be loaded"):
+        load(copied, "mine", device="cpu")
 
 
 @pytest.mark.parametrize(

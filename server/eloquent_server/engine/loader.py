@@ -67,11 +67,14 @@ def load(directory: Path, name: str, *, device: str = "auto") -> LoadedModel:
                 use_safetensors=True,
                 local_files_only=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except ConfigurationError:
+            raise
+        except Exception as error:  # Of damaged files the libraries raise bare Exceptions, too.
             raise ConfigurationError(
                 f"The model {name} could not be loaded from {directory}: {_first_line(error)}. "
-                "The directory must hold config.json, *.safetensors and tokenizer.json of an "
-                "architecture that transformers knows."
+                "The directory must hold config.json, *.safetensors and tokenizer.json, whole, of "
+                "an architecture that transformers knows. If it is the embedded model's, delete "
+                "it: the model is fetched anew."
             ) from error
     model.eval().requires_grad_(False)
     model.to(chosen)
