@@ -38,9 +38,9 @@ def served(rate: Rate, sends: list[tuple[float, int]]) -> list[float]:
     for index, (time, size) in enumerate(sends):
         link.send(time, Packet(index.to_bytes(4, "big"), size))
     times: dict[int, float] = {}
-    while (time := link.next_time()) is not None:
-        for packet in link.poll(time):
-            times[int.from_bytes(packet.data, "big")] = time
+    while (next_time := link.next_time()) is not None:
+        for packet in link.poll(next_time):
+            times[int.from_bytes(packet.data, "big")] = next_time
     return [times[index] for index in range(len(sends))]
 
 
@@ -167,12 +167,12 @@ def opportunities(times_ms: list[int]) -> Iterator[int]:
 
 def by_hand(times_ms: list[int], sends: list[tuple[float, int]]) -> list[float]:
     """Go through all opportunities and give each's bytes to who waits."""
-    waiting = [list(send) for send in sends]
+    waiting: list[list[float]] = [list(send) for send in sends]
     left: list[float] = []
     for ms in opportunities(times_ms):
         if not waiting:
             break
-        budget = 1500
+        budget = 1500.0
         while waiting and budget and waiting[0][0] <= ms / 1000:
             taken = min(budget, waiting[0][1])
             budget -= taken
