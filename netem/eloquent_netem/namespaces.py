@@ -8,7 +8,6 @@ namespace of our own (user_namespaces(7)) where those are allowed.
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import re
@@ -35,6 +34,7 @@ SERVER_ADDRESS_V6 = "2001:db8::2"
 
 DEFAULT_MTU = 1500
 DEVICE = "tun0"
+TUN_PATH = Path("/dev/net/tun")
 
 NamespaceId = tuple[int, int]
 "Device and inode of a namespace: what tells it from all others."
@@ -46,7 +46,6 @@ _TUNSETIFF = 0x400454CA
 _IFF_TUN = 0x0001
 _IFF_NO_PI = 0x1000
 "linux/if_tun.h"
-_TUN_PATH = Path("/dev/net/tun")
 _TUN_QUEUE_PACKETS = 10_000
 "The kernel drops what the router has not read when this is full; the default is 500."
 _KILL_GRACE_S = 1.0
@@ -115,14 +114,14 @@ class NamespaceHolder:
         self._device_files: dict[Side, int] = {}
         self.tun_fds: dict[Side, int] = {}
         fds: dict[Side, int] = {}
-        pairs: dict[Side, tuple[str, str, str, str]] = {
-            "client": (CLIENT_ADDRESS, SERVER_ADDRESS, CLIENT_ADDRESS_V6, SERVER_ADDRESS_V6),
-            "server": (SERVER_ADDRESS, CLIENT_ADDRESS, SERVER_ADDRESS_V6, CLIENT_ADDRESS_V6),
+        ends: dict[Side, tuple[str, str]] = {
+            "client": (CLIENT_ADDRESS, CLIENT_ADDRESS_V6),
+            "server": (SERVER_ADDRESS, SERVER_ADDRESS_V6),
         }
-        for side, addresses in pairs.items():
+        for side, addresses in ends.items():
             _unshare(_CLONE_NEWNET)
             fds[side] = os.open("/proc/self/ns/net", os.O_RDONLY)
-            self.tun_fds[side] = _open_tun()
+            self.tun_fds[side] = open_tun()
             _configure(*addresses, mtu=mtu)
             # It stays a view of this namespace, wherever the process goes.
             self._device_files[side] = os.open("/proc/self/net/dev", os.O_RDONLY)
@@ -227,38 +226,44 @@ def _unshare(flags: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _open_tun() -> int:
-    """Make a TUN device in the present network namespace; return the router's end."""
+def open_tun(path: Path = TUN_PATH) -> int:
+    """Make a TUN device in the present network namespace; return the router's end.
+
+    Raises:
+        TunMissingError: there is no TUN driver behind `path`, or it is not for us.
+        PrivilegeError: this process may not make devices.
+    """
     try:
-        fd = os.open(_TUN_PATH, os.O_RDWR | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise TunMissingError(
+            f"This user may not open {path}: make it accessible (chmod 0666 {path} is what most "
+            "systems have), run it as root, or use the UDP proxy."
+        ) from error
     except OSError as error:
-        raise TunMissingError(_tun_problem(error)) from error
+        raise _no_tun(path, error) from error
     flags = _IFF_TUN | _IFF_NO_PI  # No offloads: what the router sees is what is on the wire.
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), flags))
-    except PermissionError as error:
-        raise PrivilegeError(
-            "This process may not make a TUN device: it needs CAP_NET_ADMIN; run it as root (in "
-            "a container with --cap-add NET_ADMIN)."
-        ) from error
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, PermissionError):
+            raise PrivilegeError(
+                "This process may not make a TUN device: it needs CAP_NET_ADMIN; run it as root "
+                "(in a container with --cap-add NET_ADMIN)."
+            ) from error
+        raise _no_tun(path, error) from error
     return fd
 
 
-def _tun_problem(error: OSError) -> str:
-    if isinstance(error, PermissionError):
-        return (
-            f"This user may not open {_TUN_PATH}: make it accessible (chmod 0666 {_TUN_PATH} is "
-            "what most systems have), run it as root, or use the UDP proxy."
-        )
-    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-        return (
-            f"There is no {_TUN_PATH}: load the kernel's module (modprobe tun; in a container: "
-            "--device /dev/net/tun), or use the UDP proxy."
-        )
-    return f"{_TUN_PATH} cannot be opened ({error.strerror}): use the UDP proxy instead."
+def _no_tun(path: Path, error: OSError) -> TunMissingError:
+    return TunMissingError(
+        f"There is no working {path} ({error.strerror}): load the kernel's module (modprobe tun; "
+        "in a container: --device /dev/net/tun), or use the UDP proxy."
+    )
 
 
-def _configure(address: str, peer: str, address_v6: str, peer_v6: str, *, mtu: int) -> None:
+def _configure(address: str, address_v6: str, *, mtu: int) -> None:
     """Configure the present network namespace."""
     has_v6 = Path("/proc/sys/net/ipv6").exists()
     for name, value in _SYSCTLS + (_SYSCTLS_V6 if has_v6 else ()):
@@ -268,9 +273,9 @@ def _configure(address: str, peer: str, address_v6: str, peer_v6: str, *, mtu: i
     # The device exists already and has taken the old defaults.
     for name, value in _SYSCTLS_V6 if has_v6 else ():
         _set_sysctl(name.replace("/default/", f"/{DEVICE}/"), value)
-    _ip("addr", "add", address, "peer", peer, "dev", DEVICE)
+    _ip("addr", "add", f"{address}/30", "dev", DEVICE)
     if has_v6:
-        _ip("addr", "add", address_v6, "peer", peer_v6, "dev", DEVICE, "nodad")
+        _ip("addr", "add", f"{address_v6}/126", "dev", DEVICE, "nodad")
     _ip("link", "set", DEVICE, "up")
 
 

@@ -138,8 +138,11 @@ class CrossTraffic(Protocol):
         """See a packet of cross traffic, any actor's, that came out of a link at `now`."""
 
 
+MakeLinks = Callable[[], tuple[Link, Link]]
+"""Makes the links up (client to server) and down, in the process that drives them; picklable."""
+
 MakeCrossTraffic = Callable[[Link, Link], Sequence[CrossTraffic]]
-"""Makes the cross traffic for the links up and down, in the process in which they are."""
+"""Makes the cross traffic for the links up and down, in the process that drives them."""
 
 
 def no_cross_traffic(up: Link, down: Link) -> Sequence[CrossTraffic]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from eloquent_netem.link import Link
 from eloquent_netem.namespaces import (
     DEFAULT_MTU,
     NamespaceHolder,
@@ -27,13 +26,11 @@ from eloquent_netem.realtime import (
     Driver,
     DriverStats,
     MakeCrossTraffic,
+    MakeLinks,
     no_cross_traffic,
     refuse_unfaithful,
 )
 from eloquent_netem.worker import Worker, WorkerError
-
-MakeLinks = Callable[[], tuple[Link, Link]]
-"Makes the links up (client to server) and down, in the process that drives them; picklable."
 
 _READ_BYTES = 65536
 _BATCH_PACKETS = 32
@@ -60,7 +57,8 @@ class TunNetwork:
     def __init__(self, worker: Worker[Namespaces, TunStats]) -> None:
         self._worker = worker
         self._namespaces = worker.ready
-        self._processes: list[subprocess.Popen[Any]] = []
+        self.processes: list[subprocess.Popen[Any]] = []
+        "What `popen` has started."
 
     @property
     def router_pid(self) -> int | None:
@@ -89,7 +87,7 @@ class TunNetwork:
         at the end is ended, children included.
         """
         process = subprocess.Popen(self.command(side, arguments), **options)  # noqa: S603
-        self._processes.append(process)
+        self.processes.append(process)
         return process
 
     def stats(self) -> TunStats:
@@ -106,7 +104,7 @@ class TunNetwork:
             return self._worker.close()
         finally:
             kill_inside(self._namespaces.ids.values())
-            for process in self._processes:
+            for process in self.processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_END_GRACE_S)
 
