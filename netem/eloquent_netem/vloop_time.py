@@ -33,7 +33,7 @@ CLEANUP_S = 3_600.0
 THREAD_LIMIT_S = 60.0
 "Real time; a thread that needs longer seems to wait for something that needs virtual time."
 
-GRACE_S = 1.0
+GRACE_S = 5.0
 "Real time in which a thread that the loop did not start may wake it, before it is a deadlock."
 
 
