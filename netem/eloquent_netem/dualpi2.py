@@ -26,17 +26,16 @@ MTU_BYTES = 1500
 L_WEIGHT = 90
 C_WEIGHT = 10
 TIME_SHIFT_S = 0.05
-"What ns-3 and the first Linux versions took: the RFC only says that it be well above the target."
+"The default of ns-3's DualPI2; well above the target, so that L waits only behind old packets."
 
 
 class DualPi2:
     """The queue; times are in seconds, `alpha` and `beta` in Hz, defaults are those of Linux.
 
     The scheduler is either `"wrr"`, weighted round robin with 90% for L and 10% for C as in Linux,
-    or `"time-shifted"` (RFC 9332 section 4.1 and appendix A.1): the packet that has waited longest
-    goes first, those of L being taken to have waited `time_shift_s` longer. On links so slow that
-    two packets take longer than `step_s`, the step is as long as these take; this needs
-    `bits_per_s`.
+    or `"time-shifted"`, the FIFO of RFC 9332's appendix A: the packet that has waited longest goes
+    first, those of L being taken to have waited `time_shift_s` longer. On links so slow that two
+    packets take longer than `step_s`, the step is as long as these take; this needs `bits_per_s`.
 
     The controller's 16 ms count from the first packet. They need no timer: the updates that are
     due are made up for, at their own times, before anything changes.
