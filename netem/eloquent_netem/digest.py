@@ -4,11 +4,13 @@ The same seed has the same digest in every process; a figure quoted with it can 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eloquent_netem.link import Link
-from eloquent_netem.packet import Ecn, Packet
+from eloquent_netem.packet import SUBJECT, Ecn, Packet
 from eloquent_netem.scenario import Scenario
+from eloquent_netem.scenario_build import CrossActor
 from eloquent_netem.scenario_parts import DOWN, UP
 from eloquent_netem.sim import Actor, simulate
 
@@ -34,7 +36,7 @@ class Passage:
     "When it arrived, and when its copy did; empty if it was lost or is held at the end."
 
     def lines(self) -> str:
-        """Return what the digest hashes; times in whole nanoseconds, so alike on all machines."""
+        """Return what the digest hashes; times in whole nanoseconds: floats round there."""
         fate = "arrived" if self.arrived_s else "lost"
         rest = f"{self.direction} {self.packet.size} {int(self.packet.ecn)} {fate}"
         times = (self.sent_s, *self.arrived_s) if self.arrived_s else (self.sent_s,)
@@ -69,16 +71,21 @@ class _Load:
 class _Arrivals:
     """Takes out of a link what has come through."""
 
-    def __init__(self, link: Link, load: _Load) -> None:
+    def __init__(self, link: Link, load: _Load, cross: Sequence[CrossActor]) -> None:
         self._link = link
         self._load = load
+        self._cross = cross
 
     def next_time(self) -> float | None:
         return self._link.next_time()
 
     def act(self, now: float) -> None:
         for packet in self._link.poll(now):
-            self._load.arrived(now, packet)
+            if packet.flow == SUBJECT:
+                self._load.arrived(now, packet)
+            else:
+                for actor in self._cross:
+                    actor.on_delivered(now, packet)
 
 
 class _End:
@@ -98,13 +105,21 @@ class _End:
 def passages(scenario: Scenario, seed: int | None = None) -> list[Passage]:
     """Return what becomes of 100 bytes every 5 ms both ways for the scenario's length.
 
+    The scenario's cross traffic is there too.
+
     Raises:
         ScenarioError: see `Scenario.links`.
     """
     links = dict(zip((UP, DOWN), scenario.links(seed), strict=True))
+    cross = scenario.cross_flows(links[UP], links[DOWN], seed)
     load = _Load(links, scenario.length_s)
     end = _End(scenario.length_s + DRAIN_S)
-    actors: list[Actor] = [load, *(_Arrivals(link, load) for link in links.values()), end]
+    actors: list[Actor] = [
+        load,
+        *cross,
+        *(_Arrivals(link, load, cross) for link in links.values()),
+        end,
+    ]
     limit_s = scenario.length_s + 2 * DRAIN_S
     simulate(actors, until=lambda: end.is_over, start_s=0.0, limit_s=limit_s)
     return load.passages

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from eloquent_netem.loss import PacketClockedLossWarning
 from eloquent_netem.scenario_parts import (
-    BOTH,
     CROSS,
     DEFAULT_QUEUE,
     DOWN,
@@ -43,6 +42,7 @@ from eloquent_netem.scenario_schema import (
 
 if TYPE_CHECKING:
     from eloquent_netem.link import Link
+    from eloquent_netem.scenario_build import CrossActor
 
 LIBRARY = Path(__file__).parent / "scenarios"
 SUFFIX = ".toml"
@@ -84,6 +84,18 @@ class Scenario:
         seed = self.seed if seed is None else seed
         return build_link(self, UP, seed, origin_s), build_link(self, DOWN, seed, origin_s)
 
+    def cross_flows(
+        self, up: "Link", down: "Link", seed: int | None = None, origin_s: float = 0.0
+    ) -> "tuple[CrossActor, ...]":
+        """Return new flows of cross traffic that send into these links, on the same clock.
+
+        Whatever drives the links lets them act and hands each packet that comes out and is not
+        the subject's to `on_delivered` of all of them.
+        """
+        from eloquent_netem.scenario_build import build_cross
+
+        return build_cross(self, (up, down), self.seed if seed is None else seed, origin_s)
+
     def warnings(self) -> tuple[str, ...]:
         """Return what one should know before one believes a figure from this scenario."""
         found = []
@@ -98,33 +110,53 @@ class Scenario:
 
     def check(self, place: Place) -> None:
         """Refuse what each key allows but all together do not."""
-        for name in (BOTH, UP, DOWN):
-            here = place if name == BOTH else place.at(name)
-            outages = self.outages if name == BOTH else self.direction(name).outages
-            for index, outage in enumerate(outages):
-                if isinstance(outage, SpansSpec) and outage.spans_s[-1][1] > self.length_s:
-                    raise (
-                        here.at("outages")
-                        .at(index)
-                        .at("spans_s")
-                        .error(
-                            f"ends at {outage.spans_s[-1][1]:g} s, after the scenario's length_s "
-                            f"({self.length_s:g} s)"
-                        )
-                    )
+        self._check_outages(self.outages, place.at("outages"))
         for name in (UP, DOWN):
             path = self.direction(name)
+            self._check_outages(path.outages, place.at(name).at("outages"))
             holds = any(outage.effect == "hold" for outage in self.outages + path.outages)
-            if (
-                isinstance(path.rate, UnlimitedRateSpec)
-                and path.queue != DEFAULT_QUEUE
-                and not holds
-            ):
+            flows_freely = isinstance(path.rate, UnlimitedRateSpec) and not holds
+            if flows_freely and path.queue != DEFAULT_QUEUE:
                 raise (
                     place.at(name)
                     .at("queue")
                     .error(f"never fills while the rate is unlimited; give {name}.rate")
                 )
+        for index, flow in enumerate(self.cross):
+            self._check_flow(flow, place.at("cross").at(index))
+
+    def _check_outages(self, outages: tuple[OutageSpec, ...], place: Place) -> None:
+        for index, outage in enumerate(outages):
+            if isinstance(outage, SpansSpec) and outage.spans_s[-1][1] > self.length_s:
+                raise (
+                    place.at(index)
+                    .at("spans_s")
+                    .error(
+                        f"ends at {outage.spans_s[-1][1]:g} s, after the scenario's length_s "
+                        f"({self.length_s:g} s)"
+                    )
+                )
+
+    def _check_flow(self, flow: CrossSpec, place: Place) -> None:
+        path = self.direction(flow.direction)
+        if isinstance(path.rate, UnlimitedRateSpec):
+            raise place.error(
+                f"would fill an unlimited rate; give {flow.direction}.rate, or leave it out"
+            )
+        if flow.start_s >= self.length_s:
+            raise place.at("start_s").error(
+                f"must be below the scenario's length_s ({self.length_s:g} s)"
+            )
+        if self.rtt_ms(flow) <= 0:
+            raise place.at("rtt_ms").error("is missing, and the path's delays are 0")
+        if self.rtt_ms(flow) < path.delay_ms:
+            raise place.at("rtt_ms").error(
+                f"must be at least {flow.direction}.delay_ms ({path.delay_ms:g} ms)"
+            )
+
+    def rtt_ms(self, flow: CrossSpec) -> float:
+        """Return a flow's round-trip time without queues."""
+        return self.up.delay_ms + self.down.delay_ms if flow.rtt_ms is None else flow.rtt_ms
 
 
 def library_names() -> tuple[str, ...]:

@@ -1,9 +1,21 @@
 """From a scenario to links: every stage with a random stream of its own."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 
 from eloquent_netem.cellular import synthetic_cellular
+from eloquent_netem.cross import (
+    CrossFlow,
+    CubicEcnFlow,
+    CubicFlow,
+    PragueFlow,
+    UnresponsiveBursts,
+    WebFlows,
+)
+from eloquent_netem.cross_windowed import Send
 from eloquent_netem.dualpi2 import DualPi2
 from eloquent_netem.errors import NetemError
 from eloquent_netem.link import Link, stage_rng
@@ -17,14 +29,19 @@ from eloquent_netem.loss import (
     PacketGilbertElliott,
     handover_spans,
 )
+from eloquent_netem.packet import SUBJECT, Packet
 from eloquent_netem.queues import CoDel, DropTail, Queue
 from eloquent_netem.rate import FixedRate, PausedRate, Rate, TraceRate, UnlimitedRate, load_trace
 from eloquent_netem.scenario import Scenario
 from eloquent_netem.scenario_parts import (
     BOTH,
+    UP,
     BurstLossSpec,
+    BurstsSpec,
     CellularRateSpec,
     CoDelSpec,
+    CrossSpec,
+    CubicSpec,
     DirectionSpec,
     DropListSpec,
     DropTailSpec,
@@ -33,6 +50,7 @@ from eloquent_netem.scenario_parts import (
     IndependentLossSpec,
     OutageSpec,
     PacketBurstLossSpec,
+    PragueSpec,
     TraceRateSpec,
 )
 from eloquent_netem.scenario_schema import Place, ScenarioError
@@ -44,6 +62,27 @@ CELLULAR_LENGTH_S = 600.0
 "A synthetic cellular link starts over after this, like a recording."
 
 Spans = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class CrossActor:
+    """A flow of cross traffic, as whatever drives the links wants it."""
+
+    flow: CrossFlow
+    spec: CrossSpec
+
+    def next_time(self) -> float | None:
+        """Return when it wants to act next, in seconds, or None."""
+        return self.flow.next_time()
+
+    def act(self, now: float) -> None:
+        """Do what is due at `now`."""
+        self.flow.act(now)
+
+    def on_delivered(self, now: float, packet: Packet) -> None:
+        """See a packet of any flow that came out of a link; it heeds its own."""
+        if packet.flow == self.flow.flow:
+            self.flow.on_delivered(packet, now)
 
 
 def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -> Link:
@@ -150,6 +189,55 @@ def build_queue(spec: DirectionSpec, direction: str, seed: int) -> Queue:
         bits_per_s=rate.mbit_s * BITS_PER_MBIT if isinstance(rate, FixedRateSpec) else None,
         limit_packets=queue.packets,
     )
+
+
+def build_cross(
+    scenario: Scenario, links: tuple[Link, Link], seed: int, origin_s: float
+) -> tuple[CrossActor, ...]:
+    """Return new flows of cross traffic, numbered from 1 on in the order of the file."""
+    actors = []
+    numbers = count(SUBJECT + 1)
+    for index, spec in enumerate(scenario.cross):
+        link = links[0] if spec.direction == UP else links[1]
+        for copy in range(spec.count):
+            rng = stage_rng(seed, spec.direction, f"cross-{index}-{copy}")
+            flow = _flow(
+                scenario, spec, next(numbers), link.send, rng=rng, start_s=spec.start_s + origin_s
+            )
+            actors.append(CrossActor(flow, spec))
+    return tuple(actors)
+
+
+def _flow(
+    scenario: Scenario,
+    spec: CrossSpec,
+    number: int,
+    send: Send,
+    *,
+    rng: random.Random,
+    start_s: float,
+) -> CrossFlow:
+    rtt_s = scenario.rtt_ms(spec) / MS_PER_S
+    if isinstance(spec, BurstsSpec):
+        return UnresponsiveBursts(
+            number,
+            send,
+            rtt_s,
+            rng,
+            bits_per_s=spec.mbit_s * BITS_PER_MBIT,
+            mean_burst_s=spec.burst_ms / MS_PER_S,
+            mean_pause_s=spec.pause_ms / MS_PER_S,
+            start_s=start_s,
+        )
+    make: type[PragueFlow | CubicFlow]
+    if isinstance(spec, PragueSpec):
+        make = PragueFlow
+    elif isinstance(spec, CubicSpec):
+        make = CubicEcnFlow if spec.ecn else CubicFlow
+    else:
+        make = WebFlows
+    forward_s = scenario.direction(spec.direction).delay_ms / MS_PER_S
+    return make(number, send, rtt_s, rng, forward_s=forward_s, start_s=start_s)
 
 
 def _spans(outage: OutageSpec, stage: str, owner: str, seed: int, length_s: float) -> Spans:

@@ -231,6 +231,8 @@ class FlowSpec:
     "The flow's round-trip time without queues; the two delays of the path unless given."
     start_s: float = field(default=0.0, metadata=key(number(least=0, most=MAX_LENGTH_S)))
     "When it begins."
+    count: int = field(default=1, metadata=key(whole(least=1, most=100)))
+    "How many of them there are."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,10 +244,20 @@ class PragueSpec(FlowSpec):
 class CubicSpec(FlowSpec):
     """A bulk transfer under CUBIC (RFC 9438)."""
 
+    ecn: bool = field(default=False, metadata=key(truth))
+    "Whether it sends ECT(0) and takes marks for losses (RFC 3168)."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BurstsSpec(FlowSpec):
     """ECT(1) packets that heed no mark and no loss, in bursts."""
+
+    mbit_s: float = field(metadata=key(a_rate))
+    "Within a burst."
+    burst_ms: float = field(default=100.0, metadata=key(number(least=1, most=MAX_DELAY_MS)))
+    "The mean length of a burst."
+    pause_ms: float = field(default=1000.0, metadata=key(number(least=1, most=MAX_DELAY_MS)))
+    "The mean length of the pause between two."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

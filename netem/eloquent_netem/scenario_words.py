@@ -3,9 +3,11 @@
 from eloquent_netem.scenario import Scenario
 from eloquent_netem.scenario_parts import (
     BurstLossSpec,
+    BurstsSpec,
     CellularRateSpec,
     CoDelSpec,
     CrossSpec,
+    CubicSpec,
     DirectionSpec,
     DropListSpec,
     DropTailSpec,
@@ -36,7 +38,7 @@ def describe(scenario: Scenario) -> str:
     for name, heading in HEADINGS.items():
         lines.append(f"  {heading}")
         lines += [f"    {line}" for line in _direction(scenario.direction(name))]
-    lines += [f"  cross traffic: {_cross(flow, rtt_ms)}" for flow in scenario.cross]
+    lines += [f"  cross traffic: {_cross(flow, scenario.rtt_ms(flow))}" for flow in scenario.cross]
     return "\n".join(lines)
 
 
@@ -107,6 +109,13 @@ def _queue(queue: QueueSpec) -> str:
     return f"DualPI2 with the {queue.scheduler} scheduler, at most {queue.packets} packets"
 
 
-def _cross(flow: CrossSpec, path_rtt_ms: float) -> str:
-    rtt_ms = path_rtt_ms if flow.rtt_ms is None else flow.rtt_ms
-    return f"{kind_of(flow)} {flow.direction} from {flow.start_s:g} s on, round trip {rtt_ms:g} ms"
+def _cross(flow: CrossSpec, rtt_ms: float) -> str:
+    times = f"{flow.count} x " if flow.count > 1 else ""
+    text = f"{times}{kind_of(flow)} {flow.direction} from {flow.start_s:g} s on"
+    if isinstance(flow, BurstsSpec):
+        return (
+            f"{text}, {flow.mbit_s:g} Mbit/s for {flow.burst_ms:g} ms, then {flow.pause_ms:g} ms "
+            "of pause, both in the mean"
+        )
+    ecn = ", ECN" if isinstance(flow, CubicSpec) and flow.ecn else ""
+    return f"{text}, round trip {rtt_ms:g} ms without queues{ecn}"
