@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import BinaryIO, Protocol
 
-from eloquent_netem.packet import Ecn, Packet
+from eloquent_netem.packet import SUBJECT, Ecn, Packet
 
 NS_PER_S = 1_000_000_000
 
@@ -50,7 +50,10 @@ Observer = Callable[[float, str, Packet, Fate], None]
 
 
 class Captured:
-    """A link that is watched; `direction` names it in the trace ("up" or "down")."""
+    """A link that is watched; `direction` names it in the trace ("up" or "down").
+
+    Observers hear of the subject's packets, not of cross traffic, which may enter unwatched.
+    """
 
     def __init__(self, link: PacketLink, direction: str, observers: Sequence[Observer]) -> None:
         self._link = link
@@ -74,6 +77,8 @@ class Captured:
         return packets
 
     def _tell(self, now: float, packet: Packet, fate: Fate) -> None:
+        if packet.flow != SUBJECT:
+            return
         for observer in self._observers:
             observer(now, self._direction, packet, fate)
 

@@ -18,11 +18,13 @@ comes.
 import asyncio
 import errno
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from eloquent_netem.capture import Address
+from eloquent_netem.capture import Address, Captured, Observer
 from eloquent_netem.errors import NetemError
+from eloquent_netem.scenario import Scenario
+from eloquent_netem.scenario_parts import DOWN, UP
 from eloquent_netem.vloop_names import lookup
 from eloquent_netem.vloop_network import (
     ANY_IP,
@@ -43,6 +45,7 @@ from eloquent_netem.vloop_time import (
 from eloquent_netem.vloop_udp import VirtualDatagramTransport
 
 __all__ = [
+    "LIMIT_S",
     "DeadlockError",
     "LivelockError",
     "NetworkSetupError",
@@ -52,6 +55,7 @@ __all__ = [
     "VirtualLoop",
     "VirtualNetwork",
     "run",
+    "scenario_network",
 ]
 
 T = TypeVar("T")
@@ -196,6 +200,21 @@ class VirtualLoop(TimeLoop):
     sock_sendfile = _refused("A real socket", NO_SOCKETS)
     sock_connect = _refused("A real socket", NO_SOCKETS)
     sock_accept = _refused("A real socket", NO_SOCKETS)
+
+
+def scenario_network(
+    scenario: Scenario, seed: int | None = None, *, observers: Sequence[Observer] = ()
+) -> VirtualNetwork:
+    """Return the hosts "client" and "server", joined by a scenario's path, with its cross traffic.
+
+    Raises:
+        ScenarioError: see `Scenario.links`.
+    """
+    up, down = scenario.links(seed)
+    network = VirtualNetwork.between(Captured(up, UP, observers), Captured(down, DOWN, observers))
+    for traffic in scenario.cross_flows(up, down, seed):
+        network.add_cross(traffic)
+    return network
 
 
 def run(

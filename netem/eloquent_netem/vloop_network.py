@@ -18,7 +18,8 @@ from eloquent_netem.capture import (
     ipv4_udp,
 )
 from eloquent_netem.errors import NetemError
-from eloquent_netem.packet import IP_UDP_HEADER_BYTES, Ecn, Packet
+from eloquent_netem.packet import IP_UDP_HEADER_BYTES, SUBJECT, Ecn, Packet
+from eloquent_netem.sim import Actor
 
 ANY_IP = "0.0.0.0"  # noqa: S104  (a virtual host's, nothing is bound for real)
 LOOPBACK_IP = "127.0.0.1"
@@ -47,6 +48,13 @@ class Socket(Protocol):
 
     def refuse(self) -> None:
         """Take note that nobody listens at the peer's port."""
+
+
+class CrossTraffic(Actor, Protocol):
+    """Traffic that shares the links with the subject: it has no host, and ends with the link."""
+
+    def on_delivered(self, now: float, packet: Packet) -> None:
+        """See a packet of cross traffic, any actor's, that came out of a link at `now`."""
 
 
 @dataclass(slots=True)
@@ -107,6 +115,7 @@ class VirtualNetwork:
         self._by_ip: dict[str, Host] = {}
         self._routes: dict[tuple[str, str], PacketLink] = {}
         self._links: list[PacketLink] = []
+        self._cross: list[CrossTraffic] = []
         self._is_attached = False
 
     @classmethod
@@ -153,6 +162,13 @@ class VirtualNetwork:
         self._routes[one.ip, other.ip] = up
         self._routes[other.ip, one.ip] = down
         self._links += [up, down]
+
+    def add_cross(self, traffic: CrossTraffic) -> None:
+        """Let cross traffic act, which sends into the links by itself.
+
+        While it wants to act there is no deadlock; the loop's time limit ends such a run.
+        """
+        self._cross.append(traffic)
 
     def attach(self) -> None:
         """Take note that a loop runs this network.
@@ -251,16 +267,23 @@ class VirtualNetwork:
 
     def next_time(self) -> float | None:
         """Return when something happens next on a link, in seconds, or None."""
-        times = [time for link in self._links if (time := link.next_time()) is not None]
-        return min(times, default=None)
+        times = [link.next_time() for link in self._links]
+        times += [traffic.next_time() for traffic in self._cross]
+        return min((time for time in times if time is not None), default=None)
 
     def poll(self, now: float) -> None:
-        """Deliver what has come out of the links by `now`."""
+        """Deliver what has come out of the links by `now`, and let cross traffic act."""
         for link in self._links:
             for packet in link.poll(now):
-                # Cross traffic, which shares a link, has done its part when it leaves it.
                 if isinstance(packet, Datagram):
                     self._arrive(now, self._by_ip[packet.destination[0]], packet)
+                elif packet.flow != SUBJECT:
+                    for traffic in self._cross:
+                        traffic.on_delivered(now, packet)
+        for traffic in self._cross:
+            time = traffic.next_time()
+            if time is not None and time <= now:
+                traffic.act(now)
 
     def _arrive(self, now: float, host: Host, datagram: Datagram) -> None:
         ip, port = datagram.destination
