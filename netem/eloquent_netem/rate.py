@@ -113,9 +113,8 @@ class TraceRate:
     def _skip_to(self, now: float) -> None:
         """Go to the first opportunity at `now` or later; `now` is after the present one."""
         # Seek a millisecond early, since rounding may put `now` beside a whole one; then walk.
-        rounds, within_ms = divmod(int(now * MS_PER_S) - 1, self._period_ms)
-        sought = (rounds, bisect_left(self._times_ms, within_ms))
-        self._round, self._index = max((self._round, self._index), sought)
+        self._round, within_ms = divmod(int(now * MS_PER_S) - 1, self._period_ms)
+        self._index = bisect_left(self._times_ms, within_ms)
         self._bytes_left = self._packet_bytes
         self._time = self._opportunity()
         while self._time < now:

@@ -209,6 +209,8 @@ def test_what_a_pause_interrupts_is_served_anew() -> None:
     # One packet a second: the second is half through at 1.5 s.
     rate = PausedRate(FixedRate(12_000), [(1.5, 4.0)])
     assert served(rate, backlog(3)) == pytest.approx([1.0, 5.0, 6.0])
+    at_its_end = PausedRate(FixedRate(12_000), [(1.0, 3.0)])
+    assert served(at_its_end, backlog(1)) == pytest.approx([4.0])
     split = PausedRate(TraceRate([5, 9, 20]), [(0.006, 0.010)])
     assert in_ms(served(split, backlog(3, size=1000))) == [5, 20, 25]
 
