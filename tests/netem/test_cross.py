@@ -283,6 +283,18 @@ def test_prague_ends_slow_start_at_the_first_mark_and_halves() -> None:
     assert 7 < bench.flow.window <= 7 + 1 / 7
 
 
+@pytest.mark.parametrize(("rtt_s", "growth"), [(0.01, 0.16), (0.05, 1.0)])
+def test_prague_grows_slower_on_paths_shorter_than_25_ms(rtt_s: float, growth: float) -> None:
+    bench = Bench(PragueFlow, forward_s=0.1)  # acknowledgements return at once
+    flow = bench.flow
+    bench.sent[0].ecn = Ecn.CE
+    for number in (0, 1):
+        flow.on_delivered(bench.sent[number], bench.times[number] + rtt_s)
+        flow.act(bench.times[number] + rtt_s)
+    # The mark halves ten; then a packet is worth (RTT / 25 ms)^2 / 5, at most 1 / 5.
+    assert flow.window == pytest.approx(5 + growth / 5)
+
+
 def test_prague_takes_less_the_fewer_are_marked() -> None:
     bench = Bench(PragueFlow)
     flow = bench.flow
@@ -392,28 +404,46 @@ def test_web_transfers_arrive_whole_one_after_another(loss: float) -> None:
         assert 0.3e6 < sum(size for *_, size in path.out) * 8 / 120 < 10e6
 
 
-def test_web_transfers_have_sizes_within_their_bounds_and_a_fresh_window() -> None:
+class Heavy(random.Random):
+    """Draws transfers larger than any is to be."""
+
+    def paretovariate(self, alpha: float) -> float:
+        return 1e9
+
+
+def web_transfers(count: int, rng: random.Random, *, lose_each: int = 0) -> list[int]:
+    """Return the sizes in bytes that arrived of each of some transfers, 20 ms away."""
     sent: list[Packet] = []
-    web = WebFlows(5, lambda now, packet: sent.append(packet), 0.02, random.Random(3))
-    sizes = []
-    now = 0.0
-    while len(sizes) < 300:
-        begun = web.transfers
+    web = WebFlows(5, lambda now, packet: sent.append(packet), 0.02, rng)
+    begins_at: list[int] = []
+    now, serial = 0.0, 0
+    while len(begins_at) <= count:
+        begun, before = web.transfers, web.delivered_bytes
         now = web.next_time() or now
         web.act(now)
         if web.transfers > begun:
-            sizes.append(0)
+            begins_at.append(before)
             assert web.window == 10
             assert len(sent) == 10
-        sizes[-1:] = [sizes[-1] + sum(packet.size for packet in sent)] if sizes else []
         for packet in sent:
-            web.on_delivered(packet, now + 0.01)
+            serial += 1
+            if not lose_each or serial % lose_each:
+                web.on_delivered(packet, now + 0.01)
         sent.clear()
-    finished = sizes[:-1]
-    assert min(finished) >= 30_000
-    assert max(finished) <= 20_001_000
-    assert 40_000 < median(finished) < 70_000  # 30 kB * 2^(1 / 1.2) = 53 kB
-    assert max(finished) > 1_000_000
+    return [later - earlier for earlier, later in pairwise(begins_at)]
+
+
+def test_web_transfers_have_heavy_tailed_sizes_within_their_bounds() -> None:
+    sizes = web_transfers(300, random.Random(3))
+    assert min(sizes) >= 30_000
+    assert 40_000 < median(sizes) < 70_000  # 30 kB * 2^(1 / 1.2) = 53 kB
+    assert max(sizes) > 1_000_000
+    assert web_transfers(1, Heavy(1)) == [20_001_000]  # 20 MB in whole packets
+
+
+def test_web_transfers_make_good_for_what_is_lost() -> None:
+    lossless = web_transfers(40, random.Random(3))
+    assert web_transfers(40, random.Random(3), lose_each=20) == lossless
 
 
 @pytest.mark.parametrize(
