@@ -193,7 +193,7 @@ def _leave_network(rootless: bool | None) -> bool:
     if not rootless:
         try:
             _unshare(_CLONE_NEWNET)
-        except PermissionError as error:
+        except OSError as error:
             if rootless is not None:
                 raise PrivilegeError(
                     "This user may not make network namespaces: run it as root, or rootless."

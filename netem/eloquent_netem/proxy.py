@@ -32,7 +32,8 @@ Address = tuple[str, int]
 
 ANY_PORT_ON_LOOPBACK: Address = ("127.0.0.1", 0)
 DEFAULT_MAX_CLIENTS = 64
-"Each has a socket; `select` ends at 1024 files."
+MOST_CLIENTS = 900
+"Each has a socket, and `select` ends at 1024 files."
 
 _IPV6_EXTRA_BYTES = 20
 "What an IPv6 header has more than an IPv4 header."
@@ -87,7 +88,7 @@ class UdpProxy:
     `start_proxy` does all this in a process of its own, which keeps better time.
 
     Raises:
-        ProxyError: an address cannot be resolved or listened at.
+        ProxyError: an address cannot be resolved or listened at, or `max_clients` is too large.
     """
 
     def __init__(
@@ -100,6 +101,10 @@ class UdpProxy:
         max_clients: int = DEFAULT_MAX_CLIENTS,
         cross: MakeCrossTraffic = no_cross_traffic,
     ) -> None:
+        if not 1 <= max_clients <= MOST_CLIENTS:
+            raise ProxyError(
+                f"The proxy can serve 1 to {MOST_CLIENTS} clients at once, not {max_clients}."
+            )
         self._target_family, self._target = _resolve(target)
         family, address = _resolve(listen)
         self._listener = _udp_socket(family)

@@ -3,7 +3,6 @@
 import array
 import contextlib
 import ctypes
-import gc
 import math
 import os
 import select
@@ -229,7 +228,6 @@ class Driver:
         """Drive the links until `stop`; with `real_time` under SCHED_FIFO, where it is allowed."""
         reduce_timer_slack()
         self._is_real_time = real_time and become_real_time()
-        gc.freeze()  # What was loaded so far need not be searched again and again.
         while not self._is_stopped:
             readable, _, _ = select.select(list(self._watched), (), (), self._timeout_s())
             self.deliver_due()

@@ -35,7 +35,7 @@ from eloquent_netem.worker import Worker, WorkerError
 _READ_BYTES = 65536
 _BATCH_PACKETS = 32
 "Read at once from one device, before looking what is due."
-_END_GRACE_S = 5.0
+_END_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,7 @@ class TunNetwork:
         finally:
             kill_inside(self._namespaces.ids.values())
             for process in self.processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_END_GRACE_S)
+                _reap(process)
 
 
 @contextlib.contextmanager
@@ -143,6 +142,15 @@ def tun_network(
         raise
     stats = network.close()
     refuse_unfaithful(stats.driver, lateness_bound_s=lateness_bound_s, lost_by_us=stats.tun_drops)
+
+
+def _reap(process: "subprocess.Popen[Any]") -> None:
+    """Wait for a process that has been ended; it may have been on its way into the namespace."""
+    try:
+        process.wait(_END_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class _Router:

@@ -1,6 +1,7 @@
 """A process of its own for a driver: SCHED_FIFO and an interpreter lock that nobody shares."""
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import sys
@@ -141,18 +142,18 @@ def _work(pipe: Connection, make: Callable[[], Work[object, object]], real_time:
     except NetemError as error:
         pipe.send(error)
         return
-    try:
-        pipe.send(work.ready())
-        work.driver.watch(pipe.fileno(), lambda: _answer(pipe, work))
-        work.driver.run(real_time=real_time)
-    except BrokenPipeError:
-        pass  # Whoever started us is gone.
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        last_stats = work.stats()
-        work.close()
-        with contextlib.suppress(OSError):
-            pipe.send(last_stats)
+    with contextlib.suppress(BrokenPipeError):  # Whoever started us may be gone.
+        try:
+            pipe.send(work.ready())
+            work.driver.watch(pipe.fileno(), lambda: _answer(pipe, work))
+            gc.freeze()  # What was loaded so far need not be searched again and again.
+            work.driver.run(real_time=real_time)
+            last_stats = work.stats()
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            work.close()
+        # Only now, and only if nothing failed: who gets this knows that all went well.
+        pipe.send(last_stats)
 
 
 def _answer(pipe: Connection, work: Work[object, object]) -> None:

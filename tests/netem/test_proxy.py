@@ -208,6 +208,12 @@ def test_a_taken_port_and_a_wrong_address_are_said() -> None:
             start_proxy(links, target=("no.such.host.invalid", 9)).__enter__()
 
 
+def test_too_many_clients_are_refused() -> None:
+    up, down = links()
+    with pytest.raises(ProxyError, match="1 to 900 clients"):
+        UdpProxy(up, down, target=(HOST, 9), max_clients=1000)
+
+
 def test_a_proxy_that_died_is_said() -> None:
     def run() -> None:
         with start_proxy(links, target=(HOST, 9)) as proxy:

@@ -25,7 +25,7 @@ from eloquent_netem.loss import DropList
 from eloquent_netem.namespaces import NamespaceError, NamespaceId, processes_inside
 from eloquent_netem.packet import Ecn, Packet
 from eloquent_netem.queues import DropTail
-from eloquent_netem.realtime import LatenessError, NotStartedError
+from eloquent_netem.realtime import LatenessError, NotStartedError, OverloadError
 from eloquent_netem.tun import TunNetwork, ip_packet, tun_network, with_ecn
 from eloquent_netem.worker import WorkerError
 
@@ -280,6 +280,20 @@ def test_a_run_that_was_too_late_is_refused() -> None:
 
 
 @needs_ip
+def test_a_run_in_which_the_router_could_not_keep_up_is_refused() -> None:
+    def run() -> None:
+        with network() as net:
+            assert net.router_pid is not None
+            net.start()
+            os.kill(net.router_pid, signal.SIGSTOP)
+            run_client(net, ECHO_CLIENT, "192.0.2.2", "11000", "0")
+            os.kill(net.router_pid, signal.SIGCONT)
+
+    with pytest.raises(OverloadError, match=r"machine lost 1\d\d\d packets"):
+        run()
+
+
+@needs_ip
 def test_what_still_runs_is_ended_grandchildren_too() -> None:
     with network() as net:
         process = net.popen("client", ["sh", "-c", "setsid sleep 1000 & exec sleep 1000"])
@@ -310,17 +324,18 @@ def test_an_exception_passes_and_everything_is_ended() -> None:
 
 
 @needs_ip
-def test_a_run_whose_router_died_is_void() -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, "-9"), (signal.SIGTERM, "1")])
+def test_a_run_whose_router_died_is_void(number: signal.Signals, exit_code: str) -> None:
     def run() -> None:
         nonlocal net, process
         with network() as net:
             process = net.popen("server", ["sleep", "1000"])
             assert net.router_pid is not None
-            os.kill(net.router_pid, signal.SIGKILL)
+            os.kill(net.router_pid, number)
 
     net: TunNetwork
     process: subprocess.Popen[bytes]
-    with pytest.raises(WorkerError, match="exit code -9"):
+    with pytest.raises(WorkerError, match=rf"exit code {exit_code}\)"):
         run()
     assert process.returncode is not None
     assert processes_inside(set(net.namespaces.ids.values())) == []
