@@ -1,6 +1,7 @@
 """The subcommand `eloquent lab`."""
 
 import json as json_format
+import random
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ def stalls(
     rtt_ms: float | None = None,
     rate: float = 30.0,
     loss: float = 0.05,
+    burst_ms: float | None = None,
     schemes: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     seeds: int = 10,
     tokens: int = 400,
@@ -28,7 +30,7 @@ def stalls(
     """Compare how long a reader waits under loss: every scheme, the same seeds, virtual time.
 
     Without `--rtt-ms` it prints the standard table: 100 ms with 5 % and 10 % loss, 300 ms with
-    10 %. Both real QUIC ends run; loss is independent and in both directions.
+    10 %. Both real QUIC ends run; loss is in both directions, and independent without `--burst-ms`.
 
     Parameters
     ----------
@@ -37,7 +39,10 @@ def stalls(
     rate
         Tokens per second (with --rtt-ms).
     loss
-        Probability of loss each way, 0 to below 1 (with --rtt-ms).
+        Mean share of packets lost each way, 0 to below 1 (with --rtt-ms).
+    burst_ms
+        Lose them in bursts of this mean length in milliseconds, which begin and end at the same
+        instants for all schemes (with --rtt-ms).
     schemes
         Which schemes to run; all, and the link's own bound (`oracle`), by default.
     seeds
@@ -58,12 +63,15 @@ def stalls(
         raise ConfigurationError(
             "--seeds and --tokens must be at least 1, --rate above 0 and --rtt-ms not negative."
         )
+    if burst_ms is not None:
+        _check_bursts(loss, burst_ms, is_one_cell=rtt_ms is not None)
     for name in schemes:
         if name != ORACLE:
             scheme(name)
     cells: tuple[Cell, ...] = STANDARD_CELLS
     if rtt_ms is not None:
-        cells = (Cell(rtt_s=rtt_ms / 1000, tokens_per_s=rate, loss=loss),)
+        burst_s = None if burst_ms is None else burst_ms / 1000
+        cells = (Cell(rtt_s=rtt_ms / 1000, tokens_per_s=rate, loss=loss, burst_s=burst_s),)
     runs = run_cells(
         cells,
         schemes=schemes or (*SCHEMES, ORACLE),
@@ -72,11 +80,29 @@ def stalls(
         progress=sys.stderr,
     )
     text = render(runs)
+    if burst_ms is not None:
+        text = (
+            f"**Here loss comes in bursts of {burst_ms:g} ms in the mean**, at the same instants for "
+            f"all schemes, where the notes below say independent.\n\n{text}"
+        )
     print(text)  # noqa: T201
     if json is not None:
         json.write_text(json_format.dumps(to_json(runs, sys.argv[1:]), indent=1) + "\n")
     if markdown is not None:
         markdown.write_text(_page(text))
+
+
+def _check_bursts(loss: float, burst_ms: float, *, is_one_cell: bool) -> None:
+    from eloquent_netem.loss import GilbertElliott
+
+    if not is_one_cell:
+        raise ConfigurationError(
+            "--burst-ms changes no standard cell: give the network with --rtt-ms too."
+        )
+    try:
+        GilbertElliott(loss=loss, burst_s=burst_ms / 1000, rng=random.Random(0))  # noqa: S311
+    except ValueError as error:
+        raise ConfigurationError(f"--loss {loss} with --burst-ms {burst_ms}: {error}.") from error
 
 
 def _page(tables: str) -> str:

@@ -1,5 +1,6 @@
 """One answer over one emulated path with one scheme: when was each token generated and seen?"""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from eloquent.quic.connection import (
 from eloquent_netem.lab.measures import DeliveryError, StallMeasures, measure_stalls
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link, stage_rng
-from eloquent_netem.loss import IndependentLoss, Loss, NoLoss, Outages
+from eloquent_netem.loss import GilbertElliott, IndependentLoss, Loss, NoLoss, Outages
 from eloquent_netem.sim import simulate
 
 START_S = 1.0
@@ -37,7 +38,9 @@ class Cell:
     rtt_s: float
     tokens_per_s: float
     loss: float = 0.0
-    "Probability of independent loss, each way."
+    "Mean share of packets lost, each way."
+    burst_s: float | None = None
+    "Mean length of the bursts in which they are lost; None: each is lost independently."
     tokens: int = 400
     jitter_s: float = 0.0
     "Uniform extra delay, which reorders packets."
@@ -64,8 +67,7 @@ class _Loss:
 
     def __init__(self, cell: Cell, seed: int, name: str) -> None:
         self._cell = cell
-        rng = stage_rng(seed, name, "loss")
-        self._loss: Loss = IndependentLoss(cell.loss, rng) if cell.loss else NoLoss()
+        self._loss = _steady_loss(cell, stage_rng(seed, name, "loss"))
 
     def start_outages(self, origin_s: float) -> None:
         spans = [(origin_s + start, origin_s + stop) for start, stop in self._cell.outages_s]
@@ -76,6 +78,14 @@ class _Loss:
 
     def passes_from(self, now: float) -> float:
         return self._loss.passes_from(now)
+
+
+def _steady_loss(cell: Cell, rng: random.Random) -> Loss:
+    if not cell.loss:
+        return NoLoss()
+    if cell.burst_s is None:
+        return IndependentLoss(cell.loss, rng)
+    return GilbertElliott(loss=cell.loss, burst_s=cell.burst_s, rng=rng)
 
 
 class _Experiment:
