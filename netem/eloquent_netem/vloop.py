@@ -8,11 +8,12 @@ next on a link. `asyncio.sleep(3600)` takes an hour of virtual time. Datagrams t
 `VirtualNetwork`; names are resolved there, and nothing reaches a real network.
 
 Runs with the same seeds are alike to the nanosecond if the code is: it must not read other clocks
-or depend on the order of sets. aioquic meets that. What it draws from `os.urandom` and the date
-in its session tickets change contents, not sizes; use a certificate whose own size and signature
-do not vary: Ed25519, with a fixed serial number. Threads are waited for, and their results come
-in the order in which they were started; what they give to `call_soon_threadsafe` comes when it
-comes.
+or depend on the order of a set. What aioquic draws from `os.urandom`, and the date in its session
+tickets, change contents and not sizes, so nothing of it needs patching; but use a certificate
+whose own size does not vary: Ed25519, with a fixed serial number. (aioquic's `QuicServer.close`
+closes several connections in the order of a set.) Threads are waited for while time stands still,
+and their results come in the order in which they were started; what they give to
+`call_soon_threadsafe` comes when it comes.
 """
 
 import asyncio

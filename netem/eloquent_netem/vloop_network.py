@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import os
 from collections.abc import Iterator
@@ -355,6 +356,7 @@ def to_ip(direction: str, packet: Packet) -> bytes:
     return ipv4_udp(packet.source, packet.destination, packet.data, packet.ecn)
 
 
+@functools.lru_cache(1024)
 def plain_ip(text: str) -> str | None:
     """Return the IPv4 address that a literal means, IPv6 forms of one included, or None."""
     try:
