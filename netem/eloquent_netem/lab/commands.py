@@ -82,8 +82,8 @@ def stalls(
     text = render(runs)
     if burst_ms is not None:
         text = (
-            f"**Here loss comes in bursts of {burst_ms:g} ms in the mean**, at the same instants for "
-            f"all schemes, where the notes below say independent.\n\n{text}"
+            f"**Here loss comes in bursts of {burst_ms:g} ms in the mean**, at the same instants "
+            f"for all schemes, where the notes below say independent.\n\n{text}"
         )
     print(text)  # noqa: T201
     if json is not None:
