@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eloquent_netem import scenario_parts as parts
@@ -218,6 +218,9 @@ def test_a_missing_or_broken_trace_is_an_error_of_its_key(tmp_path: Path) -> Non
         assert name in str(caught.value)
 
 
+NO_CLOCK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"How fast the machine is decides no test."
+
 scalars = st.one_of(
     st.booleans(),
     st.integers(-(2**70), 2**70),
@@ -250,7 +253,7 @@ tables = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@NO_CLOCK
 @given(st.dictionaries(names, tables, max_size=6))
 def test_no_table_makes_any_other_error(table: dict[str, object]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -259,6 +262,7 @@ def test_no_table_makes_any_other_error(table: dict[str, object]) -> None:
             parse_scenario("")
 
 
+@NO_CLOCK
 @given(st.text(max_size=60))
 def test_no_text_makes_any_other_error(content: str) -> None:
     with contextlib.suppress(ScenarioError):
@@ -374,6 +378,61 @@ def test_every_key_of_a_direction_reaches_the_link() -> None:
     assert 0.04 < max(delays) < 0.05 + 1e-9
     order = [passage.arrived_s[0] for passage in jitter]
     assert order != sorted(order)
+
+
+BUSY = (
+    "length_s = 6\n{head}[down]\ndelay_ms = 10\n{rate}{queue}"
+    '[[cross]]\nkind = "{kind}"\ndirection = "down"\n{cross}'
+)
+FIXED = 'rate = { kind = "fixed", mbit_s = 2 }\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("cubic", {}, {"cross": "ecn = true\n"}),
+        ("cubic", {}, {"cross": "count = 2\n"}),
+        ("cubic", {}, {"cross": "rtt_ms = 90\n"}),
+        ("cubic", {}, {"cross": "start_s = 1\n"}),
+        ("bursts", {"cross": "mbit_s = 9\n"}, {"cross": "mbit_s = 8\n"}),
+        ("bursts", {"cross": "mbit_s = 9\n"}, {"cross": "mbit_s = 9\nburst_ms = 50\n"}),
+        ("bursts", {"cross": "mbit_s = 9\n"}, {"cross": "mbit_s = 9\npause_ms = 300\n"}),
+        ("cubic", {}, {"queue": 'queue = { kind = "dualpi2", packets = 9 }\n'}),
+        ("cubic", {}, {"queue": 'queue = { kind = "dualpi2", scheduler = "time-shifted" }\n'}),
+        *(
+            ("cubic", {"queue": 'queue = { kind = "codel", ecn = false }\n'}, {"queue": queue})
+            for queue in (
+                'queue = { kind = "codel", packets = 5 }\n',
+                'queue = { kind = "codel", target_ms = 50 }\n',
+                'queue = { kind = "codel", interval_ms = 20 }\n',
+                'queue = { kind = "codel", ecn = true }\n',
+            )
+        ),
+        *(
+            ("cubic", {"rate": 'rate = { kind = "cellular", mean_mbit_s = 2 }\n'}, {"rate": rate})
+            for rate in (
+                'rate = { kind = "cellular", mean_mbit_s = 3 }\n',
+                'rate = { kind = "cellular", mean_mbit_s = 2, stall_share = 0.2 }\n',
+                'rate = { kind = "cellular", mean_mbit_s = 2, stall_ms = 900 }\n',
+            )
+        ),
+    ],
+)
+def test_every_key_makes_a_difference(
+    kind: str, before: dict[str, str], after: dict[str, str]
+) -> None:
+    plain = {
+        "head": "seed = 2\n",
+        "kind": kind,
+        "rate": FIXED,
+        "queue": 'queue = { kind = "dualpi2" }\n',
+        "cross": "",
+        **before,
+    }
+    first, second = (
+        digest(parse_scenario(BUSY.format_map(values))) for values in (plain, {**plain, **after})
+    )
+    assert first != second
 
 
 def test_a_trace_is_found_beside_the_scenario_file(tmp_path: Path) -> None:
