@@ -88,6 +88,11 @@ def chat(
             "The terminal chat needs Textual, which is not installed: run "
             "pip install 'eloquent-stream[chat]'. `eloquent ask` works without it."
         )
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigurationError(
+            "There is no terminal to chat in: standard input or standard error is redirected. For "
+            "pipes and scripts there is `eloquent ask`."
+        )
     from eloquent_client.tui.run import run_chat
 
     server_url = None if url is None else parse_url(url)

@@ -172,6 +172,14 @@ async def test_a_reader_that_goes(start_server: StartServer) -> None:
     assert (process.returncode, err) == (commands.EXIT_BROKEN_PIPE, b"")
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stderr"])  # Textual reads and draws on these
+def test_chat_needs_a_terminal(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name != stream)
+    with pytest.raises(ConfigurationError, match="no terminal"):
+        commands.chat(url="no URL")
+
+
 def test_chat_needs_textual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"eloquent-stream\[chat\]"):
