@@ -234,7 +234,7 @@ def test_it_ends_with_the_process_that_started_it(number: signal.Signals, tmp_pa
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, f"{root}/tests"))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))},
     ) as driving:
         assert driving.stdout is not None
         pid, port = json.loads(driving.stdout.readline())

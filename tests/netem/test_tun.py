@@ -329,7 +329,10 @@ def test_a_run_whose_router_died_is_void(number: signal.Signals, exit_code: str)
     def run() -> None:
         nonlocal net, process
         with network() as net:
-            process = net.popen("server", ["sleep", "1000"])
+            process = net.popen("server", ["sh", "-c", "setsid sleep 1000 & exec sleep 1000"])
+            deadline = time.monotonic() + DEADLINE_S
+            while len(processes_inside(set(net.namespaces.ids.values()))) < 2:
+                assert time.monotonic() < deadline
             assert net.router_pid is not None
             os.kill(net.router_pid, number)
 
@@ -355,7 +358,7 @@ def test_everything_is_ended_when_the_driving_process_is_killed(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, f"{root}/tests"))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))},
     )
     assert driving.stdout is not None
     router_pid, ids = json.loads(driving.stdout.readline())
