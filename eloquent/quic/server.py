@@ -61,14 +61,17 @@ class ServerConnection(Connection):
         super().__init__(configuration, **options)
         self._make_sender = make_sender
         self._requests: dict[int, bytearray] = {}
-        self._refused: set[int] = set()
+        self._given_up: set[int] = set()
+        "Cancelled by the reader, or refused before the request was whole: nothing more is said."
         self._senders: dict[int, Sender] = {}
         self._confirmed: set[int] = set()
         self._order: deque[int] = deque()
         self._highest_turn = -1
 
     def accept(self, turn: int, log: TokenLog) -> None:
-        """Send `log`, as it is and as it grows, to the reader of `turn`."""
+        """Send `log`, as it is and as it grows, to the reader of `turn`, unless it cancelled."""
+        if turn in self._given_up:
+            return
         if not self._quic.can_send_datagrams:
             self.reject(
                 turn,
@@ -80,7 +83,9 @@ class ServerConnection(Connection):
         self._order.append(turn)
 
     def reject(self, turn: int, code: str, message: str) -> None:
-        """Decline a turn; `docs/protocol.md` lists the codes."""
+        """Decline a turn, unless its reader cancelled; `docs/protocol.md` lists the codes."""
+        if turn in self._given_up:
+            return
         reply = encode_reply(Rejected(code, message))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
 
@@ -162,26 +167,28 @@ class ServerConnection(Connection):
         if isinstance(event, quic_events.StreamDataReceived):
             self._on_request_data(turn, event)
             return
-        if self._requests.pop(turn, None) is not None:
-            self._refused.add(turn)
-        if isinstance(event, quic_events.StopSendingReceived):
+        is_cut_short = self._requests.pop(turn, None) is not None
+        is_cancelled = isinstance(event, quic_events.StopSendingReceived)
+        if is_cut_short or is_cancelled:
+            self._given_up.add(turn)
+        if is_cancelled:
             self._drop(turn)
             self._events.append(TurnCancelled(turn))
 
     def _on_request_data(self, turn: int, event: quic_events.StreamDataReceived) -> None:
-        if turn in self._refused:
+        if turn in self._given_up:
             return
         collected = self._requests.setdefault(turn, bytearray())
         collected += event.data
         if len(collected) > MAX_STREAM_BYTES:
             del self._requests[turn]
-            self._refused.add(turn)
             self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
             self.reject(
                 turn,
                 "request_too_large",
                 f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it.",
             )
+            self._given_up.add(turn)
         elif event.end_stream:
             del self._requests[turn]
             try:

@@ -13,6 +13,7 @@ from eloquent.core.wire import Report, Request, encode_report, encode_request
 from eloquent.errors import ConnectionFailedError, IntegrityError, RequestError
 from eloquent.quic.connection import (
     CLOSE_PROTOCOL_ERROR,
+    STREAM_CANCELLED,
     Connected,
     ConnectionEnded,
     ConnectionEvent,
@@ -287,6 +288,37 @@ def test_a_turn_that_the_server_resets_fails() -> None:
     world.pair.flush(world.now)
     world.until(lambda: world.client(TurnFailed) != [])
     assert isinstance(world.client(TurnFailed)[0].error, ConnectionFailedError)
+
+
+@pytest.mark.parametrize("raw", [encode_request(Request(TURN_ID, BODY)), b"no request"])
+def test_a_cancel_that_overtakes_its_request_stops_it(raw: bytes) -> None:
+    world = World()
+    good, log = world.accepted_turn()
+    client = world.pair.client
+    stream_id = client.quic.get_next_available_stream_id()
+    client.quic.send_stream_data(stream_id, b"")
+    client.quic.stop_stream(stream_id, STREAM_CANCELLED)
+    world.pair.flush(world.now)
+    world.until(lambda: world.server(TurnCancelled) != [])
+    client.quic.send_stream_data(stream_id, raw, end_stream=True)
+    world.pair.flush(world.now)
+    world.append(good, log, "unharmed")
+    world.until(lambda: world.text(good) == "unharmed")
+    world.wait(1.0)
+    assert len(world.server(TurnRequested)) == 1
+
+
+def test_an_application_that_answers_a_cancelled_turn_is_not_heard() -> None:
+    world = World()
+    turns = [world.ask(), world.ask()]
+    world.until(lambda: len(world.server(TurnRequested)) == 2)
+    for turn in turns:
+        world.pair.client.cancel(turn)
+    world.pair.flush(world.now)
+    world.until(lambda: len(world.server(TurnCancelled)) == 2)
+    world.pair.server.reject(turns[0], "invalid_request", "Too late.")
+    world.pair.accept(turns[1], TokenLog())
+    assert world.pair.server.sender(turns[1]) is None
 
 
 @pytest.mark.parametrize(
