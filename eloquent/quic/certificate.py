@@ -2,6 +2,7 @@
 
 import datetime
 import ipaddress
+import secrets
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -11,6 +12,9 @@ from cryptography.x509.oid import NameOID
 
 VALID_DAYS = 10
 "Short, since nobody can revoke it; also the longest that browsers accept for a pinned one."
+
+_SERIAL_BITS = 127
+_SERIAL_TOP_BIT = 1 << (_SERIAL_BITS - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ def certificate_pin(certificate: x509.Certificate) -> str:
 def make_certificate(host: str, not_before: datetime.datetime) -> ServerCertificate:
     """Make a self-signed certificate for a host name or address, valid for `VALID_DAYS`.
 
-    Ed25519, whose signatures have one length: handshakes are alike, byte for byte in size.
+    Ed25519, whose signatures have one length, and a serial number of one length: handshakes are
+    alike, byte for byte in size.
     """
     private_key = ed25519.Ed25519PrivateKey.generate()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "eloquent")])
@@ -47,7 +52,7 @@ def make_certificate(host: str, not_before: datetime.datetime) -> ServerCertific
         .subject_name(name)
         .issuer_name(name)
         .public_key(private_key.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(_SERIAL_TOP_BIT | secrets.randbits(_SERIAL_BITS - 1))
         .not_valid_before(not_before)
         .not_valid_after(not_before + datetime.timedelta(days=VALID_DAYS))
         .add_extension(x509.SubjectAlternativeName([subject]), critical=False)

@@ -152,7 +152,7 @@ class Listener(asyncio.DatagramProtocol):
         self._configuration = server_configuration(certificate)
         self._make_sender = make_sender
         self._routes: dict[bytes, _Peer] = {}
-        self._peers: set[_Peer] = set()
+        self._peers: dict[_Peer, None] = {}
         self._transport: asyncio.DatagramTransport | None = None
         self.handler = handler
 
@@ -204,7 +204,7 @@ class Listener(asyncio.DatagramProtocol):
         """Drop a connection that ended."""
         if event.by_peer_error:
             logger.warning("connection ended: %s", event.reason)
-        self._peers.discard(peer)
+        self._peers.pop(peer, None)
         self._routes = {key: value for key, value in self._routes.items() if value is not peer}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -252,7 +252,7 @@ class Listener(asyncio.DatagramProtocol):
             original_destination_connection_id=destination_cid,
         )
         peer = _Peer(self, connection)
-        self._peers.add(peer)
+        self._peers[peer] = None
         self.route(destination_cid, peer)
         self.route(connection.quic.host_cid, peer)
         return peer

@@ -29,8 +29,8 @@ def stalls(
 ) -> None:
     """Compare how long a reader waits under loss: every scheme, the same seeds, virtual time.
 
-    Without `--rtt-ms` it prints the standard table: 100 ms with 5 % and 10 % loss, 300 ms with
-    10 %. Both real QUIC ends run; loss is in both directions, and independent without `--burst-ms`.
+    Without `--rtt-ms` it prints the standard table: 100 ms with 5 % and 10 % loss and with 10 % in
+    bursts, 300 ms with 10 %. Both real QUIC ends run; loss is in both directions.
 
     Parameters
     ----------
@@ -80,11 +80,6 @@ def stalls(
         progress=sys.stderr,
     )
     text = render(runs)
-    if burst_ms is not None:
-        text = (
-            f"**Here loss comes in bursts of {burst_ms:g} ms in the mean**, at the same instants "
-            f"for all schemes, where the notes below say independent.\n\n{text}"
-        )
     print(text)  # noqa: T201
     if json is not None:
         json.write_text(json_format.dumps(to_json(runs, sys.argv[1:]), indent=1) + "\n")

@@ -2,18 +2,19 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from statistics import fmean, stdev
 from typing import Any, TextIO
 
-from eloquent_netem.lab.stalls import Cell, Run, run_cell
+from eloquent_netem.lab.stalls import ORACLE, Cell, Run, run_cell
 
 STANDARD_CELLS = (
     Cell(rtt_s=0.1, tokens_per_s=30, loss=0.05),
     Cell(rtt_s=0.1, tokens_per_s=30, loss=0.10),
+    Cell(rtt_s=0.1, tokens_per_s=30, loss=0.10, burst_s=0.15),
     Cell(rtt_s=0.3, tokens_per_s=50, loss=0.10),
 )
 
@@ -22,10 +23,11 @@ Z_95 = 1.96
 "Standard errors in half a 95 % confidence interval (normal approximation)."
 
 NOTES = """\
-Independent loss both ways, the same seeds for all schemes; the same congestion controller
-(Reno) and pacer for all; virtual time. *Strict* is the share of the answer's time in which a token
-is due and not rendered; *200 ms* counts only what lies beyond 200 ms after the rendering before.
-± is half a 95 % confidence interval over the seeds. *Against* compares means with `retransmit`;
+Loss both ways, independent or in bursts that are a function of time; the same seeds for all
+schemes; the same congestion controller (Reno) and pacer for all; virtual time. *Strict* is the
+share of the answer's time in which a token is due and not rendered; *200 ms* counts only what lies
+beyond 200 ms after the rendering before. ± is half a 95 % confidence interval over the seeds.
+*Against* compares with `retransmit` what lies above the `oracle` of the same seed (strict, means);
 *worst seed* is that of the 200 ms ratio; *better seeds* counts those on which the strict and the
 200 ms ratio are below `retransmit`'s. Token delays are means over the seeds. Downlink bytes include
 IPv4, UDP and QUIC; acknowledgements and handshake repeats count. `oracle` is the link's own bound:
@@ -74,13 +76,14 @@ def render(runs: Sequence[Run]) -> str:
     for cell in dict.fromkeys(run.cell for run in runs):
         mine = [run for run in runs if run.cell == cell]
         baseline = [run for run in mine if run.scheme == BASELINE]
+        bound = {run.seed: run.measures.stall_ratio for run in mine if run.scheme == ORACLE}
         title = (
             f"\n## {1000 * cell.rtt_s:g} ms round trip, {cell.tokens_per_s:g} tokens/s, "
-            f"{100 * cell.loss:g} % loss\n\n{cell.tokens} tokens, "
+            f"{100 * cell.loss:g} % loss{_bursts(cell)}\n\n{cell.tokens} tokens, "
             f"{len({run.seed for run in mine})} seeds.\n"
         )
         rows = [
-            _row(scheme, [run for run in mine if run.scheme == scheme], baseline)
+            _row(scheme, [run for run in mine if run.scheme == scheme], baseline, bound)
             for scheme in dict.fromkeys(run.scheme for run in mine)
         ]
         parts += [title, HEADER, *rows]
@@ -116,14 +119,22 @@ def to_json(runs: Sequence[Run], command: Sequence[str]) -> dict[str, Any]:
     return {"meta": meta, "rows": rows}
 
 
-def _row(scheme: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
+def _bursts(cell: Cell) -> str:
+    return "" if cell.burst_s is None else f" in bursts of {1000 * cell.burst_s:g} ms"
+
+
+def _row(
+    scheme: str, runs: Sequence[Run], baseline: Sequence[Run], bound: Mapping[int, float]
+) -> str:
     strict = _mean(runs, lambda run: 100 * run.measures.stall_ratio)
     beyond = _mean(runs, lambda run: 100 * run.measures.stall_ratio_200ms)
     worst = max(100 * run.measures.stall_ratio_200ms for run in runs)
     against = better = "—"
     if baseline and scheme != BASELINE:
-        reference = fmean(run.measures.stall_ratio for run in baseline)
-        mine = fmean(run.measures.stall_ratio for run in runs)
+        reference, mine = (
+            fmean(run.measures.stall_ratio - bound.get(run.seed, 0.0) for run in compared)
+            for compared in (baseline, runs)
+        )
         against = f"{100 * (mine / reference - 1):+.1f} %" if reference else "—"
         by_seed = {run.seed: run.measures for run in baseline}
         is_better = [
@@ -141,7 +152,7 @@ def _row(scheme: str, runs: Sequence[Run], baseline: Sequence[Run]) -> str:
     )
     packets = fmean(run.downlink_packets / run.cell.tokens for run in runs)
     sent_bytes = fmean(run.downlink_bytes / run.cell.tokens for run in runs)
-    cost = "— | —" if scheme == "oracle" else f"{packets:.2f} | {sent_bytes:.0f}"
+    cost = "— | —" if scheme == ORACLE else f"{packets:.2f} | {sent_bytes:.0f}"
     return (
         f"| {scheme} | {strict} | {against} | {beyond} | {worst:.2f} | {better} | {p50:.0f} | "
         f"{p99:.0f} | {cost} |"
