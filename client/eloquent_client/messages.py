@@ -20,7 +20,7 @@ class Message:
     text: str
     "All of it."
     finish_reason: str
-    '`"stop"` (the model ended it), `"length"` (a limit did) or `"cancelled"` (the server did).'
+    '`"stop"` (the model ended it) or `"length"` (a limit did).'
     model: str
     "The model that answered."
     usage: Usage

@@ -43,7 +43,7 @@ class End:
     """The last event of every log."""
 
     finish_reason: str
-    '`"stop"`, `"length"`, `"cancelled"` or `"error"`.'
+    '`"stop"`, `"length"` or `"error"`.'
     model: str
     "The model that answered."
     prompt_tokens: int

@@ -12,7 +12,9 @@ PROTOCOL_VERSION = 1
 
 TURN_ID_BYTES = 16
 MAX_REQUEST_BODY_BYTES = 1 << 20
-MAX_REPLY_BODY_BYTES = 1 << 16
+MAX_REPLY_BYTES = 1 << 16
+MAX_REASON_CHARS = 4000
+"A longer message of `Rejected` is cut by the sender: it may repeat what the client sent."
 
 FRAME_BUNDLE = 1
 FRAME_REPORT = 2

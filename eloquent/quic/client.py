@@ -8,7 +8,7 @@ from aioquic.quic.configuration import QuicConfiguration
 
 from eloquent.core.receiver import Receiver, ReceiverStats
 from eloquent.core.wire import (
-    MAX_REPLY_BODY_BYTES,
+    MAX_REPLY_BYTES,
     Bundle,
     Frame,
     Rejected,
@@ -171,7 +171,7 @@ class ClientConnection(Connection):
             )
         elif isinstance(event, quic_events.StreamDataReceived):
             collected += event.data
-            if len(collected) > MAX_REPLY_BODY_BYTES:
+            if len(collected) > MAX_REPLY_BYTES:
                 raise WireError("A reply is longer than the protocol allows.")
             if event.end_stream:
                 del self._replies[turn]

@@ -10,6 +10,7 @@ from eloquent.core.log import TokenLog
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.wire import (
+    MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
     Ended,
     Frame,
@@ -86,7 +87,7 @@ class ServerConnection(Connection):
         """Decline a turn, unless its reader cancelled; `docs/protocol.md` lists the codes."""
         if turn in self._given_up:
             return
-        reply = encode_reply(Rejected(code, message))
+        reply = encode_reply(Rejected(code, message[:MAX_REASON_CHARS]))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
 
     def reset(self, turn: int) -> None:

@@ -437,3 +437,15 @@ def test_the_two_copies_of_a_bundle_leave_in_two_packets() -> None:
     sent = world.links[1].packets_sent
     world.append(turn, log, "twice")
     assert world.links[1].packets_sent == sent + 2
+
+
+def test_a_long_reason_is_cut_to_what_a_reply_may_hold() -> None:
+    world = World()
+    turn = world.ask()
+    world.until(lambda: world.server(TurnRequested) != [])
+    world.pair.server.reject(turn, "unknown_model", "🙂" * 300_000)
+    world.pair.flush(world.now)
+    world.until(lambda: world.client(TurnFailed) != [])
+    assert world.client(TurnFailed)[0].error.code == "unknown_model"
+    assert world.client(TurnFailed)[0].error.message.startswith("🙂🙂")
+    assert world.client(ConnectionEnded) == []
