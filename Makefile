@@ -1,4 +1,4 @@
-# Everything sets itself up in $(VENV); nothing outside it and the model's cache is touched.
+# Everything sets itself up in $(VENV); outside it only the model's cache and pip's are touched.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -33,7 +33,8 @@ results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
 	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
 
 clean: ## Remove the environment and all caches in this folder.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Tools that some tests need. CI has them installed; elsewhere those tests skip by name.
 .PHONY: system-tools
