@@ -54,6 +54,7 @@ def serve(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("quic").setLevel(logging.WARNING)  # or aioquic logs every handshake, too
     asyncio.run(
         run_server(
             host=host,
