@@ -5,7 +5,7 @@ never going back) is an argument, and the endpoint calls `send` after each call 
 something to say, then sets a timer for `next_time`.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ def base_configuration(*, is_client: bool) -> QuicConfiguration:
     )
 
 
-class Connection:
+class Connection(ABC):
     """One QUIC connection; `ServerConnection` and `ClientConnection` add what turns do there.
 
     It is also the `DatagramSource` of its QUIC connection.
@@ -214,7 +214,7 @@ class Connection:
     ) -> None:
         """Take what happened on a stream; `WireError` ends the connection."""
 
-    def _on_handshake_completed(self) -> None:
+    def _on_handshake_completed(self) -> None:  # noqa: B027  (only a client asks who answered)
         """Take note that the handshake is done."""
 
     def _own_time(self) -> float | None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import cast
 
-from aioquic._buffer import Buffer
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.packet import (
     QuicPacketType,
     encode_quic_version_negotiation,
