@@ -33,7 +33,9 @@ from eloquent.quic.connection import (
 )
 
 MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
-"A request's body and what stands before it."
+"A request's body and what stands before it, with room for longer varints than needed."
+
+TOO_LARGE = f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it."
 
 
 def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
@@ -184,20 +186,21 @@ class ServerConnection(Connection):
         if len(collected) > MAX_STREAM_BYTES:
             del self._requests[turn]
             self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
-            self.reject(
-                turn,
-                "request_too_large",
-                f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it.",
-            )
+            self.reject(turn, "request_too_large", TOO_LARGE)
             self._given_up.add(turn)
         elif event.end_stream:
             del self._requests[turn]
             try:
-                self._events.append(TurnRequested(turn, decode_request(bytes(collected))))
+                request = decode_request(bytes(collected))
             except UnsupportedVersionError as error:
                 self.reject(turn, "unsupported_version", str(error))
             except WireError as error:
                 self.reject(turn, "malformed_request", str(error))
+            else:
+                if len(request.body) > MAX_REQUEST_BODY_BYTES:
+                    self.reject(turn, "request_too_large", TOO_LARGE)
+                else:
+                    self._events.append(TurnRequested(turn, request))
 
     def _drop_if_complete(self, turn: int) -> None:
         if self._senders[turn].is_complete:

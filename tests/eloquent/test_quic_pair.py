@@ -9,7 +9,13 @@ import pytest
 from eloquent.core.events import End, TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import scheme
-from eloquent.core.wire import Report, Request, encode_report, encode_request
+from eloquent.core.wire import (
+    MAX_REQUEST_BODY_BYTES,
+    Report,
+    Request,
+    encode_report,
+    encode_request,
+)
 from eloquent.errors import ConnectionFailedError, IntegrityError, RequestError
 from eloquent.quic.connection import (
     CLOSE_PROTOCOL_ERROR,
@@ -331,8 +337,15 @@ def test_an_application_that_answers_a_cancelled_turn_is_not_heard() -> None:
         (encode_request(Request(TURN_ID, BODY)) * 2, "malformed_request"),
         (encode_request(Request(TURN_ID, BODY), version=7), "unsupported_version"),
         (bytes(MAX_STREAM_BYTES + 1), "request_too_large"),
+        (
+            encode_request(Request(TURN_ID, bytes(MAX_REQUEST_BODY_BYTES + 1))),
+            "request_too_large",
+        ),
     ],
-    ids=["empty", "short", "cut", "trailing", "second request", "version 7", "too large"],
+    ids=[
+        *("empty", "short", "cut", "trailing", "second request", "version 7"),
+        *("too large", "one byte too large"),
+    ],
 )
 def test_a_bad_request_is_declined_by_name_and_hurts_no_other_turn(raw: bytes, code: str) -> None:
     world = World()
