@@ -61,7 +61,7 @@ async def local_client(
     """
 
     async def watch(client: Client, ending: Ending) -> None:
-        client.fail(await ending("while it was needed: start it again"))
+        client.fail(await ending("while it was in use: run the command anew"))
 
     async with _running(model, on_progress) as (url, ending), Client(url) as client:
         watching = asyncio.create_task(watch(client, ending))
