@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
-SYSTEM_TOOLS := tmux
+SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
 
 .PHONY: chat test check format results clean help
 
@@ -36,11 +36,12 @@ clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Tools that some tests need. CI has them installed; elsewhere those tests skip by name.
+# Tools that some tests need, and the packages that have them. CI has them installed; elsewhere those tests skip by name.
 .PHONY: system-tools
 system-tools:
 ifeq ($(CI),true)
-	@for tool in $(SYSTEM_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@for tool in $(SYSTEM_TOOLS); do \
+		command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -q -y $$missing; fi
 endif
 

@@ -5,9 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import Annotated, ParamSpec
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from eloquent_netem.errors import NetemError
 from eloquent_netem.scenario import Scenario, library_names, load_scenario
@@ -89,6 +89,65 @@ def digest(scenario: str, *, seed: int | None = None) -> None:
     from eloquent_netem.digest import digest as digest_of
 
     print(digest_of(load(scenario), seed))  # noqa: T201
+
+
+@netem.command
+@plain_errors
+def run(
+    scenario: str,
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    server: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Run a command, or two, inside an emulated network (Linux; needs root or user namespaces).
+
+    Everything crosses the network through the kernel: TCP, TLS, QUIC, ping. The addresses of the
+    two ends are in the environment: NETEM_CLIENT and NETEM_SERVER. For example:
+    `eloquent netem run train -- ping -c 5 192.0.2.2`.
+
+    Parameters
+    ----------
+    scenario
+        A name from `eloquent netem list`, or the path of a scenario file.
+    command
+        What to run on the client's side, after `--`; its exit code is that of this command.
+    server
+        What to run on the server's side meanwhile, as one string.
+    seed
+        The seed; the scenario's own by default.
+    """
+    from eloquent_netem.run import run_commands
+
+    if not command:
+        raise NetemError("There is no command to run: write it after --, such as -- ping 192.0.2.2")
+    found = load(scenario)
+    chosen = found.seed if seed is None else seed
+    sys.exit(run_commands(found, chosen, command, server=server, report=sys.stderr))
+
+
+@netem.command
+@plain_errors
+def proxy(scenario: str, *, to: str, listen: str = "127.0.0.1:0", seed: int | None = None) -> None:
+    """Forward UDP to a server through an emulated network; needs no privileges.
+
+    It prints `LISTENING HOST:PORT` and runs until Ctrl-C.
+
+    Parameters
+    ----------
+    scenario
+        A name from `eloquent netem list`, or the path of a scenario file.
+    to
+        The server, HOST:PORT.
+    listen
+        Where to listen, HOST:PORT; port 0 takes a free one.
+    seed
+        The seed; the scenario's own by default.
+    """
+    from eloquent_netem.run import run_proxy
+
+    found = load(scenario)
+    chosen = found.seed if seed is None else seed
+    run_proxy(found, chosen, listen=listen, target=to, report=sys.stderr)
 
 
 def load(name_or_path: str | Path) -> Scenario:

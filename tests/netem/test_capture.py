@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tools import needs_tool
 
 from eloquent_netem.capture import (
     CLIENT,
@@ -205,14 +206,14 @@ def test_port_unreachable_quotes_the_datagram() -> None:
     assert packet[28:] == ipv4_udp(CLIENT, SERVER, b"", Ecn.NOT_ECT)
 
 
-@pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump, not installed here")
+@needs_tool("tcpdump")
 def test_tcpdump_reads_a_capture() -> None:
     tcpdump = shutil.which("tcpdump")
     assert tcpdump is not None
     file = io.BytesIO()
     captured(PcapWriter(file))
     shown = subprocess.run(
-        [tcpdump, "-nn", "-v", "-tt", "-r", "-"],
+        [tcpdump, "-nn", "-vv", "-tt", "-r", "-"],
         input=file.getvalue(),
         capture_output=True,
         check=True,

@@ -44,7 +44,8 @@ def stalls(
         Lose them in bursts of this mean length in milliseconds, which begin and end at the same
         instants for all schemes (with --rtt-ms).
     schemes
-        Which schemes to run; all, and the link's own bound (`oracle`), by default.
+        Which schemes to run; by default all, the model of Linux's TCP (`tcp`), and the link's own
+        bound (`oracle`).
     seeds
         How many seeds, from 0 on.
     tokens
@@ -56,6 +57,7 @@ def stalls(
     """
     from eloquent_netem.lab.stalls import ORACLE, Cell
     from eloquent_netem.lab.table import STANDARD_CELLS, render, run_cells, to_json
+    from eloquent_netem.lab.tcp_run import TCP_SCHEMES
 
     if not 0 <= loss < 1:
         raise ConfigurationError(f"--loss is a probability, 0 to below 1, not {loss}.")
@@ -66,7 +68,7 @@ def stalls(
     if burst_ms is not None:
         _check_bursts(loss, burst_ms, is_one_cell=rtt_ms is not None)
     for name in schemes:
-        if name != ORACLE:
+        if name not in (ORACLE, *TCP_SCHEMES):
             scheme(name)
     cells: tuple[Cell, ...] = STANDARD_CELLS
     if rtt_ms is not None:
@@ -74,7 +76,7 @@ def stalls(
         cells = (Cell(rtt_s=rtt_ms / 1000, tokens_per_s=rate, loss=loss, burst_s=burst_s),)
     runs = run_cells(
         cells,
-        schemes=schemes or (*SCHEMES, ORACLE),
+        schemes=schemes or (*SCHEMES, "tcp", ORACLE),
         seeds=range(seeds),
         tokens=tokens,
         progress=sys.stderr,

@@ -62,7 +62,7 @@ class Run:
     "IPv4 and UDP headers included, from the first token's generation on."
 
 
-class _Loss:
+class CellLoss:
     """A cell's loss on one link; outages begin to count when the first token is generated."""
 
     def __init__(self, cell: Cell, seed: int, name: str) -> None:
@@ -70,13 +70,16 @@ class _Loss:
         self._loss = _steady_loss(cell, stage_rng(seed, name, "loss"))
 
     def start_outages(self, origin_s: float) -> None:
+        """Let the cell's outages count from `origin_s` on."""
         spans = [(origin_s + start, origin_s + stop) for start, stop in self._cell.outages_s]
         self._loss = Outages(spans, self._loss)
 
     def drops(self, now: float) -> bool:
+        """See `Loss.drops`."""
         return self._loss.drops(now)
 
     def passes_from(self, now: float) -> float:
+        """See `Loss.passes_from`."""
         return self._loss.passes_from(now)
 
 
@@ -93,7 +96,7 @@ class _Experiment:
 
     def __init__(self, cell: Cell, scheme: str, seed: int) -> None:
         self._cell = cell
-        self._losses = {name: _Loss(cell, seed, name) for name in ("up", "down")}
+        self._losses = {name: CellLoss(cell, seed, name) for name in ("up", "down")}
         links = {
             name: Link(
                 delay_s=cell.rtt_s / 2,

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, TextIO
 
 from eloquent_netem.lab.stalls import ORACLE, Cell, Run, run_cell
+from eloquent_netem.lab.tcp_run import TCP_SCHEMES, run_tcp_cell
 
 STANDARD_CELLS = (
     Cell(rtt_s=0.1, tokens_per_s=30, loss=0.05),
@@ -30,7 +31,8 @@ beyond 200 ms after the rendering before. ± is half a 95 % confidence interval 
 *Against* compares with `retransmit` what lies above the `oracle` of the same seed (strict, means);
 *worst seed* is that of the 200 ms ratio; *better seeds* counts those on which the strict and the
 200 ms ratio are below `retransmit`'s. Token delays are means over the seeds. Downlink bytes include
-IPv4, UDP and QUIC; acknowledgements and handshake repeats count. `oracle` is the link's own bound:
+IP, UDP or TCP, and QUIC; acknowledgements and handshake repeats count. `tcp` is a model of Linux's
+TCP with CUBIC, without TLS, held to the kernel by its tests. `oracle` is the link's own bound:
 no sender can do better (0 under independent loss)."""
 
 HEADER = (
@@ -61,13 +63,17 @@ def run_cells(
     ]
     runs: list[Run] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for run in pool.map(run_cell, *zip(*jobs, strict=True)):
+        for run in pool.map(_run, *zip(*jobs, strict=True)):
             runs.append(run)
             if progress is not None and progress.isatty():
                 print(f"\r{len(runs)} of {len(jobs)} runs", end="", file=progress, flush=True)
     if progress is not None and progress.isatty():
         print(file=progress)
     return runs
+
+
+def _run(cell: Cell, scheme: str, seed: int) -> Run:
+    return (run_tcp_cell if scheme in TCP_SCHEMES else run_cell)(cell, scheme, seed)
 
 
 def render(runs: Sequence[Run]) -> str:

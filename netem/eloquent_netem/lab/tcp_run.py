@@ -1,7 +1,7 @@
 """One answer over one emulated path with the TCP model, measured as the other schemes are."""
 
 from eloquent_netem.lab.measures import measure_stalls
-from eloquent_netem.lab.stalls import Cell, Run, _Loss
+from eloquent_netem.lab.stalls import Cell, CellLoss, Run
 from eloquent_netem.link import Link
 from eloquent_netem.tcp import send_tokens
 
@@ -22,7 +22,7 @@ def run_tcp_cell(cell: Cell, scheme: str, seed: int) -> Run:
         TcpError: the text did not arrive as it was sent.
         StuckError: it did not arrive at all.
     """
-    losses = {name: _Loss(cell, seed, name) for name in ("up", "down")}
+    losses = {name: CellLoss(cell, seed, name) for name in ("up", "down")}
     up, down = (
         Link(
             delay_s=cell.rtt_s / 2,
