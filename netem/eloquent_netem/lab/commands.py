@@ -61,10 +61,14 @@ def stalls(
 
     if not 0 <= loss < 1:
         raise ConfigurationError(f"--loss is a probability, 0 to below 1, not {loss}.")
-    if seeds < 1 or tokens < 1 or rate <= 0 or (rtt_ms is not None and rtt_ms < 0):
+    is_rtt_fine = rtt_ms is None or 0 <= rtt_ms < float("inf")
+    if seeds < 1 or tokens < 1 or not 0 < rate < float("inf") or not is_rtt_fine:
         raise ConfigurationError(
             "--seeds and --tokens must be at least 1, --rate above 0 and --rtt-ms not negative."
         )
+    for output in (json, markdown):
+        if output is not None:
+            _check_writable(output)
     if burst_ms is not None:
         _check_bursts(loss, burst_ms, is_one_cell=rtt_ms is not None)
     for name in schemes:
@@ -87,6 +91,14 @@ def stalls(
         json.write_text(json_format.dumps(to_json(runs, sys.argv[1:]), indent=1) + "\n")
     if markdown is not None:
         markdown.write_text(_page(text))
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work whether its results can be written."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigurationError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def _check_bursts(loss: float, burst_ms: float, *, is_one_cell: bool) -> None:
