@@ -8,16 +8,22 @@ import os
 import select
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from eloquent_netem.dualpi2 import DualPi2
 from eloquent_netem.errors import NetemError
 from eloquent_netem.link import Link
 from eloquent_netem.packet import SUBJECT, Packet
+from eloquent_netem.queues import CoDel, Queue
 
 LATENESS_BOUND_S = 0.001
 "A run in which more than 1% of the packets come out later than this is refused."
+
+_DELAYS_KEPT = 1024
+"Enough for a median, few enough to sort between two packets."
 
 _REAL_TIME_PRIORITY = 10
 _PR_SET_TIMERSLACK = 29
@@ -108,6 +114,34 @@ class DirectionStats:
     queue_drops: int
     packets_delivered: int
     "Packets of the subject that came out, duplicates included; cross traffic never comes out."
+    subject: "SubjectStats"
+    queue: "QueueStats"
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectStats:
+    """What the subject alone sent and received over one link."""
+
+    packets_sent: int = 0
+    bytes_sent: int = 0
+    bytes_delivered: int = 0
+    delay_p50_s: float | None = None
+    "One way through the link, lateness not counted, of the last packets before these figures."
+    delay_max_s: float | None = None
+    "The longest since the figures before; None: nothing came out since then."
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """The bottleneck's queue, now."""
+
+    packets: int = 0
+    marks: int = 0
+    "Packets marked CE since the beginning."
+    l_packets: int | None = None
+    "Of them in DualPI2's L; None: another kind of queue."
+    p: float | None = None
+    "DualPI2's probability; None: another kind of queue."
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +156,8 @@ class DriverStats:
     packets_too_early: int
     "Dropped because the scenario's clock had not been started."
     is_started: bool
+    clock_s: float = 0.0
+    "The scenario's clock at the time of these figures."
 
 
 class CrossTraffic(Protocol):
@@ -154,18 +190,53 @@ class _Lane:
 
     def __init__(self, link: Link, deliver: Callable[[Packet], None]) -> None:
         self.link = link
-        self.deliver = deliver
-        self.delivered = 0
+        self._deliver = deliver
+        self._sent = self._sent_bytes = 0
+        self._delivered = self._delivered_bytes = 0
+        self._delays_s: deque[float] = deque(maxlen=_DELAYS_KEPT)
+        self._delay_max_s = 0.0
+
+    def send(self, now: float, packet: Packet) -> None:
+        self._sent += 1
+        self._sent_bytes += packet.size
+        self.link.send(now, packet)
+
+    def deliver(self, due: float, packet: Packet) -> None:
+        self._deliver(packet)
+        self._delivered += 1
+        self._delivered_bytes += packet.size
+        delay_s = due - packet.entered_s
+        self._delays_s.append(delay_s)
+        self._delay_max_s = max(self._delay_max_s, delay_s)
 
     def stats(self) -> DirectionStats:
+        """Return what has been done so far; the delays seen so far are forgotten."""
         link = self.link
+        delays_s = sorted(self._delays_s)
+        subject = SubjectStats(
+            packets_sent=self._sent,
+            bytes_sent=self._sent_bytes,
+            bytes_delivered=self._delivered_bytes,
+            delay_p50_s=delays_s[(len(delays_s) - 1) // 2] if delays_s else None,
+            delay_max_s=self._delay_max_s if delays_s else None,
+        )
+        self._delays_s.clear()
+        self._delay_max_s = 0.0
         return DirectionStats(
             packets_sent=link.packets_sent,
             bytes_sent=link.bytes_sent,
             packets_lost=link.packets_lost,
             queue_drops=link.queue.drops,
-            packets_delivered=self.delivered,
+            packets_delivered=self._delivered,
+            subject=subject,
+            queue=_queue_stats(link.queue),
         )
+
+
+def _queue_stats(queue: Queue) -> QueueStats:
+    if isinstance(queue, DualPi2):
+        return QueueStats(queue.packets, queue.marks, queue.l_packets, queue.p)
+    return QueueStats(queue.packets, queue.marks if isinstance(queue, CoDel) else 0)
 
 
 class Driver:
@@ -255,14 +326,16 @@ class Driver:
                     actor.act(self._latest)
 
     def stats(self) -> DriverStats:
-        """Return what has been done so far."""
+        """Return what has been done so far; delays are those since the call before."""
+        started_at = self._started_at
         return DriverStats(
             up=self._up.stats(),
             down=self._down.stats(),
             lateness=self._lateness.summary(),
             is_real_time=self._is_real_time,
             packets_too_early=self._too_early,
-            is_started=self._started_at is not None,
+            is_started=started_at is not None,
+            clock_s=0.0 if started_at is None else self._clock() - started_at,
         )
 
     def _send(self, lane: _Lane, packet: Packet) -> None:
@@ -270,14 +343,13 @@ class Driver:
             self._too_early += 1
             return
         self._latest = max(self._clock() - self._started_at, self._latest)
-        lane.link.send(self._latest, packet)
+        lane.send(self._latest, packet)
 
     def _deliver(self, lane: _Lane, due: float) -> None:
         assert self._started_at is not None
         for packet in lane.link.poll(due):
             if packet.flow == SUBJECT:
-                lane.deliver(packet)
-                lane.delivered += 1
+                lane.deliver(due, packet)
                 self._lateness.record(self._clock() - self._started_at - due)
             else:
                 for actor in self._cross:
