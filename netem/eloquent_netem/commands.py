@@ -98,6 +98,8 @@ def run(
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
     server: str | None = None,
     seed: int | None = None,
+    live: Annotated[bool, Parameter(negative="")] = False,
+    pcap: Path | None = None,
 ) -> None:
     """Run a command, or two, inside an emulated network (Linux; needs root or user namespaces).
 
@@ -115,6 +117,10 @@ def run(
         What to run on the server's side meanwhile, as one string.
     seed
         The seed; the scenario's own by default.
+    live
+        Show rates, delays, losses and queues on the screen; what the commands print goes to a file.
+    pcap
+        Write the packets as they come out of the network to this file, for Wireshark or tcpdump.
     """
     from eloquent_netem.run import run_commands
 
@@ -122,12 +128,23 @@ def run(
         raise NetemError("There is no command to run: write it after --, such as -- ping 192.0.2.2")
     found = load(scenario)
     chosen = found.seed if seed is None else seed
-    sys.exit(run_commands(found, chosen, command, server=server, report=sys.stderr))
+    code = run_commands(
+        found, chosen, command, server=server, report=sys.stderr, live=live, pcap=pcap
+    )
+    sys.exit(code)
 
 
 @netem.command
 @plain_errors
-def proxy(scenario: str, *, to: str, listen: str = "127.0.0.1:0", seed: int | None = None) -> None:
+def proxy(
+    scenario: str,
+    *,
+    to: str,
+    listen: str = "127.0.0.1:0",
+    seed: int | None = None,
+    live: Annotated[bool, Parameter(negative="")] = False,
+    pcap: Path | None = None,
+) -> None:
     """Forward UDP to a server through an emulated network; needs no privileges.
 
     It prints `LISTENING HOST:PORT` and runs until Ctrl-C.
@@ -142,12 +159,17 @@ def proxy(scenario: str, *, to: str, listen: str = "127.0.0.1:0", seed: int | No
         Where to listen, HOST:PORT; port 0 takes a free one.
     seed
         The seed; the scenario's own by default.
+    live
+        Show rates, delays, losses and queues on the screen.
+    pcap
+        Write what comes out of the network to this file, for Wireshark or tcpdump; the IP and UDP
+        headers are made up.
     """
     from eloquent_netem.run import run_proxy
 
     found = load(scenario)
     chosen = found.seed if seed is None else seed
-    run_proxy(found, chosen, listen=listen, target=to, report=sys.stderr)
+    run_proxy(found, chosen, listen=listen, target=to, report=sys.stderr, live=live, pcap=pcap)
 
 
 def load(name_or_path: str | Path) -> Scenario:
@@ -159,3 +181,34 @@ def load(name_or_path: str | Path) -> Scenario:
         print(f"eloquent netem: {warning}", file=sys.stderr)  # noqa: T201
     warnings.simplefilter("ignore", PacketClockedLossWarning)  # said above, in the user's words
     return scenario
+
+
+def load(name_or_path: str | Path) -> Scenario:
+    """Return a scenario; print what one should know of it on the standard error."""
+    from eloquent_netem.loss import PacketClockedLossWarning
+
+    scenario = load_scenario(name_or_path)
+    for warning in scenario.warnings():
+        print(f"eloquent netem: {warning}", file=sys.stderr)  # noqa: T201
+    warnings.simplefilter("ignore", PacketClockedLossWarning)  # said above, in the user's words
+    return scenario
+
+
+@netem.command(name="fidelity")
+@plain_errors
+def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
+    """Hold the simulator and the TCP model to the kernel, and print how well they agree.
+
+    It takes about three minutes, needs what `run` needs, and ends with exit code 0 also where a
+    row differs: it is a report.
+
+    Parameters
+    ----------
+    json
+        Write the figures to this file, too.
+    seeds
+        How many networks each comparison is made over.
+    """
+    from eloquent_netem.fidelity import fidelity
+
+    fidelity(seeds=seeds, json_path=json)
