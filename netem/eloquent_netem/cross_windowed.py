@@ -1,6 +1,7 @@
 """What the window-based flows of cross traffic share: a sender, and what it takes for lost."""
 
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class _Sent:
     "It came out of the link; its acknowledgement is on the way back."
 
 
-class WindowedFlow:
+class WindowedFlow(ABC):
     """What the window-based flows share: sending, acknowledgements, and finding what is lost.
 
     A packet is lost when `LOST_AFTER_DELIVERIES` packets sent later have been acknowledged, or
@@ -205,17 +206,17 @@ class WindowedFlow:
         self._backoff *= 2
         self._on_timeout(now)
 
+    @abstractmethod
     def _on_ack(self, now: float, sequence: int, is_marked: bool) -> None:
         """Open the window for a packet that arrived."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_mark(self, now: float) -> None:
         """Answer a mark, once a round trip."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_loss(self, now: float) -> None:
         """Answer a loss, once a round trip."""
-        raise NotImplementedError
 
     def _on_timeout(self, now: float) -> None:
         self._threshold = max(self._window / 2, 2.0)

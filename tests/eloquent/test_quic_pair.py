@@ -429,6 +429,7 @@ def test_a_quiet_connection_is_kept_alive() -> None:
     turn, log = world.accepted_turn()
     world.append(turn, log, "still here")
     world.until(lambda: world.text(turn) == "still here")
+    assert not world.pair.client.is_ended
 
 
 def test_no_loss_means_no_repeats() -> None:

@@ -165,6 +165,7 @@ async def test_cancelling_a_turn_closes_its_generation() -> None:
             await backend.cancelled.wait()
             while listener.turns:  # noqa: ASYNC110  (the task ends a few loop steps later)
                 await asyncio.sleep(0)
+        assert listener.connections == 1
 
 
 async def test_a_client_that_leaves_closes_its_generation() -> None:
@@ -176,6 +177,7 @@ async def test_a_client_that_leaves_closes_its_generation() -> None:
             await backend.started.wait()
             await link.close()
             await backend.cancelled.wait()
+        assert not link.is_open
 
 
 async def test_a_fault_before_the_first_token_declines_the_turn(
