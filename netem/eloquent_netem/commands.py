@@ -181,3 +181,23 @@ def load(name_or_path: str | Path) -> Scenario:
         print(f"eloquent netem: {warning}", file=sys.stderr)  # noqa: T201
     warnings.simplefilter("ignore", PacketClockedLossWarning)  # said above, in the user's words
     return scenario
+
+
+@netem.command(name="fidelity")
+@plain_errors
+def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
+    """Hold the simulator and the TCP model to the kernel, and print how well they agree.
+
+    It takes about three minutes, needs what `run` needs, and ends with exit code 0 also where a
+    row differs: it is a report.
+
+    Parameters
+    ----------
+    json
+        Write the figures to this file, too.
+    seeds
+        How many networks each comparison is made over.
+    """
+    from eloquent_netem.fidelity import fidelity
+
+    fidelity(seeds=seeds, json_path=json)
