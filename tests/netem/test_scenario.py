@@ -493,6 +493,14 @@ def test_cross_traffic_is_numbered_and_keeps_its_random_stream() -> None:
     assert (first.spec.count, web.spec) == (2, scenario.cross[1])
 
 
+def test_a_flow_heeds_its_own_packets_only() -> None:
+    scenario = parse_scenario(f"{RATE}delay_ms = 10\n{CROSS[1]}{CROSS[1]}")
+    first, second = scenario.cross_flows(*scenario.links())
+    for actor in (first, second):
+        actor.on_delivered(3.0, Packet(b"", 1500, flow=2))
+    assert (first.flow.delivered_bytes, second.flow.delivered_bytes) == (0, 1500)
+
+
 @pytest.mark.parametrize("cross", CROSS)
 def test_cross_traffic_changes_no_loss_by_bursts(cross: str) -> None:
     rate = (
