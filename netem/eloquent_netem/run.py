@@ -85,7 +85,7 @@ def run_commands(
             _show_until(
                 partial(_has_ended, process),
                 lambda: network.stats().driver,
-                f"eloquent netem run: seed {seed}",
+                f"{scenario.description}, seed {seed}",
                 footer,
             )
         code = process.wait()

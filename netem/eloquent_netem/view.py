@@ -165,20 +165,19 @@ class _Direction:
         now, stats = self._interval, self._stats
         assert now is not None
         assert stats is not None
-        rows = Table.grid(padding=(0, 1))
-        rows.add_column(no_wrap=True)
-        rows.add_column(no_wrap=True)
-        rows.add_row("sent", _rate(now.sent_kbit_s, now.sent_packets / now.seconds))
-        rows.add_row("", Text(sparkline(list(self._sent)), style="cyan"))
-        rows.add_row("delivered", _rate(now.delivered_kbit_s, now.delivered_packets / now.seconds))
-        rows.add_row("", Text(sparkline(list(self._delivered)), style="green"))
-        rows.add_row("cross", f"{now.cross_kbit_s:.0f} kbit/s sent")
-        rows.add_row("delay", _delay(stats))
-        rows.add_row("loss", f"{_share(now.lost, now.all_packets)}, {stats.packets_lost} in all")
-        rows.add_row("queue", _queue(stats))
-        rows.add_row("dropped", f"{now.drops}, {stats.queue_drops} in all")
-        rows.add_row("marked", f"{now.marks}, {stats.queue.marks} in all")
-        return Panel(rows, title=self._name, title_align="left")
+        rows = [
+            _row("sent", _rate(now.sent_kbit_s, now.sent_packets / now.seconds)),
+            Text(sparkline(list(self._sent)), style="cyan"),
+            _row("delivered", _rate(now.delivered_kbit_s, now.delivered_packets / now.seconds)),
+            Text(sparkline(list(self._delivered)), style="green"),
+            _row("cross", f"{now.cross_kbit_s:.0f} kbit/s sent"),
+            _row("delay", _delay(stats)),
+            _row("loss", f"{_share(now.lost, now.all_packets)}, {stats.packets_lost} in all"),
+            _row("queue", _queue(stats)),
+            _row("dropped", f"{now.drops}, {stats.queue_drops} in all"),
+            _row("marked", f"{now.marks}, {stats.queue.marks} in all"),
+        ]
+        return Panel(Group(*rows), title=self._name, title_align="left")
 
 
 class Screen:
@@ -230,8 +229,12 @@ def _figure(stats: DirectionStats, path: str) -> int:
     return value
 
 
+def _row(label: str, value: str) -> Text:
+    return Text(f"{label:<9} {value}", no_wrap=True, overflow="ellipsis")
+
+
 def _rate(kbit_s: float, packets_s: float) -> str:
-    return f"{kbit_s:.0f} kbit/s, {packets_s:.0f} packets/s"
+    return f"{kbit_s:.0f} kbit/s, {packets_s:.0f} pkt/s"
 
 
 def _delay(stats: DirectionStats) -> str:

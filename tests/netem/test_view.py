@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,8 @@ def driver_stats(clock_s: float, up: DirectionStats) -> DriverStats:
     )
 
 
-def drawn(view: View) -> str:
-    console = Console(record=True, width=120, file=io.StringIO())
+def drawn(view: View, width: int = 120) -> str:
+    console = Console(record=True, width=width, file=io.StringIO())
     console.print(view.render())
     return console.export_text()
 
@@ -68,8 +69,8 @@ def test_the_screen_has_the_figures_of_the_last_interval_and_of_the_whole() -> N
     text = drawn(view)
     for figure in (
         "a title   10.5 s",
-        "1600 kbit/s, 200 packets/s",  # 100 kB and 100 packets in half a second
-        "1280 kbit/s, 160 packets/s",
+        "1600 kbit/s, 200 pkt/s",  # 100 kB and 100 packets in half a second
+        "1280 kbit/s, 160 pkt/s",
         "3200 kbit/s sent",  # 200 kB of cross traffic
         "p50 12.3 ms, max 45.6 ms",
         "30 of 300 (10.0%), 30 in all",
@@ -87,6 +88,17 @@ def test_both_directions_stand_side_by_side() -> None:
     view = View("", "")
     view.update(driver_stats(1.0, UP))
     assert any("up: " in line and "down: " in line for line in drawn(view).splitlines())
+
+
+def test_a_terminal_of_80_columns_is_wide_enough() -> None:
+    view = View("", "")
+    busy = replace(
+        UP, subject=SubjectStats(9999, 11_250_000, 11_250_000, 0.1234, 0.5678), packets_sent=9999
+    )
+    view.update(driver_stats(1.0, busy))
+    text = drawn(view, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) == 80
 
 
 def test_what_was_seen_before_does_not_count_twice() -> None:
