@@ -245,11 +245,11 @@ def _delay(stats: DirectionStats) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part} of {whole} ({100 * part / whole:.1f}%)" if whole else "0 of 0"
+    return f"{part} ({100 * part / whole:.1f}%)" if whole else f"{part}"
 
 
 def _queue(stats: DirectionStats) -> str:
     queue = stats.queue
     if queue.l_packets is None or queue.p is None:
         return f"{queue.packets} packets"
-    return f"L {queue.l_packets}, C {queue.packets - queue.l_packets} packets, p {queue.p:.4f}"
+    return f"L {queue.l_packets}, C {queue.packets - queue.l_packets}, p {queue.p:.4f}"

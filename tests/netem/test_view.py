@@ -73,8 +73,8 @@ def test_the_screen_has_the_figures_of_the_last_interval_and_of_the_whole() -> N
         "1280 kbit/s, 160 pkt/s",
         "3200 kbit/s sent",  # 200 kB of cross traffic
         "p50 12.3 ms, max 45.6 ms",
-        "30 of 300 (10.0%), 30 in all",
-        "L 3, C 11 packets, p 0.0625",
+        "30 (10.0%), 30 in all",
+        "L 3, C 11, p 0.0625",
         "7, 7 in all",
         "5, 5 in all",
         "p50 20 us, p99 150 us, max 700 us (real-time)",
@@ -106,7 +106,7 @@ def test_what_was_seen_before_does_not_count_twice() -> None:
     view.update(driver_stats(1.0, UP))
     view.update(driver_stats(2.0, UP))
     text = drawn(view)
-    assert "0 of 0, 30 in all" in text
+    assert "loss      0, 30 in all" in text
     assert "0, 7 in all" in text
     assert "1600 kbit/s" not in text
 
