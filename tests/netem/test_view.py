@@ -1,6 +1,10 @@
 """The live view shows the figures it is given, and `--live` and `--pcap` do what they say."""
 
+import contextlib
 import io
+import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -237,3 +241,26 @@ def test_the_proxy_writes_what_it_forwards(tmp_path: Path) -> None:
             finally:
                 process.kill()
     assert payloads(file.read_bytes()) == [b"up 0", b"up 1", b"up 2", b"down"]
+
+
+def test_on_a_terminal_the_proxy_is_shown_and_gives_the_terminal_back() -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*NETEM, "proxy", "clean", "--to", "127.0.0.1:9", "--live"],
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # So Linux says that the other end is closed.
+            while select.select([ours], [], [], DEADLINE_S)[0] and (data := os.read(ours, 4096)):
+                shown += data
+                if b"router lateness" in shown and b"up: " in shown:
+                    process.send_signal(signal.SIGTERM)
+        process.terminate()
+    os.close(ours)
+    assert b"LISTENING" in shown
+    for escape in (b"\x1b[?1049h", b"\x1b[?1049l"):  # To the other screen, and back.
+        assert escape in shown
+    assert process.returncode == 0
