@@ -157,9 +157,10 @@ def test_the_driver_counts_the_subject_s_bytes_and_delays_and_looks_into_the_que
     down = Link(delay_s=0.02, seed=1, name="down")
     driver = Driver(up, down, deliver_up=lambda _: None, deliver_down=lambda _: None, clock=clock)
     driver.start()
+    clock.now += 0.5
     for ecn in (Ecn.ECT_1, Ecn.ECT_1, Ecn.NOT_ECT):
         driver.send_up(Packet(b"", 100, ecn))
-    up.send(0.0, Packet(b"", 100, Ecn.NOT_ECT, flow=4))
+    up.send(0.5, Packet(b"", 100, Ecn.NOT_ECT, flow=4))
     stats = driver.stats().up
     assert stats.subject == SubjectStats(3, 300, 0, None, None)
     assert (stats.packets_sent, stats.queue.packets, stats.queue.l_packets) == (4, 3, 1)
@@ -169,7 +170,7 @@ def test_the_driver_counts_the_subject_s_bytes_and_delays_and_looks_into_the_que
     assert stats.subject.bytes_delivered == 300
     assert stats.subject.delay_p50_s == pytest.approx(0.07)
     assert stats.subject.delay_max_s == pytest.approx(0.08)
-    assert driver.stats().clock_s == 1.0
+    assert driver.stats().clock_s == 1.5
     assert driver.stats().up.subject.delay_p50_s is None, "nothing came out since"
 
 
