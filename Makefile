@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
 
-.PHONY: chat test check format results clean help
+.PHONY: chat test check format results bench-netem clean help
 
 help: ## Say what there is.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 chat: $(INSTALLED_USER) ## Install, fetch the model, and chat with it.
 	@$(BIN)/eloquent models fetch >/dev/null
@@ -31,6 +31,9 @@ format: $(INSTALLED) ## Put the code into its standard form.
 
 results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
 	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
+
+bench-netem: $(INSTALLED) ## Hold netem to the kernel (three minutes; needs root or user namespaces).
+	$(BIN)/eloquent netem fidelity
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -115,32 +115,31 @@ def udp_rows(name: str, pairs: Sequence[Pair], sent: int, refused: int) -> list[
     if not pairs:
         return [_refused(delay, "ms", rules[0], refused), _refused(loss, "%", rules[1], refused)]
     tun_ms, model_ms = _mean_ms(pairs)
-    tun_losses = [1 - len(pair.tun_s) / sent for pair in pairs]
-    model_loss = fmean(1 - len(pair.model_s) / sent for pair in pairs)
+    losses = [100 * (1 - len(pair.tun_s) / sent) for pair in pairs]
+    model_loss = 100 * fmean(1 - len(pair.model_s) / sent for pair in pairs)
     total = sent * len(pairs)
-    low, high = wilson_interval(total - sum(len(pair.tun_s) for pair in pairs), total)
+    interval = wilson_interval(total - sum(len(pair.tun_s) for pair in pairs), total)
+    low, high = (100 * end for end in interval)
     return [
-        Row(
+        _compared(
             delay,
             "ms",
             tun_ms,
             model_ms,
-            rules[0],
-            _verdict(abs(tun_ms - model_ms) <= 0.1 * model_ms + 1),
-            _range([1e3 * fmean(pair.tun_s) for pair in pairs]),
-            len(pairs),
-            refused,
+            rule=rules[0],
+            agrees=abs(tun_ms - model_ms) <= 0.1 * model_ms + 1,
+            runs=_means_ms(pairs),
+            refused=refused,
         ),
-        Row(
+        _compared(
             loss,
             "%",
-            100 * fmean(tun_losses),
-            100 * model_loss,
-            f"{rules[1]}: {100 * low:.2f} to {100 * high:.2f}",
-            _verdict(low <= model_loss <= high),
-            _range([100 * loss for loss in tun_losses]),
-            len(pairs),
-            refused,
+            fmean(losses),
+            model_loss,
+            rule=f"{rules[1]}: {low:.2f} to {high:.2f}",
+            agrees=low <= model_loss <= high,
+            runs=losses,
+            refused=refused,
         ),
     ]
 
@@ -154,29 +153,27 @@ def tcp_rows(loss: float, pairs: Sequence[Pair], refused: int) -> list[Row]:
         return [_refused(delay, "ms", rules[0], refused), _refused(late, "%", rules[1], refused)]
     tun_ms, model_ms = _mean_ms(pairs)
     shares = [_late_percent(pair.tun_s) for pair in pairs]
-    model_share = fmean(_late_percent(pair.model_s) for pair in pairs)
+    share, model_share = fmean(shares), fmean(_late_percent(pair.model_s) for pair in pairs)
     return [
-        Row(
+        _compared(
             delay,
             "ms",
             tun_ms,
             model_ms,
-            rules[0],
-            _verdict(abs(tun_ms - model_ms) <= 0.15 * model_ms),
-            _range([1e3 * fmean(pair.tun_s) for pair in pairs]),
-            len(pairs),
-            refused,
+            rule=rules[0],
+            agrees=abs(tun_ms - model_ms) <= 0.15 * model_ms,
+            runs=_means_ms(pairs),
+            refused=refused,
         ),
-        Row(
+        _compared(
             late,
             "%",
-            fmean(shares),
+            share,
             model_share,
-            rules[1],
-            _verdict(abs(fmean(shares) - model_share) <= 2),
-            _range(shares),
-            len(pairs),
-            refused,
+            rule=rules[1],
+            agrees=abs(share - model_share) <= 2,
+            runs=shares,
+            refused=refused,
         ),
     ]
 
@@ -193,9 +190,15 @@ def reno_row(bits_per_s: Sequence[float], refused: int) -> Row:
         return _refused(name, "Mbit/s", rule, refused)
     rates = [rate / 1e6 for rate in bits_per_s]
     wanted = mathis_bits_per_s(RENO_LOSS, RTT_S) / 1e6
-    verdict = _verdict(abs(fmean(rates) - wanted) <= 0.15 * wanted)
-    return Row(
-        name, "Mbit/s", fmean(rates), wanted, rule, verdict, _range(rates), len(rates), refused
+    return _compared(
+        name,
+        "Mbit/s",
+        fmean(rates),
+        wanted,
+        rule=rule,
+        agrees=abs(fmean(rates) - wanted) <= 0.15 * wanted,
+        runs=rates,
+        refused=refused,
     )
 
 
@@ -241,8 +244,19 @@ def _refused(name: str, unit: str, rule: str, runs: int) -> Row:
     return Row(name, unit, None, None, rule, REFUSED, runs=0, refused=runs)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
+def _compared(
+    name: str,
+    unit: str,
+    measured: float,
+    reference: float,
+    *,
+    rule: str,
+    agrees: bool,
+    runs: Sequence[float],
+    refused: int,
+) -> Row:
+    spread = min(runs), max(runs)
+    return Row(name, unit, measured, reference, rule, _verdict(agrees), spread, len(runs), refused)
 
 
 def _mean_ms(pairs: Sequence[Pair]) -> tuple[float, float]:
@@ -250,6 +264,10 @@ def _mean_ms(pairs: Sequence[Pair]) -> tuple[float, float]:
     tun = [delay for pair in pairs for delay in pair.tun_s]
     model = [delay for pair in pairs for delay in pair.model_s]
     return 1e3 * fmean(tun), 1e3 * fmean(model)
+
+
+def _means_ms(pairs: Sequence[Pair]) -> list[float]:
+    return [1e3 * fmean(pair.tun_s) for pair in pairs]
 
 
 def _late_percent(delays_s: Sequence[float]) -> float:
@@ -278,9 +296,13 @@ def independent_loss(loss: float) -> Scenario:
 
 
 def run_ends(
-    scenario: Scenario, seed: int, server: Sequence[str], client: Sequence[str]
-) -> tuple[str, str, DriverStats]:
-    """Run two programs of `fidelity_ends`; return what server and client printed.
+    scenario: Scenario,
+    seed: int,
+    server: Sequence[str],
+    client: Sequence[str],
+    lateness_bound_s: float = LATENESS_BOUND_S,
+) -> tuple[str, DriverStats]:
+    """Run two programs of `fidelity_ends`; return what the client's printed.
 
     They start `START_S` after the scenario's clock, as in the simulator.
 
@@ -290,7 +312,8 @@ def run_ends(
     with contextlib.ExitStack() as stack:
         ends: list[subprocess.Popen[str]] = []
         stack.callback(_close_pipes, ends)
-        with tun_network(partial(scenario.links, seed)) as network:
+        links = partial(scenario.links, seed)
+        with tun_network(links, lateness_bound_s=lateness_bound_s) as network:
             _start_end(network, "server", server, ends)
             _start_end(network, "client", client, ends)
             start_s = time.monotonic() + START_S
@@ -300,19 +323,22 @@ def run_ends(
                 end.stdin.write(f"{start_s}\n")
                 end.stdin.flush()
             # The client's end ends the server's.
-            client_said = _finish(ends[1])
-            server_said = _finish(ends[0])
-    return server_said, client_said, network.stats().driver
+            said = _finish(ends[1])
+            _finish(ends[0])
+    return said, network.stats().driver
 
 
-def udp_pair(scenario: Scenario, count: int, seed: int) -> Pair:
+def udp_pair(
+    scenario: Scenario, count: int, seed: int, lateness_bound_s: float = LATENESS_BOUND_S
+) -> Pair:
     """Send datagrams down, through the router and in the simulator."""
     amount = (str(count), str(INTERVAL_S))
-    _, said, _ = run_ends(
+    said, _ = run_ends(
         scenario,
         seed,
         ("send_datagrams", CLIENT_ADDRESS, *amount),
         ("receive_datagrams", CLIENT_ADDRESS, *amount),
+        lateness_bound_s,
     )
     return Pair(_seconds(said), simulated_udp(scenario, count, seed))
 
@@ -330,13 +356,16 @@ def simulated_udp(scenario: Scenario, count: int, seed: int) -> list[float]:
     return delays
 
 
-def tcp_pair(scenario: Scenario, count: int, seed: int) -> Pair:
+def tcp_pair(
+    scenario: Scenario, count: int, seed: int, lateness_bound_s: float = LATENESS_BOUND_S
+) -> Pair:
     """Send tokens down, with the kernel's CUBIC through the router and with the model."""
-    _, said, _ = run_ends(
+    said, _ = run_ends(
         scenario,
         seed,
         ("serve_tokens", SERVER_ADDRESS, str(count), str(INTERVAL_S), "cubic"),
         ("read_tokens", SERVER_ADDRESS),
+        lateness_bound_s,
     )
     up, down = scenario.links(seed)
     times = send_tokens(
@@ -354,7 +383,7 @@ def tcp_pair(scenario: Scenario, count: int, seed: int) -> Pair:
 
 def reno_bits_per_s(seconds: float, seed: int) -> float:
     """Return the goodput of one greedy Reno flow of the kernel's, through the router."""
-    _, said, _ = run_ends(
+    said, _ = run_ends(
         independent_loss(RENO_LOSS),
         seed,
         ("serve_greedy", SERVER_ADDRESS, "reno"),
@@ -367,7 +396,7 @@ def flood_stats(seconds: float) -> DriverStats:
     """Return how the router fared under `FLOOD_PACKETS_PER_S`."""
     server = ("flood", CLIENT_ADDRESS, str(seconds), str(FLOOD_PACKETS_PER_S))
     client = ("sink", CLIENT_ADDRESS, str(seconds))
-    return run_ends(load_scenario("clean"), 1, server, client)[2]
+    return run_ends(load_scenario("clean"), 1, server, client)[1]
 
 
 def compare(seeds: int, lengths: Lengths, progress: Callable[[str], None]) -> list[Row]:
@@ -500,7 +529,7 @@ def fidelity(*, seeds: int, json_path: Path | None, lengths: Lengths | None = No
 
 
 def _print(text: str, file: TextIO | None = None) -> None:
-    print(text, file=file, flush=True)  # noqa: T201
+    print(text, file=file, flush=True)
 
 
 def write_json(path: Path, meta: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -1,0 +1,199 @@
+"""The fidelity report: its rules on figures made by hand, its form, and that its runs run."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from tools import needs_tool
+
+from eloquent_netem import fidelity
+from eloquent_netem.fidelity import (
+    FidelityError,
+    Pair,
+    Row,
+    clocked_loss,
+    lateness_rows,
+    markdown,
+    mathis_bits_per_s,
+    reno_row,
+    simulated_udp,
+    tcp_pair,
+    tcp_rows,
+    udp_pair,
+    udp_rows,
+    unrefused,
+    wilson_interval,
+    write_json,
+)
+from eloquent_netem.namespaces import NamespaceError
+from eloquent_netem.realtime import (
+    Driver,
+    DriverStats,
+    Lateness,
+    LatenessError,
+    OverloadError,
+)
+from eloquent_netem.scenario import load_scenario
+
+
+def pair(tun_s: float, model_s: float, arrived: int = 95, model_arrived: int = 95) -> Pair:
+    return Pair([tun_s] * arrived, [model_s] * model_arrived)
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    return [row.verdict for row in rows]
+
+
+def driver_stats(p99_s: float, *, is_real_time: bool) -> DriverStats:
+    way = Driver(*load_scenario("clean").links(), deliver_up=print, deliver_down=print).stats().up
+    return DriverStats(way, way, Lateness(100, 1e-5, p99_s, 1.0), is_real_time, 0, True)
+
+
+def test_wilson_s_interval_is_the_textbook_s() -> None:
+    # Agresti and Coull, 1998: none of 10 gives an upper end of z^2 / (10 + z^2).
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(5, 100) == pytest.approx((0.02154, 0.11175), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tun_s", "verdict"),
+    [(0.0559, "agrees"), (0.0561, "differs"), (0.0441, "agrees"), (0.0439, "differs")],
+)
+def test_udp_s_mean_may_be_off_by_a_tenth_and_a_millisecond(tun_s: float, verdict: str) -> None:
+    assert verdicts(udp_rows("x", [pair(tun_s, 0.05)], 100, 0)) == [verdict, "agrees"]
+
+
+@pytest.mark.parametrize(
+    ("model_arrived", "verdict"), [(89, "agrees"), (88, "differs"), (97, "agrees"), (98, "differs")]
+)
+def test_udp_s_loss_must_lie_in_the_interval(model_arrived: int, verdict: str) -> None:
+    rows = udp_rows("x", [pair(0.05, 0.05, 95, model_arrived)], 100, 0)
+    assert verdicts(rows) == ["agrees", verdict]
+    assert rows[1].measured == pytest.approx(5)
+    assert rows[1].reference == pytest.approx(100 - model_arrived)
+
+
+@pytest.mark.parametrize(("tun_s", "verdict"), [(0.0459, "agrees"), (0.0461, "differs")])
+def test_tcp_s_mean_may_be_off_by_15_percent(tun_s: float, verdict: str) -> None:
+    assert verdicts(tcp_rows(0.01, [pair(tun_s, 0.04)], 0)) == [verdict, "agrees"]
+
+
+@pytest.mark.parametrize(("late", "verdict"), [(6, "agrees"), (7, "differs")])
+def test_tcp_s_late_share_may_be_off_by_two_points(late: int, verdict: str) -> None:
+    tun = [0.0249] * (100 - late) + [0.101] * late
+    model = [0.0249] * 96 + [0.101] * 4
+    rows = tcp_rows(0.05, [Pair(tun, model)], 0)
+    assert verdicts(rows) == ["agrees", verdict]
+    assert (rows[1].measured, rows[1].reference) == (pytest.approx(late), pytest.approx(4))
+
+
+def test_a_row_tells_the_spread_over_the_seeds() -> None:
+    rows = tcp_rows(0.01, [pair(0.03, 0.04), pair(0.05, 0.04)], 1)
+    assert rows[0].measured == pytest.approx(40)
+    assert rows[0].spread == pytest.approx((30, 50))
+    assert (rows[0].runs, rows[0].refused) == (2, 1)
+
+
+def test_mathis() -> None:
+    assert mathis_bits_per_s(0.015, 0.1) == pytest.approx(8 * 1448 * 10 * 10)
+
+
+@pytest.mark.parametrize(
+    ("bits_per_s", "verdict"), [(3.26e6, "agrees"), (3.27e6, "differs"), (2.41e6, "differs")]
+)
+def test_reno_may_be_off_by_15_percent(bits_per_s: float, verdict: str) -> None:
+    assert reno_row([bits_per_s], 0).verdict == verdict
+
+
+def test_lateness_names_the_policy() -> None:
+    rows = lateness_rows(driver_stats(1e-4, is_real_time=True))
+    assert verdicts(rows) == ["agrees", "agrees"]
+    assert "no SCHED_FIFO" not in rows[1].name
+    assert rows[1].measured == pytest.approx(100)
+    rows = lateness_rows(driver_stats(1e-4, is_real_time=False))
+    assert "no SCHED_FIFO" in rows[1].name
+
+
+def test_what_was_refused_has_no_figures() -> None:
+    rows = [*udp_rows("x", [], 100, 2), *tcp_rows(0.01, [], 2), reno_row([], 2)]
+    rows += lateness_rows(None)
+    assert verdicts(rows) == ["refused"] * 6
+    assert {row.measured for row in rows} == {None}
+    assert "2 of 2 runs refused" in markdown(rows)
+
+
+def test_runs_that_are_unfaithful_are_counted_and_others_fail() -> None:
+    def late() -> float:
+        raise LatenessError("late")
+
+    def overloaded() -> float:
+        raise OverloadError("overloaded")
+
+    def broken() -> float:
+        raise FidelityError("broken")
+
+    assert unrefused([late, lambda: 0.0, overloaded, lambda: 2.0]) == ([0.0, 2.0], 2)
+    with pytest.raises(FidelityError, match="broken"):
+        unrefused([lambda: 1.0, broken])
+
+
+def test_the_simulator_loses_what_the_scenario_says() -> None:
+    assert simulated_udp(load_scenario("clean"), 50, 1) == pytest.approx([0.025] * 50)
+    delays = simulated_udp(load_scenario("lossy-5"), 4000, 1)
+    assert 0.04 < 1 - len(delays) / 4000 < 0.06
+    assert simulated_udp(load_scenario("lossy-5"), 4000, 1) == delays
+
+
+def test_clocked_loss_is_what_it_says() -> None:
+    delays = simulated_udp(clocked_loss(0.05), 4000, 1)
+    assert 0.04 < 1 - len(delays) / 4000 < 0.06
+    assert delays == pytest.approx([0.025] * len(delays))
+
+
+def test_the_json_has_meta_and_rows(tmp_path: Path) -> None:
+    path = tmp_path / "fidelity.json"
+    write_json(path, {"seeds": 1}, [reno_row([3e6], 0), reno_row([], 1)])
+    content = json.loads(path.read_text())
+    assert content["meta"] == {"seeds": 1}
+    first, second = content["rows"]
+    assert set(first) == set(Row.__dataclass_fields__)
+    assert (first["measured"], first["verdict"], first["spread"]) == (3.0, "agrees", [3.0, 3.0])
+    assert (second["measured"], second["verdict"], second["refused"]) == (None, "refused", 1)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FidelityError, match="cannot be written"):
+        write_json(tmp_path / "no" / "such.json", {}, [])
+
+
+def test_the_report_prints_its_table_and_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fidelity, "compare", lambda *_: [reno_row([9e6], 0)])
+    path = tmp_path / "fidelity.json"
+    fidelity.fidelity(seeds=3, json_path=path)
+    assert "9.00" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["meta"]["seeds"] == 3
+    assert content["rows"][0]["verdict"] == "differs"
+
+
+def test_no_seeds_are_refused() -> None:
+    with pytest.raises(FidelityError, match="--seeds"):
+        fidelity.fidelity(seeds=0, json_path=None)
+
+
+@needs_tool("ip")
+def test_datagrams_and_tokens_come_through_the_router() -> None:
+    try:
+        # One draw per packet: whatever the clock did, the same number is lost.
+        udp = udp_pair(load_scenario("lossy-5"), 60, 1, math.inf)
+        tcp = tcp_pair(clocked_loss(0.01), 20, 1, math.inf)
+    except NamespaceError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+    assert len(udp.tun_s) == len(udp.model_s) < 60
+    assert (len(tcp.tun_s), len(tcp.model_s)) == (20, 20)
