@@ -39,8 +39,8 @@ class CrossFlow(Protocol):
     def act(self, now: float) -> None:
         """Do what is due at `now`: take acknowledgements, send."""
 
-    def on_delivered(self, packet: Packet, now: float) -> None:
-        """Take notice that a packet with this flow's number has come out of the link."""
+    def on_delivered(self, now: float, packet: Packet) -> None:
+        """See a packet of any flow that came out of a link at `now`; it heeds its own."""
 
 
 class PragueFlow(WindowedFlow):
@@ -280,9 +280,10 @@ class UnresponsiveBursts:
             if self._next_s >= self._until_s:
                 self._pause()
 
-    def on_delivered(self, packet: Packet, now: float) -> None:
+    def on_delivered(self, now: float, packet: Packet) -> None:
         """See `CrossFlow.on_delivered`."""
-        self._delivered_bytes += packet.size
+        if packet.flow == self._flow:
+            self._delivered_bytes += packet.size
 
     def _pause(self) -> None:
         self._next_s = self._until_s + self._rng.expovariate(1 / self._mean_pause_s)

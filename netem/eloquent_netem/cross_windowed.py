@@ -127,8 +127,10 @@ class WindowedFlow(ABC):
         while self._may_send() and self._send_from_s <= now:
             self._send_one(now)
 
-    def on_delivered(self, packet: Packet, now: float) -> None:
+    def on_delivered(self, now: float, packet: Packet) -> None:
         """See `cross.CrossFlow.on_delivered`."""
+        if packet.flow != self._flow:
+            return
         sequence = int.from_bytes(packet.data, "big")
         sent = self._in_flight.get(sequence)
         if sent is not None and not sent.has_arrived:  # neither a copy nor given up

@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eloquent_netem.cross import CrossFlow
 from eloquent_netem.link import Link
 from eloquent_netem.packet import SUBJECT, Ecn, Packet
 from eloquent_netem.scenario import Scenario
-from eloquent_netem.scenario_build import CrossActor
 from eloquent_netem.scenario_parts import DOWN, UP
 from eloquent_netem.sim import Actor, simulate
 
@@ -71,7 +71,7 @@ class _Load:
 class _Arrivals:
     """Takes out of a link what has come through."""
 
-    def __init__(self, link: Link, load: _Load, cross: Sequence[CrossActor]) -> None:
+    def __init__(self, link: Link, load: _Load, cross: Sequence[CrossFlow]) -> None:
         self._link = link
         self._load = load
         self._cross = cross
@@ -84,8 +84,8 @@ class _Arrivals:
             if packet.flow == SUBJECT:
                 self._load.arrived(now, packet)
             else:
-                for actor in self._cross:
-                    actor.on_delivered(now, packet)
+                for flow in self._cross:
+                    flow.on_delivered(now, packet)
 
 
 class _End:

@@ -41,8 +41,8 @@ from eloquent_netem.scenario_schema import (
 )
 
 if TYPE_CHECKING:
+    from eloquent_netem.cross import CrossFlow
     from eloquent_netem.link import Link
-    from eloquent_netem.scenario_build import CrossActor
 
 LIBRARY = Path(__file__).parent / "scenarios"
 SUFFIX = ".toml"
@@ -86,7 +86,7 @@ class Scenario:
 
     def cross_flows(
         self, up: "Link", down: "Link", seed: int | None = None, origin_s: float = 0.0
-    ) -> "tuple[CrossActor, ...]":
+    ) -> "tuple[CrossFlow, ...]":
         """Return new flows of cross traffic that send into these links, on the same clock.
 
         Whatever drives the links lets them act and hands each packet that comes out and is not

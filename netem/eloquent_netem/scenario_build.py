@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 
 from eloquent_netem.cellular import synthetic_cellular
@@ -29,7 +28,7 @@ from eloquent_netem.loss import (
     PacketGilbertElliott,
     handover_spans,
 )
-from eloquent_netem.packet import SUBJECT, Packet
+from eloquent_netem.packet import SUBJECT
 from eloquent_netem.queues import CoDel, DropTail, Queue
 from eloquent_netem.rate import FixedRate, PausedRate, Rate, TraceRate, UnlimitedRate, load_trace
 from eloquent_netem.scenario import Scenario
@@ -62,27 +61,6 @@ CELLULAR_LENGTH_S = 600.0
 "A synthetic cellular link starts over after this, like a recording."
 
 Spans = list[tuple[float, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class CrossActor:
-    """A flow of cross traffic, as whatever drives the links wants it."""
-
-    flow: CrossFlow
-    spec: CrossSpec
-
-    def next_time(self) -> float | None:
-        """Return when it wants to act next, in seconds, or None."""
-        return self.flow.next_time()
-
-    def act(self, now: float) -> None:
-        """Do what is due at `now`."""
-        self.flow.act(now)
-
-    def on_delivered(self, now: float, packet: Packet) -> None:
-        """See a packet of any flow that came out of a link; it heeds its own."""
-        if packet.flow == self.flow.flow:
-            self.flow.on_delivered(packet, now)
 
 
 def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -> Link:
@@ -193,19 +171,17 @@ def build_queue(spec: DirectionSpec, direction: str, seed: int) -> Queue:
 
 def build_cross(
     scenario: Scenario, links: tuple[Link, Link], seed: int, origin_s: float
-) -> tuple[CrossActor, ...]:
+) -> tuple[CrossFlow, ...]:
     """Return new flows of cross traffic, numbered from 1 on in the order of the file."""
-    actors = []
+    flows = []
     numbers = count(SUBJECT + 1)
     for index, spec in enumerate(scenario.cross):
         link = links[0] if spec.direction == UP else links[1]
         for copy in range(spec.count):
             rng = stage_rng(seed, spec.direction, f"cross-{index}-{copy}")
-            flow = _flow(
-                scenario, spec, next(numbers), link.send, rng=rng, start_s=spec.start_s + origin_s
-            )
-            actors.append(CrossActor(flow, spec))
-    return tuple(actors)
+            start_s = spec.start_s + origin_s
+            flows.append(_flow(scenario, spec, next(numbers), link.send, rng=rng, start_s=start_s))
+    return tuple(flows)
 
 
 def _flow(

@@ -50,7 +50,7 @@ class Bottleneck:
             service_s = packet.size * 8 / RATE_BITS_PER_S
             waited_s = now - DELAY_S - service_s - packet.entered_s
             self.out.append((now, packet.flow, waited_s, packet.size))
-            self.flows[packet.flow].on_delivered(packet, now)
+            self.flows[packet.flow].on_delivered(now, packet)
 
     def waits(self, flow: int) -> list[float]:
         return [waited_s for now, of, waited_s, _ in self.out if of == flow and now > SETTLED_S]
@@ -174,7 +174,7 @@ class Bench:
         for index in indices:
             packet = self.sent[index]
             packet.ecn = Ecn.CE if ce else packet.ecn
-            self.flow.on_delivered(packet, now)
+            self.flow.on_delivered(now, packet)
         self.flow.act(now + 0.05)
 
 
@@ -197,7 +197,7 @@ def test_an_acknowledgement_takes_what_the_link_leaves_of_the_round_trip() -> No
     for forward_s, back_s in ((None, 0.05), (0.03, 0.07), (0.2, 0.0)):
         options = {} if forward_s is None else {"forward_s": forward_s}
         bench = Bench(CubicFlow, **options)
-        bench.flow.on_delivered(bench.sent[0], 0.04)
+        bench.flow.on_delivered(0.04, bench.sent[0])
         assert bench.flow.next_time() == pytest.approx(0.04 + back_s)
         bench.flow.act(0.04 + back_s)
         assert bench.flow.rtt_s == pytest.approx(0.04 + back_s)
@@ -289,7 +289,7 @@ def test_prague_grows_slower_on_paths_shorter_than_25_ms(rtt_s: float, growth: f
     flow = bench.flow
     bench.sent[0].ecn = Ecn.CE
     for number in (0, 1):
-        flow.on_delivered(bench.sent[number], bench.times[number] + rtt_s)
+        flow.on_delivered(bench.times[number] + rtt_s, bench.sent[number])
         flow.act(bench.times[number] + rtt_s)
     # The mark halves ten; then a packet is worth (RTT / 25 ms)^2 / 5, at most 1 / 5.
     assert flow.window == pytest.approx(5 + growth / 5)
@@ -374,7 +374,7 @@ def test_bursts_heed_nothing_and_have_their_rate_and_lengths() -> None:
         bursts.act(now)
         if len(sent) % 7 == 0:
             sent[-1][1].ecn = Ecn.CE
-            bursts.on_delivered(sent[-1][1], now)
+            bursts.on_delivered(now, sent[-1][1])
     times = [time for time, _ in sent]
     gaps = [later - earlier for earlier, later in pairwise(times)]
     within = [gap for gap in gaps if gap < 0.00101]
@@ -428,7 +428,7 @@ def web_transfers(count: int, rng: random.Random, *, lose_each: int = 0) -> list
         for packet in sent:
             serial += 1
             if not lose_each or serial % lose_each:
-                web.on_delivered(packet, now + 0.01)
+                web.on_delivered(now + 0.01, packet)
         sent.clear()
     return [later - earlier for earlier, later in pairwise(begins_at)]
 
