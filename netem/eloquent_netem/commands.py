@@ -189,7 +189,7 @@ def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
     """Hold the simulator and the TCP model to the kernel, and print how well they agree.
 
     It takes about three minutes, needs what `run` needs, and ends with exit code 0 also where a
-    row differs: it is a report.
+    row differs: it is a report. Ctrl-C ends it, and what is done by then is printed and written.
 
     Parameters
     ----------
@@ -200,4 +200,4 @@ def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
     """
     from eloquent_netem.fidelity import fidelity
 
-    fidelity(seeds=seeds, json_path=json)
+    sys.exit(fidelity(seeds=seeds, json_path=json))

@@ -75,7 +75,7 @@ def run_commands(
             file = stack.enter_context(output.open("wb"))
             options |= {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         network = stack.enter_context(tun_network(links, cross=cross))
-        stack.enter_context(_signals_as_exit())
+        stack.enter_context(sigterm_as_exit())
         network.start()
         if server is not None:
             network.popen("server", shlex.split(server), **options)
@@ -245,7 +245,7 @@ def _has_ended(process: "subprocess.Popen[Any]", seconds: float) -> bool:
 
 
 @contextmanager
-def _signals_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that everything is cleaned up."""
 
     def leave(number: int, frame: object) -> None:

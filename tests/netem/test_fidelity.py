@@ -1,33 +1,39 @@
 """The fidelity report: its rules on figures made by hand, its form, and that its runs run."""
 
+import contextlib
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from tools import needs_tool
 
 from eloquent_netem import fidelity
-from eloquent_netem.fidelity import (
-    FidelityError,
+from eloquent_netem.fidelity import unrefused, write_json
+from eloquent_netem.fidelity_rows import (
     Pair,
     Row,
-    clocked_loss,
     lateness_rows,
     markdown,
     mathis_bits_per_s,
     reno_row,
-    simulated_udp,
-    tcp_pair,
     tcp_rows,
-    udp_pair,
     udp_rows,
-    unrefused,
     wilson_interval,
-    write_json,
 )
-from eloquent_netem.namespaces import NamespaceError
+from eloquent_netem.fidelity_runs import (
+    FidelityError,
+    Runs,
+    StoppedError,
+    clocked_loss,
+    simulated_udp,
+)
+from eloquent_netem.namespaces import NamespaceError, NamespaceId, processes_inside
 from eloquent_netem.realtime import (
     Driver,
     DriverStats,
@@ -36,6 +42,23 @@ from eloquent_netem.realtime import (
     OverloadError,
 )
 from eloquent_netem.scenario import load_scenario
+
+DEADLINE_S = 60.0
+"Ends a hang; decides nothing."
+
+ENDLESS_REPORT = """
+import sys
+from pathlib import Path
+from eloquent_netem import fidelity
+from eloquent_netem.errors import NetemError
+fidelity.UDP_SCENARIOS = ()
+if __name__ == "__main__":
+    lengths = fidelity.Lengths(tokens=100_000, flood_s=0.1)
+    try:
+        sys.exit(fidelity.fidelity(seeds=2, json_path=Path(sys.argv[1]), lengths=lengths))
+    except NetemError as error:
+        sys.exit(f"netem: {error}")
+"""
 
 
 def pair(tun_s: float, model_s: float, arrived: int = 95, model_arrived: int = 95) -> Pair:
@@ -134,9 +157,19 @@ def test_runs_that_are_unfaithful_are_counted_and_others_fail() -> None:
     def broken() -> float:
         raise FidelityError("broken")
 
-    assert unrefused([late, lambda: 0.0, overloaded, lambda: 2.0]) == ([0.0, 2.0], 2)
+    runs = Runs()
+    assert unrefused([late, lambda: 0.0, overloaded, lambda: 2.0], runs) == ([0.0, 2.0], 2)
+    assert not runs.stopped.is_set()
     with pytest.raises(FidelityError, match="broken"):
-        unrefused([lambda: 1.0, broken])
+        unrefused([lambda: 1.0, broken], runs)
+    assert runs.stopped.is_set()
+
+
+def test_a_run_that_is_to_stop_does_not_begin() -> None:
+    runs = Runs()
+    runs.stopped.set()
+    with pytest.raises(StoppedError):
+        runs.flood_stats(1)
 
 
 def test_the_simulator_loses_what_the_scenario_says() -> None:
@@ -171,12 +204,12 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 def test_the_report_prints_its_table_and_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fidelity, "compare", lambda *_: [reno_row([9e6], 0)])
+    monkeypatch.setattr(fidelity, "compare", lambda *_: iter([reno_row([9e6], 0)]))
     path = tmp_path / "fidelity.json"
-    fidelity.fidelity(seeds=3, json_path=path)
+    assert fidelity.fidelity(seeds=3, json_path=path) == 0
     assert "9.00" in capsys.readouterr().out
     content = json.loads(path.read_text())
-    assert content["meta"]["seeds"] == 3
+    assert (content["meta"]["seeds"], content["meta"]["is_complete"]) == (3, True)
     assert content["rows"][0]["verdict"] == "differs"
 
 
@@ -188,12 +221,77 @@ def test_no_seeds_are_refused() -> None:
 @needs_tool("ip")
 def test_datagrams_and_tokens_come_through_the_router() -> None:
     try:
+        runs = Runs(lateness_bound_s=math.inf)
         # One draw per packet: whatever the clock did, the same number is lost.
-        udp = udp_pair(load_scenario("lossy-5"), 60, 1, math.inf)
-        tcp = tcp_pair(clocked_loss(0.01), 20, 1, math.inf)
+        udp = runs.udp_pair(load_scenario("lossy-5"), 60, 1)
+        tcp = runs.tcp_pair(clocked_loss(0.01), 20, 1)
     except NamespaceError as error:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
     assert len(udp.tun_s) == len(udp.model_s) < 60
     assert (len(tcp.tun_s), len(tcp.model_s)) == (20, 20)
+
+
+@needs_tool("ip")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_and_leaves_the_rows_that_are_done(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    path, script = tmp_path / "fidelity.json", tmp_path / "report.py"
+    script.write_text(ENDLESS_REPORT, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(script), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as report:
+        children = await_ends(report)
+        if number == signal.SIGINT:
+            os.killpg(report.pid, number)  # As a terminal does.
+        else:
+            report.send_signal(number)
+        out, errors = report.communicate(timeout=DEADLINE_S)
+    assert report.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert "not the whole report" in errors
+    assert "lateness p99" in out
+    content = json.loads(path.read_text())
+    assert not content["meta"]["is_complete"]
+    assert "lateness p99" in content["rows"][-1]["name"]
+    # The routers are among them, and with their files the namespaces end.
+    deadline = time.monotonic() + DEADLINE_S
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in children):
+        assert time.monotonic() < deadline  # multiprocessing's helper ends a little later
+        time.sleep(0.01)
+    ours = Path("/proc/self/ns/net").stat()
+    assert processes_inside(set(children.values()) - {(ours.st_dev, ours.st_ino)}) == []
+
+
+def await_ends(report: "subprocess.Popen[str]") -> dict[int, NamespaceId]:
+    """Wait until the programs of two networks run; return all children and their namespaces."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        children = children_of(report.pid)
+        if len(set(children.values())) >= 7:
+            return children
+        if report.poll() is not None:
+            assert report.stderr is not None
+            said = report.stderr.read()
+            if os.environ.get("CI") == "true" or "Traceback" in said:
+                pytest.fail(said)
+            pytest.skip(said)
+        time.sleep(0.01)
+    pytest.fail("The programs in the namespaces never ran.")
+
+
+def children_of(parent: int) -> dict[int, NamespaceId]:
+    """Return the children of a process, all threads', and their network namespaces."""
+    found = {}
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(OSError):  # Threads and processes end while we look.
+            for pid in (task / "children").read_text().split():
+                status = Path(f"/proc/{pid}/ns/net").stat()
+                found[int(pid)] = (status.st_dev, status.st_ino)
+    return found
