@@ -247,12 +247,15 @@ def test_a_signal_ends_all_and_leaves_the_rows_that_are_done(
         text=True,
         start_new_session=True,
     ) as report:
-        children = await_ends(report)
-        if number == signal.SIGINT:
-            os.killpg(report.pid, number)  # As a terminal does.
-        else:
-            report.send_signal(number)
-        out, errors = report.communicate(timeout=DEADLINE_S)
+        try:
+            children = await_ends(report)
+            if number == signal.SIGINT:
+                os.killpg(report.pid, number)  # As a terminal does.
+            else:
+                report.send_signal(number)
+            out, errors = report.communicate(timeout=DEADLINE_S)
+        finally:
+            report.kill()
     assert report.returncode == 128 + number, errors
     assert "Traceback" not in errors
     assert "not the whole report" in errors

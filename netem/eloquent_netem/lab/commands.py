@@ -93,6 +93,32 @@ def stalls(
         markdown.write_text(_page(text))
 
 
+@lab.command
+def speed(*, json: Path | None = None) -> None:
+    """Measure how fast the emulation runs, beside what it must reach (a few seconds).
+
+    Virtual time against real time with one QUIC connection in it, and packets through DualPI2: the
+    median of three runs each, and their range. The exit code is 1 where one misses its bound, which
+    on a busy machine says nothing of the code: run it again.
+
+    Parameters
+    ----------
+    json
+        Also write the figures to this file.
+    """
+    from eloquent_netem.lab.speed import measure, to_json
+
+    if json is not None:
+        _check_writable(json)
+    speeds = measure()
+    for figure in speeds:
+        print(figure)  # noqa: T201
+    if json is not None:
+        json.write_text(json_format.dumps(to_json(speeds), indent=1) + "\n")
+    if not all(figure.is_met for figure in speeds):
+        sys.exit(1)
+
+
 def _check_writable(path: Path) -> None:
     """Find out before the work whether its results can be written."""
     try:
