@@ -8,6 +8,7 @@ namespace of our own (user_namespaces(7)) where those are allowed.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -81,6 +82,10 @@ class PrivilegeError(NamespaceError):
     """Neither root nor user namespaces."""
 
 
+class LimitError(NamespaceError):
+    """The kernel's limit on the number of namespaces is reached."""
+
+
 @dataclass(frozen=True, slots=True)
 class Namespaces:
     """How to reach the two namespaces while the process that holds them lives; picklable."""
@@ -106,6 +111,7 @@ class NamespaceHolder:
         ToolMissingError: `ip` or `nsenter` is not installed.
         TunMissingError: /dev/net/tun is absent, or not for us.
         PrivilegeError: namespaces are not allowed.
+        LimitError: there are too many already.
     """
 
     def __init__(self, *, mtu: int = DEFAULT_MTU, rootless: bool | None = None) -> None:
@@ -221,9 +227,16 @@ def _leave_network(rootless: bool | None) -> bool:
 
 def _unshare(flags: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(flags) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if libc.unshare(flags) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.ENOSPC:
+        raise LimitError(
+            "The kernel's limit on namespaces is reached, and the TUN router needs four of them: "
+            "end other emulated networks and containers, raise the limits (sysctl "
+            "user.max_net_namespaces and user.max_user_namespaces), or use the UDP proxy."
+        )
+    raise OSError(number, os.strerror(number))
 
 
 def open_tun(path: Path = TUN_PATH) -> int:

@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tools import needs_tool
 
 from eloquent_netem import namespaces
 from eloquent_netem.namespaces import (
@@ -18,6 +20,15 @@ from eloquent_netem.namespaces import (
 )
 from eloquent_netem.tun import TunNetwork, tun_network
 from tests.netem.test_tun import links, needs_ip, network
+
+HOLDING = """
+from eloquent_netem.namespaces import LimitError, NamespaceHolder
+try:
+    NamespaceHolder(rootless={rootless}).close()
+    print("made")
+except LimitError as error:
+    print(error)
+"""
 
 
 def output(net: TunNetwork, side: Side, *words: str) -> str:
@@ -95,3 +106,25 @@ def test_missing_privileges_are_said(
     monkeypatch.setattr(namespaces, "check_tools", lambda: None)
     with pytest.raises(PrivilegeError, match=way_out):
         NamespaceHolder(rootless=rootless)
+
+
+@needs_ip
+@needs_tool("unshare")
+@pytest.mark.parametrize("rootless", [None, True])
+@pytest.mark.parametrize(
+    ("limit", "number"), [("user", 0), ("net", 0), ("net", 1), ("net", 2), ("net", 3)]
+)
+def test_a_limit_of_the_kernel_s_is_said(rootless: bool | None, limit: str, number: int) -> None:
+    with network():
+        pass  # Or skip.
+    lowered = f"echo {number} > /proc/sys/user/max_{limit}_namespaces && exec "
+    make = f"{sys.executable} -c '{HOLDING.format(rootless=rootless)}'"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "sh", "-c", lowered + make],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Where no user namespace is asked for, none is missed.
+    wanted = "made" if (rootless, limit) == (None, "user") else "The kernel's limit on namespaces"
+    assert done.stdout.startswith(wanted), done.stderr
