@@ -33,8 +33,8 @@ results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
 	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
 
 bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (three minutes; needs root or user namespaces).
-	$(BIN)/eloquent lab speed
 	$(BIN)/eloquent netem fidelity
+	$(BIN)/eloquent lab speed
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
