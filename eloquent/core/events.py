@@ -125,6 +125,11 @@ class EventDecoder:
         """The log's last event, once it has come and agrees with all before it."""
         return self._end
 
+    @property
+    def pending(self) -> int:
+        """How many bytes have come of an event that is not whole yet."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes of the log and return the events that they complete.
 

@@ -1,28 +1,86 @@
 """The token log: one turn's answer as an append-only sequence of encoded events."""
 
-from eloquent.core.events import End, Failure, TextDelta, encode_event, log_digest
+from typing import Protocol, Self
+
+from eloquent.core.events import (
+    End,
+    Event,
+    EventDecoder,
+    Failure,
+    TextDelta,
+    encode_event,
+    log_digest,
+)
+
+
+class Log(Protocol):
+    """What a sender reads: bytes that never change, with more to come until there is an end."""
+
+    @property
+    def length(self) -> int:
+        """How many bytes may be sent."""
+
+    @property
+    def end(self) -> End | None:
+        """The log's last event, once it may be sent."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes `start <= offset < stop`, fewer where there are no more yet."""
 
 
 class TokenLog:
     """What has been generated so far; positions are byte offsets.
 
     Nothing that is in the log ever changes, so any number of senders may read it at any offset.
+    A log that `is_held` shows its readers only what was released: what the store has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_held: bool = False) -> None:
+        self._is_held = is_held
         self._bytes = bytearray()
+        self._released = 0
         self._digest = log_digest()
         self._end: End | None = None
 
+    @classmethod
+    def restored(cls, data: bytes) -> tuple[Self, list[Event]]:
+        """Return a log that holds `data`, as it was stored, and the events in it.
+
+        Bytes of an event that is not whole are left out.
+
+        Raises:
+            WireError: the bytes are no log.
+            IntegrityError: the log's end does not agree with what is before it.
+        """
+        log = cls(is_held=True)
+        decoder = EventDecoder()
+        events = decoder.feed(data)
+        whole = data[: len(data) - decoder.pending]
+        log._bytes += whole
+        log._digest.update(whole)
+        log._end = decoder.end
+        log._released = len(whole)
+        return log, events
+
     @property
     def length(self) -> int:
-        """Bytes in the log."""
+        """How many bytes may be sent."""
+        return self._released if self._is_held else len(self._bytes)
+
+    @property
+    def written(self) -> int:
+        """How many bytes the log has, released or not."""
         return len(self._bytes)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the `End` event was written."""
+        return self._end is not None
+
+    @property
     def end(self) -> End | None:
-        """The log's last event, once it is closed."""
-        return self._end
+        """The log's last event, once it may be sent."""
+        return self._end if self.length == len(self._bytes) else None
 
     def append(self, event: TextDelta | Failure) -> None:
         """Add an event.
@@ -57,6 +115,42 @@ class TokenLog:
         self._bytes += encode_event(self._end)
         return self._end
 
+    def written_from(self, offset: int) -> bytes:
+        """Return the bytes from `offset` on, released or not: what the store is to keep."""
+        return bytes(self._bytes[offset:])
+
+    def release(self, offset: int) -> None:
+        """Let readers have the bytes below `offset`: they are stored."""
+        self._released = max(self._released, min(offset, len(self._bytes)))
+
     def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes `start <= offset < stop`, fewer where the log ends before `stop`."""
-        return bytes(self._bytes[start:stop])
+        """Return the bytes `start <= offset < stop`, fewer where there are no more yet."""
+        return bytes(self._bytes[start : min(stop, self.length)])
+
+
+class LogWindow:
+    """A log as one reader may have it: no further than `limit`, so that its buffer is bounded."""
+
+    def __init__(self, log: Log, limit: int) -> None:
+        self._log = log
+        self.limit = limit
+        "The offset up to which the reader may be sent bytes; it only grows."
+
+    @property
+    def length(self) -> int:
+        """How many bytes may be sent."""
+        return min(self._log.length, self.limit)
+
+    @property
+    def end(self) -> End | None:
+        """The log's last event, once it may be sent."""
+        return self._log.end if self._log.length <= self.limit else None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is more that the reader may not have yet."""
+        return self._log.length > self.limit
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See `Log.read`."""
+        return self._log.read(start, min(stop, self.limit))

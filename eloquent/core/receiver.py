@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 from eloquent.core.events import Event, EventDecoder
 from eloquent.core.ranges import RangeSet
-from eloquent.core.wire import Bundle, Ended, Report
+from eloquent.core.wire import (
+    ARRIVAL_UNIT_S,
+    MAX_ARRIVALS,
+    READER_WINDOW_BYTES,
+    Arrival,
+    Bundle,
+    Ended,
+    Report,
+)
 from eloquent.errors import IntegrityError
 
 REPORT_BEAT_S = 0.25
@@ -44,6 +52,10 @@ class Receiver:
         self._numbers_count = 0
         self._report_at: float | None = None
         self._reported_at: float | None = None
+        self._recovered_before = 0
+        self._taken: int | None = None
+        self._reported_unread = 0
+        self._arrivals: dict[int, int] = {}
         self._stats = ReceiverStats()
 
     @property
@@ -73,13 +85,40 @@ class Receiver:
             self._numbers.add(bundle.number, bundle.number + 1)
             self._numbers_count += 1
         self._newest = max(self._newest, bundle.number)
+        if bundle.is_timed:
+            self._arrivals.setdefault(bundle.number, round(now / ARRIVAL_UNIT_S))
         fresh = self._take(bundle)
         if not self._ahead_held:
-            self._stats.loss_recovered = self._newest + 1 - self._numbers_count
+            recovered = self._newest + 1 - self._numbers_count
+            self._stats.loss_recovered = self._recovered_before + recovered
         events = self._decoder.feed(fresh) if fresh else []
         self._check_confirmation()
         self._schedule_report(now)
         return events
+
+    def attach(self, turn: int) -> None:
+        """Go on over a new connection, where the turn has this number and bundles count anew."""
+        self._turn = turn
+        self._newest = -1
+        self._numbers = RangeSet()
+        self._numbers_count = 0
+        self._recovered_before = self._stats.loss_recovered
+        self._report_at = self._reported_at = None
+        self._arrivals.clear()
+
+    def on_taken(self, offset: int) -> None:
+        """Take note that the application has taken the events below `offset`.
+
+        Without any such note it counts as taking them as they come.
+        """
+        self._taken = offset
+        if self._reported_unread - self._unread >= READER_WINDOW_BYTES // 2:
+            self.report_again()
+
+    @property
+    def _unread(self) -> int:
+        taken = self._contiguous if self._taken is None else self._taken
+        return max(0, self._contiguous - taken)
 
     def on_ended(self, ended: Ended) -> None:
         """Take the server's confirmation on the stream, which may come before the log's end.
@@ -100,10 +139,13 @@ class Receiver:
             return None
         self._report_at = None
         self._reported_at = now
-        return Report(self._turn, self._contiguous, self._newest)
+        arrivals = tuple(Arrival(*item) for item in sorted(self._arrivals.items())[-MAX_ARRIVALS:])
+        self._arrivals.clear()
+        self._reported_unread = self._unread
+        return Report(self._turn, self._contiguous, self._newest, self._unread, arrivals)
 
     def report_again(self) -> None:
-        """Make a report due at once: the last one was lost."""
+        """Make a report due at once."""
         self._report_at = float("-inf")
 
     def _check_confirmation(self) -> None:

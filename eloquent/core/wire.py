@@ -8,9 +8,10 @@ from eloquent.core.varint import VARINT_MAX, decode_varint, encode_varint, varin
 from eloquent.errors import WireError
 
 ALPN = "eloquent"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 TURN_ID_BYTES = 16
+SECRET_BYTES = 16
 MAX_REQUEST_BODY_BYTES = 1 << 20
 MAX_REPLY_BYTES = 1 << 16
 MAX_REASON_CHARS = 4000
@@ -18,6 +19,19 @@ MAX_REASON_CHARS = 4000
 
 FRAME_BUNDLE = 1
 FRAME_REPORT = 2
+FRAME_TIMED_BUNDLE = 3
+FRAME_TIMED_REPORT = 4
+
+ARRIVAL_UNIT_S = 1e-4
+"Resolution of the arrival times in a report."
+
+READER_WINDOW_BYTES = 1 << 18
+"A server sends no further than this beyond what the application has taken."
+
+MAX_ARRIVALS = 256
+"A report names at most so many bundles' arrivals."
+
+FLAG_OWNER = 1
 
 REPLY_REJECTED = 1
 REPLY_ENDED = 2
@@ -35,6 +49,18 @@ class Bundle:
     "Where in the log `data` starts, in bytes."
     data: bytes
     "The log's bytes from there on."
+    is_timed: bool = False
+    "Whether the sender wants to know when it arrived."
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When a bundle came; the clock is the reader's, its origin unknown to the sender."""
+
+    number: int
+    "The bundle's."
+    time: int
+    "In units of `ARRIVAL_UNIT_S`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +70,32 @@ class Report:
     turn: int
     "As in `Bundle`."
     contiguous: int
-    "All bytes of the log below this offset have reached the application."
+    "The reader has all bytes of the log below this offset."
     newest: int
     "The highest bundle number received; -1 if none."
+    unread: int = 0
+    "How many of the bytes below `contiguous` the application has not taken yet."
+    arrivals: tuple[Arrival, ...] = ()
+    "Those of timed bundles since the report before it, in the order of their numbers."
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the client writes on a turn's stream before it half-closes it."""
+    """What the client writes on a turn's stream before it half-closes it.
+
+    With a body it asks for a turn; the same id and body again, or no body, is the same turn.
+    """
 
     turn_id: bytes
     "16 random bytes that the client made: the turn's name."
     body: bytes
-    "An OpenAI chat body, in JSON."
+    "An OpenAI chat body, in JSON; empty: the turn is there, and nothing is to be generated."
+    secret: bytes = bytes(SECRET_BYTES)
+    "16 random bytes that the client made: who knows them may read the turn."
+    offset: int = 0
+    "The reader has the log's bytes below it."
+    is_owner: bool = True
+    "Whether this reader's cancel stops the generation; other readers only leave."
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +137,7 @@ class _EndedBody(msgspec.Struct, array_like=True, frozen=True):
 def encode_bundle(bundle: Bundle) -> bytes:
     """Return the bundle as a datagram's payload."""
     return (
-        bytes((FRAME_BUNDLE,))
+        bytes((FRAME_TIMED_BUNDLE if bundle.is_timed else FRAME_BUNDLE,))
         + encode_varint(bundle.turn)
         + encode_varint(bundle.number)
         + encode_varint(bundle.offset)
@@ -113,12 +152,19 @@ def bundle_header_size(turn: int, number: int, offset: int) -> int:
 
 def encode_report(report: Report) -> bytes:
     """Return the report as a datagram's payload."""
-    return (
-        bytes((FRAME_REPORT,))
+    encoded = (
+        bytes((FRAME_TIMED_REPORT if report.arrivals else FRAME_REPORT,))
         + encode_varint(report.turn)
         + encode_varint(report.contiguous)
         + encode_varint(report.newest + 1)
+        + encode_varint(report.unread)
     )
+    before = Arrival(0, 0)
+    for arrival in report.arrivals:
+        encoded += encode_varint(arrival.number - before.number)
+        encoded += encode_varint(_zigzag(arrival.time - before.time))
+        before = arrival
+    return encoded
 
 
 def decode_frame(payload: bytes) -> Frame:
@@ -128,38 +174,71 @@ def decode_frame(payload: bytes) -> Frame:
         WireError: it is no frame of this protocol.
     """
     kind, position = _varint(payload, 0, "a frame's type")
-    if kind == FRAME_BUNDLE:
-        turn, position = _varint(payload, position, "a bundle's turn")
-        number, position = _varint(payload, position, "a bundle's number")
-        offset, position = _varint(payload, position, "a bundle's offset")
-        data = payload[position:]
-        if not data:
-            raise WireError("A bundle carries no data: the peer breaks the protocol.")
-        if offset + len(data) > VARINT_MAX or number == VARINT_MAX:
-            raise WireError(
-                "A bundle's number or end is beyond what a report can name: the peer breaks the "
-                "protocol."
-            )
-        return Bundle(turn, number, offset, data)
-    if kind == FRAME_REPORT:
-        turn, position = _varint(payload, position, "a report's turn")
-        contiguous, position = _varint(payload, position, "a report's offset")
-        newest, position = _varint(payload, position, "a report's bundle number")
-        if position != len(payload):
-            raise WireError("A report has bytes after its end: the peer breaks the protocol.")
-        return Report(turn, contiguous, newest - 1)
+    if kind in (FRAME_BUNDLE, FRAME_TIMED_BUNDLE):
+        return _decode_bundle(payload, position, is_timed=kind == FRAME_TIMED_BUNDLE)
+    if kind in (FRAME_REPORT, FRAME_TIMED_REPORT):
+        return _decode_report(payload, position, is_timed=kind == FRAME_TIMED_REPORT)
     raise WireError(
         f"A datagram holds a frame of unknown type {kind}: the peer speaks another protocol or "
         "another version of this one."
     )
 
 
+def _decode_bundle(payload: bytes, position: int, *, is_timed: bool) -> Bundle:
+    turn, position = _varint(payload, position, "a bundle's turn")
+    number, position = _varint(payload, position, "a bundle's number")
+    offset, position = _varint(payload, position, "a bundle's offset")
+    data = payload[position:]
+    if not data:
+        raise WireError("A bundle carries no data: the peer breaks the protocol.")
+    if offset + len(data) > VARINT_MAX or number == VARINT_MAX:
+        raise WireError(
+            "A bundle's number or end is beyond what a report can name: the peer breaks the "
+            "protocol."
+        )
+    return Bundle(turn, number, offset, data, is_timed)
+
+
+def _decode_report(payload: bytes, position: int, *, is_timed: bool) -> Report:
+    turn, position = _varint(payload, position, "a report's turn")
+    contiguous, position = _varint(payload, position, "a report's offset")
+    newest, position = _varint(payload, position, "a report's bundle number")
+    unread, position = _varint(payload, position, "a report's unread bytes")
+    if unread > contiguous:
+        raise WireError("A report has more bytes unread than received: the peer is broken.")
+    arrivals: list[Arrival] = []
+    before = Arrival(0, 0)
+    while is_timed and position < len(payload):
+        ahead, position = _varint(payload, position, "an arrival's bundle number")
+        later, position = _varint(payload, position, "an arrival's time")
+        if len(arrivals) == MAX_ARRIVALS or (arrivals and not ahead):
+            raise WireError("A report's arrivals are too many or repeat a bundle.")
+        before = Arrival(before.number + ahead, before.time + _unzigzag(later))
+        arrivals.append(before)
+    if position != len(payload):
+        raise WireError("A report has bytes after its end: the peer breaks the protocol.")
+    if is_timed and not arrivals:
+        raise WireError("A report with arrivals names none: the peer breaks the protocol.")
+    if arrivals and before.number >= newest:
+        raise WireError("A report times a bundle newer than the newest it has.")
+    return Report(turn, contiguous, newest - 1, unread, tuple(arrivals))
+
+
 def encode_request(request: Request, version: int = PROTOCOL_VERSION) -> bytes:
     """Return the request as the stream carries it."""
-    if len(request.turn_id) != TURN_ID_BYTES:
-        raise ValueError(f"a turn id has {TURN_ID_BYTES} bytes, not {len(request.turn_id)}")
+    if len(request.turn_id) != TURN_ID_BYTES or len(request.secret) != SECRET_BYTES:
+        raise ValueError(
+            f"a turn id has {TURN_ID_BYTES} bytes and a secret {SECRET_BYTES}, not "
+            f"{len(request.turn_id)} and {len(request.secret)}"
+        )
     return (
-        encode_varint(version) + request.turn_id + encode_varint(len(request.body)) + request.body
+        encode_varint(version)
+        + request.turn_id
+        + request.secret
+        + bytes((FLAG_OWNER if request.is_owner else 0,))
+        + encode_varint(request.offset)
+        + encode_varint(len(request.body))
+        + request.body
     )
 
 
@@ -176,15 +255,23 @@ def decode_request(data: bytes) -> Request:
             f"The request is of protocol version {version}, and this server speaks version "
             f"{PROTOCOL_VERSION}: use a client and a server of the same release."
         )
-    turn_id = data[position : position + TURN_ID_BYTES]
-    length, position = _varint(data, position + TURN_ID_BYTES, "a request's length")
+    names_end = position + TURN_ID_BYTES + SECRET_BYTES
+    turn_id, secret = (
+        data[position : position + TURN_ID_BYTES],
+        data[names_end - SECRET_BYTES : names_end],
+    )
+    flags, position = _varint(data, names_end, "a request's flags")
+    if flags & ~FLAG_OWNER:
+        raise WireError(f"A request has unknown flags ({flags:#x}): the client is newer or broken.")
+    offset, position = _varint(data, position, "a request's offset")
+    length, position = _varint(data, position, "a request's length")
     if length > len(data) - position:
         raise WireError("A request ends before its announced length: send it whole.")
     if length < len(data) - position:
         raise WireError(
             "Something follows the request on its stream: each request needs a stream of its own."
         )
-    return Request(turn_id, data[position:])
+    return Request(turn_id, data[position:], secret, offset, bool(flags & FLAG_OWNER))
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -227,3 +314,11 @@ def _varint(data: bytes, position: int, what: str) -> tuple[int, int]:
     if decoded is None:
         raise WireError(f"The bytes end within {what}: the peer breaks the protocol.")
     return decoded
+
+
+def _zigzag(number: int) -> int:
+    return 2 * number if number >= 0 else -2 * number - 1
+
+
+def _unzigzag(number: int) -> int:
+    return -(number + 1) // 2 if number & 1 else number // 2

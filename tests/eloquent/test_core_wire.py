@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from eloquent.core import wire
 from eloquent.core.varint import VARINT_MAX, encode_varint
 from eloquent.core.wire import (
+    Arrival,
     Bundle,
     Ended,
     Frame,
@@ -27,6 +28,7 @@ from eloquent.core.wire import (
 from eloquent.errors import WireError
 
 TURN_ID = bytes(range(16))
+SECRET = bytes(range(32, 48))
 DIGEST = bytes(range(16, 32))
 
 FRAMES: list[tuple[Frame, str]] = [
@@ -37,17 +39,31 @@ FRAMES: list[tuple[Frame, str]] = [
         Bundle(16_383, 1 << 30, 15_293, b"\x00"),
         "01 7fff c000000040000000 7bbd 00",
     ),
-    # type 02 | turn | contiguous | newest + 1
-    (Report(0, 0, -1), "02 00 00 00"),
-    (Report(7, 1000, 62), "02 07 43e8 3f"),
-    (Report(1 << 30, (1 << 62) - 1, 63), "02 c000000040000000 ffffffffffffffff 4040"),
+    # type 03: the same, and its arrival is to be reported
+    (Bundle(5, 64, 16_384, b"Hi!", is_timed=True), "03 05 4040 80004000 486921"),
+    # type 02 | turn | contiguous | newest + 1 | unread
+    (Report(0, 0, -1), "02 00 00 00 00"),
+    (Report(7, 1000, 62, 1000), "02 07 43e8 3f 43e8"),
+    (Report(1 << 30, (1 << 62) - 1, 63), "02 c000000040000000 ffffffffffffffff 4040 00"),
+    # type 04: the same, then for each arrival what its number and its time (zigzag) are ahead
+    (Report(0, 9, 2, 0, (Arrival(2, 1000),)), "04 00 09 03 00 02 47d0"),
+    (
+        Report(0, 9, 5, 0, (Arrival(2, 1000), Arrival(3, 999), Arrival(5, 1331))),
+        "04 00 09 06 00 02 47d0 01 01 02 4298",
+    ),
 ]
 
 REQUESTS: list[tuple[Request, str]] = [
-    # version 01 | turn id (16 bytes) | length | body
-    (Request(TURN_ID, b"{}"), "01 000102030405060708090a0b0c0d0e0f 02 7b7d"),
-    (Request(TURN_ID, b""), "01 000102030405060708090a0b0c0d0e0f 00"),
-    (Request(TURN_ID, b"x" * 64), "01 000102030405060708090a0b0c0d0e0f 4040" + "78" * 64),
+    # version 02 | turn id (16 bytes) | secret (16) | flags | offset | length | body
+    (Request(TURN_ID, b"{}", SECRET), f"02 {TURN_ID.hex()} {SECRET.hex()} 01 00 02 7b7d"),
+    (
+        Request(TURN_ID, b"", SECRET, 64, is_owner=False),
+        f"02 {TURN_ID.hex()} {SECRET.hex()} 00 4040 00",
+    ),
+    (
+        Request(TURN_ID, b"x" * 64, SECRET),
+        f"02 {TURN_ID.hex()} {SECRET.hex()} 01 00 4040" + "78" * 64,
+    ),
 ]
 
 REPLIES: list[tuple[Reply, str]] = [
@@ -58,13 +74,28 @@ REPLIES: list[tuple[Reply, str]] = [
 ]
 
 numbers = st.integers(0, 300) | st.integers(0, (1 << 62) - (1 << 20))
-bundles = st.builds(Bundle, numbers, numbers, numbers, st.binary(min_size=1, max_size=50))
-reports = st.builds(Report, numbers, numbers, st.just(-1) | numbers)
-requests = st.builds(Request, st.binary(min_size=16, max_size=16), st.binary(max_size=100))
+bundles = st.builds(
+    Bundle, numbers, numbers, numbers, st.binary(min_size=1, max_size=50), st.booleans()
+)
+names = st.binary(min_size=16, max_size=16)
+requests = st.builds(Request, names, st.binary(max_size=100), names, numbers, st.booleans())
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 replies = st.builds(Rejected, texts, texts) | st.builds(
     Ended, st.integers(0, 1 << 62), st.binary(max_size=20)
 )
+
+
+@st.composite
+def valid_reports(draw: st.DrawFn) -> Report:
+    contiguous = draw(numbers)
+    newest = draw(st.just(-1) | numbers)
+    held = draw(st.sets(st.integers(0, min(newest, 300)), max_size=9)) if newest >= 0 else set()
+    times = st.integers(-(1 << 30), 1 << 40)
+    arrivals = tuple(Arrival(number, draw(times)) for number in sorted(held))
+    return Report(draw(numbers), contiguous, newest, draw(st.integers(0, contiguous)), arrivals)
+
+
+reports = valid_reports()
 frame_payloads = bundles.map(encode_bundle) | reports.map(encode_report)
 
 
@@ -85,10 +116,12 @@ def encode_frame(frame: Frame) -> bytes:
 
 def test_the_constants_that_are_on_the_wire() -> None:
     assert wire.ALPN == "eloquent"
-    assert wire.PROTOCOL_VERSION == 1
+    assert wire.PROTOCOL_VERSION == 2
     assert (wire.FRAME_BUNDLE, wire.FRAME_REPORT) == (1, 2)
+    assert (wire.FRAME_TIMED_BUNDLE, wire.FRAME_TIMED_REPORT) == (3, 4)
     assert (wire.REPLY_REJECTED, wire.REPLY_ENDED) == (1, 2)
-    assert wire.TURN_ID_BYTES == 16
+    assert (wire.TURN_ID_BYTES, wire.SECRET_BYTES) == (16, 16)
+    assert wire.FLAG_OWNER == 1
 
 
 @pytest.mark.parametrize(("frame", "encoded"), FRAMES)
@@ -141,10 +174,16 @@ def test_the_header_size_is_what_stands_before_the_data(bundle: Bundle) -> None:
         "01 00 00 00",  # no data
         "01 00 00 ffffffffffffffff 61",  # beyond the largest offset
         "01 00 ffffffffffffffff 00 61",  # no report could name this number
-        "02 00 00",
-        "02 00 00 00 00",  # bytes after the end
+        "02 00 00 00",
+        "02 00 00 00 00 00",  # bytes after the end
+        "02 00 01 00 02",  # more unread than received
         "00",
         "03 00 00 00",
+        "04 00 09 03 00",  # announces arrivals and has none
+        "04 00 09 03 00 03 00",  # a bundle above the newest
+        "04 00 09 03 00 01 00 00 00",  # the same bundle twice
+        "04 00 09 03 00 01",  # cut short
+        "05 00 00 00 00",
         "4040 00 00 00",
     ],
 )
@@ -165,16 +204,25 @@ def test_something_after_a_request_is_refused() -> None:
         decode_request(encode_request(Request(TURN_ID, b"{}")) + b"x")
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 << 40])
+@pytest.mark.parametrize("version", [0, 1, 1 << 40])
 def test_another_version_is_told_apart(version: int) -> None:
     with pytest.raises(UnsupportedVersionError, match=f"version {version}"):
         decode_request(encode_request(Request(TURN_ID, b"{}"), version))
 
 
+def test_unknown_flags_of_a_request_are_refused() -> None:
+    encoded = bytearray(encode_request(Request(TURN_ID, b"{}", SECRET)))
+    encoded[33] |= 2
+    with pytest.raises(WireError, match="flags"):
+        decode_request(bytes(encoded))
+
+
 @pytest.mark.parametrize("size", [0, 15, 17])
-def test_a_turn_id_of_another_size_is_not_encoded(size: int) -> None:
+def test_a_turn_id_or_secret_of_another_size_is_not_encoded(size: int) -> None:
     with pytest.raises(ValueError, match="turn id"):
-        encode_request(Request(bytes(size), b"{}"))
+        encode_request(Request(bytes(size), b"{}", SECRET))
+    with pytest.raises(ValueError, match="secret"):
+        encode_request(Request(TURN_ID, b"{}", bytes(size)))
 
 
 @pytest.mark.parametrize(
