@@ -8,21 +8,39 @@ from pathlib import Path
 
 import pytest
 
-from eloquent_netem.pytest_plugin import Netem, netem
 from eloquent_netem.scenario import library_names
-
-__all__ = ["netem"]
+from eloquent_netem.testing import Netem
 
 FAILING = """
 import asyncio
-
-pytest_plugins = ["eloquent_netem.pytest_plugin"]
 
 def test_it(netem):
     net = netem("clean", seed=3)
     net.run(asyncio.sleep(1))
     raise AssertionError("the test failed")
 """
+NOT_USING = """
+import sys
+
+def test_it():
+    loaded = {name for name in sys.modules if name.startswith("eloquent")}
+    assert loaded == {"eloquent_netem", "eloquent_netem.pytest_plugin"}
+"""
+
+
+def outcome(test: str, folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """Run a test where nothing but the installed package names the plugin."""
+    file = folder / "test_it.py"
+    file.write_text(test)
+    # pytest-asyncio warns where it is not configured.
+    without = ["-p", "no:asyncio", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", *without, *options, file],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 class Counter(asyncio.DatagramProtocol):
@@ -67,16 +85,16 @@ def test_without_a_seed_it_is_the_scenario_s(netem: Callable[..., Netem]) -> Non
 
 
 def test_a_failing_test_s_report_names_scenario_and_seed(tmp_path: Path) -> None:
-    file = tmp_path / "conftest.py"
-    file.write_text('pytest_plugins = ["eloquent_netem.pytest_plugin"]')
-    test = tmp_path / "test_it.py"
-    test.write_text(FAILING.replace('pytest_plugins = ["eloquent_netem.pytest_plugin"]', ""))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(test)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = outcome(FAILING, tmp_path)
     assert done.returncode == 1, done.stdout
     assert "scenario clean, seed 3" in done.stdout
+
+
+def test_tests_that_do_not_use_it_load_nothing_else_of_ours(tmp_path: Path) -> None:
+    done = outcome(NOT_USING, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_can_be_left_out(tmp_path: Path) -> None:
+    done = outcome(FAILING, tmp_path, "-p", "no:eloquent-netem")
+    assert "fixture 'netem' not found" in done.stdout
