@@ -7,6 +7,7 @@ from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
 from eloquent.core.log import TokenLog
+from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.wire import (
@@ -59,9 +60,10 @@ class ServerConnection(Connection):
         configuration: QuicConfiguration,
         *,
         make_sender: SenderFactory = EloquentSender,
+        padding: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(configuration, **options)
+        super().__init__(configuration, padding=Padding() if padding else None, **options)
         self._make_sender = make_sender
         self._requests: dict[int, bytearray] = {}
         self._given_up: set[int] = set()
