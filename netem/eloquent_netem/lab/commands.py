@@ -55,9 +55,9 @@ def stalls(
     markdown
         Also write the tables to this file, with how they were made.
     """
+    from eloquent_netem.lab.answer import TCP_SCHEMES
     from eloquent_netem.lab.stalls import ORACLE, Cell
     from eloquent_netem.lab.table import STANDARD_CELLS, render, run_cells, to_json
-    from eloquent_netem.lab.tcp_run import TCP_SCHEMES
 
     if not 0 <= loss < 1:
         raise ConfigurationError(f"--loss is a probability, 0 to below 1, not {loss}.")

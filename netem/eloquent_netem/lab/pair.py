@@ -2,9 +2,11 @@
 
 import datetime
 from collections.abc import Callable
+from typing import Any
 
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import SenderFactory
+from eloquent.core.sender import Sender
 from eloquent.core.wire import TURN_ID_BYTES, Request
 from eloquent.quic.certificate import make_certificate
 from eloquent.quic.client import ClientConnection, client_configuration
@@ -75,9 +77,15 @@ class QuicPair:
         self.client = ClientConnection(
             client_configuration("lab", pin=_CERTIFICATE.pin), pin=_CERTIFICATE.pin
         )
+        self._senders: list[Sender] = []
+
+        def make(*arguments: Any) -> Sender:
+            self._senders.append(make_sender(*arguments))
+            return self._senders[-1]
+
         self.server = ServerConnection(
             server_configuration(_CERTIFICATE),
-            make_sender=make_sender,
+            make_sender=make,
             original_destination_connection_id=(
                 self.client.quic.original_destination_connection_id
             ),
@@ -85,6 +93,11 @@ class QuicPair:
         self._client_end = _End(self.client, SERVER_ADDRESS, down, up, on_client_event)
         self._server_end = _End(self.server, CLIENT_ADDRESS, up, down, on_server_event)
         self.actors = (self._client_end, self._server_end)
+
+    @property
+    def bundles_sent(self) -> int:
+        """How many bundles the server has sent, on all turns: a packet each."""
+        return sum(sender.bundles_sent for sender in self._senders)
 
     def connect(self, now: float) -> None:
         """Begin the handshake."""

@@ -1,31 +1,12 @@
-"""One answer over one emulated path with one scheme: when was each token generated and seen?"""
+"""Cells: one network and one token source each, and one answer over one of them, measured."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eloquent.core.events import TextDelta
-from eloquent.core.log import TokenLog
-from eloquent.core.schemes import scheme as find_scheme
-from eloquent.quic.connection import (
-    Connected,
-    ConnectionEvent,
-    ConnectionIdChanged,
-    TurnProgress,
-    TurnRequested,
-)
-from eloquent_netem.lab.measures import DeliveryError, StallMeasures, measure_stalls
-from eloquent_netem.lab.pair import QuicPair
+from eloquent_netem.lab.answer import LabPath, send_answer
+from eloquent_netem.lab.measures import StallMeasures, measure_stalls
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import GilbertElliott, IndependentLoss, Loss, NoLoss, Outages
-from eloquent_netem.sim import simulate
-
-START_S = 1.0
-"Virtual time starts here: aioquic takes 0 for 'never'."
-
-LIMIT_S = 600.0
-TOKEN_TEXT_CHARS = 10
-"With an event's two bytes of header a token takes 12 bytes of the log."
 
 ORACLE = "oracle"
 "Not a scheme: the link's own bound (`Loss.passes_from`)."
@@ -59,7 +40,7 @@ class Run:
     measures: StallMeasures
     downlink_packets: int
     downlink_bytes: int
-    "IPv4 and UDP headers included, from the first token's generation on."
+    "IPv4 and UDP (or TCP) headers included, from the first token's generation on."
 
 
 class CellLoss:
@@ -91,92 +72,33 @@ def _steady_loss(cell: Cell, rng: random.Random) -> Loss:
     return GilbertElliott(loss=cell.loss, burst_s=cell.burst_s, rng=rng)
 
 
-class _Experiment:
-    """A client that asks, a server that generates at a fixed rate, and what the client sees."""
-
-    def __init__(self, cell: Cell, scheme: str, seed: int) -> None:
-        self._cell = cell
-        self._losses = {name: CellLoss(cell, seed, name) for name in ("up", "down")}
-        links = {
-            name: Link(
-                delay_s=cell.rtt_s / 2,
-                seed=seed,
-                name=name,
-                loss=self._losses[name],
-                jitter_s=cell.jitter_s,
-                reorders=cell.jitter_s > 0,
-                duplicates=cell.duplicates,
-            )
-            for name in ("up", "down")
-        }
-        self._down = links["down"]
-        self._log = TokenLog()
-        self._turn = -1
-        self._token_at: float | None = None
-        self._before = (0, 0)
-        self.generated_s: list[float] = []
-        self.rendered_s: list[float] = []
-        self.texts: list[str] = []
-        self.is_done = False
-        self.pair = QuicPair(
-            up=links["up"],
-            down=links["down"],
-            make_sender=find_scheme(scheme),
-            on_client_event=self._on_client_event,
-            on_server_event=self._on_server_event,
+def cell_path(cell: Cell, seed: int) -> LabPath:
+    """Return a new path for one answer in this cell: the same network for every scheme."""
+    losses = {name: CellLoss(cell, seed, name) for name in ("up", "down")}
+    links = {
+        name: Link(
+            delay_s=cell.rtt_s / 2,
+            seed=seed,
+            name=name,
+            loss=loss,
+            jitter_s=cell.jitter_s,
+            reorders=cell.jitter_s > 0,
+            duplicates=cell.duplicates,
         )
+        for name, loss in losses.items()
+    }
 
-    @property
-    def downlink(self) -> tuple[int, int]:
-        """Packets and bytes sent down since the first token's generation."""
-        packets, sent_bytes = self._before
-        return self._down.packets_sent - packets, self._down.bytes_sent - sent_bytes
-
-    def passes_from(self, now: float) -> float:
-        return self._losses["down"].passes_from(now)
-
-    def next_time(self) -> float | None:
-        return self._token_at
-
-    def act(self, now: float) -> None:
-        index = len(self.generated_s)
-        self.generated_s.append(now)
-        self._log.append(TextDelta(token_text(index)))
-        if index + 1 < self._cell.tokens:
-            self._token_at = self.generated_s[0] + (index + 1) / self._cell.tokens_per_s
-        else:
-            self._token_at = None
-            self._log.close("stop", model="lab", prompt_tokens=0, completion_tokens=index + 1)
-        self.pair.server.log_grew(self._turn, now)
-        self.pair.flush(now)
-
-    def _on_client_event(self, event: ConnectionEvent, now: float) -> None:
-        if isinstance(event, Connected):
-            self.pair.request(b"{}", now)
-        elif isinstance(event, TurnProgress):
-            texts = [item.text for item in event.events if isinstance(item, TextDelta)]
-            self.texts += texts
-            self.rendered_s += [now] * len(texts)
-            self.is_done = len(texts) < len(event.events)
-        elif not isinstance(event, ConnectionIdChanged):
-            raise DeliveryError(f"The client's connection reports {event}.")
-
-    def _on_server_event(self, event: ConnectionEvent, now: float) -> None:
-        if isinstance(event, ConnectionIdChanged):
-            return
-        if not isinstance(event, TurnRequested):
-            raise DeliveryError(f"The server's connection reports {event}.")
-        self._turn = event.turn
-        self.pair.accept(event.turn, self._log)
-        for loss in self._losses.values():
+    def start_outages(now: float) -> None:
+        for loss in losses.values():
             loss.start_outages(now)
-        self._before = (self._down.packets_sent, self._down.bytes_sent)
-        self._token_at = now
 
-
-def token_text(index: int) -> str:
-    """Return token `index` of the synthetic answer: distinct, of `TOKEN_TEXT_CHARS`."""
-    return f"{index:0{TOKEN_TEXT_CHARS - 1}d} "
+    return LabPath(
+        up=links["up"],
+        down=links["down"],
+        base_delay_s=cell.rtt_s / 2,
+        passes_from=losses["down"].passes_from,
+        on_start=start_outages,
+    )
 
 
 def run_cell(cell: Cell, scheme: str, seed: int) -> Run:
@@ -184,24 +106,23 @@ def run_cell(cell: Cell, scheme: str, seed: int) -> Run:
 
     Raises:
         DeliveryError: the text did not arrive whole, in order and once.
+        TcpError: the same, over the TCP model.
         StuckError: it did not arrive at all.
     """
-    experiment = _Experiment(cell, "retransmit" if scheme == ORACLE else scheme, seed)
-    experiment.pair.connect(START_S)
-    simulate(
-        (experiment, *experiment.pair.actors),
-        until=lambda: experiment.is_done,
-        start_s=START_S,
-        limit_s=START_S + LIMIT_S,
+    path = cell_path(cell, seed)
+    answer = send_answer(
+        path,
+        "retransmit" if scheme == ORACLE else scheme,
+        tokens=cell.tokens,
+        tokens_per_s=cell.tokens_per_s,
     )
-    if experiment.texts != [token_text(index) for index in range(cell.tokens)]:
-        raise DeliveryError(
-            f"Scheme {scheme}, seed {seed}: the text that arrived is not the text that was sent."
-        )
-    base_s = cell.rtt_s / 2
-    rendered_s: Sequence[float] = experiment.rendered_s
+    rendered_s = answer.rendered_s
     if scheme == ORACLE:
-        rendered_s = [experiment.passes_from(time) + base_s for time in experiment.generated_s]
-    packets, sent_bytes = experiment.downlink
-    measures = measure_stalls(experiment.generated_s, rendered_s, base_s)
-    return Run(cell, scheme, seed, measures, packets, sent_bytes)
+        rendered_s = oracle_times(path, answer.generated_s)
+    measures = measure_stalls(answer.generated_s, rendered_s, path.base_delay_s)
+    return Run(cell, scheme, seed, measures, answer.downlink_packets, answer.downlink_bytes)
+
+
+def oracle_times(path: LabPath, generated_s: list[float]) -> list[float]:
+    """Return when the tokens would arrive if each left at the first instant that lets it pass."""
+    return [path.passes_from(time) + path.base_delay_s for time in generated_s]

@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 from typing import Any, TextIO
 
 from eloquent_netem.lab.stalls import ORACLE, Cell, Run, run_cell
-from eloquent_netem.lab.tcp_run import TCP_SCHEMES, run_tcp_cell
 
 STANDARD_CELLS = (
     Cell(rtt_s=0.1, tokens_per_s=30, loss=0.05),
@@ -63,17 +62,13 @@ def run_cells(
     ]
     runs: list[Run] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for run in pool.map(_run, *zip(*jobs, strict=True)):
+        for run in pool.map(run_cell, *zip(*jobs, strict=True)):
             runs.append(run)
             if progress is not None and progress.isatty():
                 print(f"\r{len(runs)} of {len(jobs)} runs", end="", file=progress, flush=True)
     if progress is not None and progress.isatty():
         print(file=progress)
     return runs
-
-
-def _run(cell: Cell, scheme: str, seed: int) -> Run:
-    return (run_tcp_cell if scheme in TCP_SCHEMES else run_cell)(cell, scheme, seed)
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -1,0 +1,229 @@
+"""One answer over one emulated path: when was each token generated and seen, and what did it cost?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eloquent.core.events import TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.schemes import scheme as find_scheme
+from eloquent.quic.connection import (
+    Connected,
+    ConnectionEvent,
+    ConnectionIdChanged,
+    TurnProgress,
+    TurnRequested,
+)
+from eloquent_netem.lab.measures import DeliveryError
+from eloquent_netem.lab.pair import QuicPair
+from eloquent_netem.link import Link
+from eloquent_netem.sim import Actor, simulate
+from eloquent_netem.tcp import send_tokens
+
+START_S = 1.0
+"Virtual time starts here: aioquic takes 0 for 'never'."
+
+LIMIT_S = 600.0
+TOKEN_TEXT_CHARS = 10
+"With an event's two bytes of header a token takes 12 bytes of the log."
+
+EVENT_HEADER_BYTES = 2
+
+TCP_SCHEMES = {"tcp": "cubic", "tcp-reno": "reno"}
+"Schemes that run over the TCP model, and their congestion control."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabPath:
+    """Two links, and what one must know of them to measure an answer; used for one answer."""
+
+    up: Link
+    down: Link
+    base_delay_s: float
+    "What a packet takes down a link without queues."
+    passes_from: Callable[[float], float]
+    "The first time, this one or later, at which the downlink would have carried a packet."
+    on_start: Callable[[float], None] = lambda now: None
+    "Is told when the first token is generated, before it is sent."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Times in seconds, in the tokens' order; counts from the first token's generation on."""
+
+    generated_s: list[float]
+    rendered_s: list[float]
+    downlink_packets: int
+    downlink_bytes: int
+    "IP and UDP or TCP headers included."
+    uplink_packets: int
+    uplink_bytes: int
+    data_packets: int
+    "Of the downlink's packets those that carry tokens (with TCP: all)."
+
+
+class AnswerRun:
+    """A client that asks, a server that generates at a fixed rate, and what the client sees.
+
+    An actor for `simulate`, beside those of its `pair`.
+    """
+
+    def __init__(
+        self,
+        path: LabPath,
+        scheme: str,
+        *,
+        tokens: int,
+        tokens_per_s: float,
+        token_chars: int = TOKEN_TEXT_CHARS,
+    ) -> None:
+        self._path = path
+        self._tokens = tokens
+        self._tokens_per_s = tokens_per_s
+        self._token_chars = token_chars
+        self._log = TokenLog()
+        self._token_at: float | None = None
+        self._before = (0, 0, 0, 0)
+        self.turn = -1
+        self.generated_s: list[float] = []
+        self.rendered_s: list[float] = []
+        self.texts: list[str] = []
+        self.is_done = False
+        self.pair = QuicPair(
+            up=path.up,
+            down=path.down,
+            make_sender=find_scheme(scheme),
+            on_client_event=self._on_client_event,
+            on_server_event=self._on_server_event,
+        )
+
+    def next_time(self) -> float | None:
+        """See `Actor.next_time`."""
+        return self._token_at
+
+    def act(self, now: float) -> None:
+        """See `Actor.act`: generate a token."""
+        index = len(self.generated_s)
+        self.generated_s.append(now)
+        self._log.append(TextDelta(token_text(index, self._token_chars)))
+        if index + 1 < self._tokens:
+            self._token_at = self.generated_s[0] + (index + 1) / self._tokens_per_s
+        else:
+            self._token_at = None
+            self._log.close("stop", model="lab", prompt_tokens=0, completion_tokens=index + 1)
+        self.pair.server.log_grew(self.turn, now)
+        self.pair.flush(now)
+
+    def answer(self) -> Answer:
+        """Return what was measured, once `is_done`.
+
+        Raises:
+            DeliveryError: the text did not arrive whole, in order and once.
+        """
+        wanted = [token_text(index, self._token_chars) for index in range(self._tokens)]
+        if self.texts != wanted:
+            raise DeliveryError("The text that arrived is not the text that was sent.")
+        counts = (
+            after - before for after, before in zip(self._counts(), self._before, strict=True)
+        )
+        down_packets, down_bytes, up_packets, up_bytes = counts
+        return Answer(
+            generated_s=self.generated_s,
+            rendered_s=self.rendered_s,
+            downlink_packets=down_packets,
+            downlink_bytes=down_bytes,
+            uplink_packets=up_packets,
+            uplink_bytes=up_bytes,
+            data_packets=self.pair.bundles_sent,
+        )
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        down, up = self._path.down, self._path.up
+        return down.packets_sent, down.bytes_sent, up.packets_sent, up.bytes_sent
+
+    def _on_client_event(self, event: ConnectionEvent, now: float) -> None:
+        if isinstance(event, Connected):
+            self.turn = self.pair.request(b"{}", now)
+        elif isinstance(event, TurnProgress):
+            texts = [item.text for item in event.events if isinstance(item, TextDelta)]
+            self.texts += texts
+            self.rendered_s += [now] * len(texts)
+            self.is_done = len(texts) < len(event.events)
+        elif not isinstance(event, ConnectionIdChanged):
+            raise DeliveryError(f"The client's connection reports {event}.")
+
+    def _on_server_event(self, event: ConnectionEvent, now: float) -> None:
+        if isinstance(event, ConnectionIdChanged):
+            return
+        if not isinstance(event, TurnRequested):
+            raise DeliveryError(f"The server's connection reports {event}.")
+        self.pair.accept(event.turn, self._log)
+        self._path.on_start(now)
+        self._before = self._counts()
+        self._token_at = now
+
+
+def token_text(index: int, chars: int = TOKEN_TEXT_CHARS) -> str:
+    """Return token `index` of the synthetic answer, of `chars` characters."""
+    return f"{index:0{chars - 1}d}"[-(chars - 1) :] + " "
+
+
+def send_answer(
+    path: LabPath,
+    scheme: str,
+    *,
+    tokens: int,
+    tokens_per_s: float,
+    token_chars: int = TOKEN_TEXT_CHARS,
+    others: tuple[Actor, ...] = (),
+) -> Answer:
+    """Send one answer in virtual time, over QUIC or the TCP model.
+
+    With TCP a token is as long as its event in the log, without framing or TLS: in TCP's favour.
+    `others` act beside it (QUIC only).
+
+    Raises:
+        DeliveryError: the text did not arrive whole, in order and once.
+        TcpError: the same, with TCP.
+        StuckError: it did not arrive at all.
+    """
+    if scheme in TCP_SCHEMES:
+        return _send_over_tcp(path, scheme, tokens, tokens_per_s, token_chars)
+    run = AnswerRun(path, scheme, tokens=tokens, tokens_per_s=tokens_per_s, token_chars=token_chars)
+    run.pair.connect(START_S)
+    simulate(
+        (run, *run.pair.actors, *others),
+        until=lambda: run.is_done,
+        start_s=START_S,
+        limit_s=START_S + LIMIT_S,
+    )
+    return run.answer()
+
+
+def _send_over_tcp(
+    path: LabPath, scheme: str, tokens: int, tokens_per_s: float, token_chars: int
+) -> Answer:
+    before = (0, 0)
+
+    def on_start(now: float) -> None:
+        nonlocal before
+        before = (path.up.packets_sent, path.up.bytes_sent)
+        path.on_start(now)
+
+    times = send_tokens(
+        up=path.up,
+        down=path.down,
+        tokens=tokens,
+        interval_s=1 / tokens_per_s,
+        token_bytes=token_chars + EVENT_HEADER_BYTES,
+        congestion=TCP_SCHEMES[scheme],
+        on_start=on_start,
+    )
+    return Answer(
+        generated_s=times.generated_s,
+        rendered_s=times.rendered_s,
+        downlink_packets=times.downlink_packets,
+        downlink_bytes=times.downlink_bytes,
+        uplink_packets=path.up.packets_sent - before[0],
+        uplink_bytes=path.up.bytes_sent - before[1],
+        data_packets=times.downlink_packets,
+    )
