@@ -22,6 +22,8 @@ from aioquic.quic.packet_builder import (
 )
 from cryptography import x509
 
+from eloquent.core.padding import Padding
+
 MAX_DATAGRAM_FRAME_BYTES = 65535
 "What we announce as `max_datagram_frame_size` (RFC 9221 section 3): any size."
 
@@ -99,13 +101,22 @@ class _BytePacer:
 
 
 class LateBoundConnection(QuicConnection):
-    """A QUIC connection whose datagrams are chosen when their packet is written."""
+    """A QUIC connection whose datagrams are chosen when their packet is written.
+
+    `padding` says how large the packets that carry them become; None leaves them as they are.
+    """
 
     def __init__(
-        self, *, configuration: QuicConfiguration, source: DatagramSource, **options: Any
+        self,
+        *,
+        configuration: QuicConfiguration,
+        source: DatagramSource,
+        padding: Padding | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(configuration=configuration, **options)
         self._source = source
+        self._padding = padding
         self._source_now = 0.0
         self._datagrams_pending = _LateDatagrams(lambda: source.has_datagram(self._source_now))
         self._datagram_packet = -1
@@ -178,7 +189,20 @@ class LateBoundConnection(QuicConnection):
             builder.quic_logger_frames.append(
                 self._quic_logger.encode_datagram_frame(length=len(payload))
             )
+        self._pad(builder)
         return True
+
+    def _pad(self, builder: QuicPacketBuilder) -> None:
+        """Add PADDING frames, one byte each (RFC 9000 section 19.1), as far as there is room."""
+        if self._padding is None:
+            return
+        size = self._packet_size()
+        missing = self._padding.padded_size(size, self._source_now) - size
+        missing = min(missing, builder.remaining_buffer_space, builder.remaining_flight_space)
+        if missing > 0:
+            builder.start_frame(QuicFrameType.PADDING).push_bytes(bytes(missing - 1))
+            if self._quic_logger is not None and builder.quic_logger_frames is not None:
+                builder.quic_logger_frames.append(self._quic_logger.encode_padding_frame())
 
     def _on_datagram_delivery(self, delivery: QuicDeliveryState, token: Any) -> None:
         self._source.on_delivery(token, acked=delivery is QuicDeliveryState.ACKED)

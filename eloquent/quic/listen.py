@@ -1,9 +1,8 @@
-"""The server's endpoint: one UDP socket, many connections, a task for each turn."""
+"""The server's endpoint: one UDP socket, many connections, each with its readers."""
 
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable
 from typing import cast
 
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
@@ -13,8 +12,7 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 
-from eloquent.core.events import End, Failure, TextDelta
-from eloquent.core.log import TokenLog
+from eloquent.core.log import Log
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.wire import Request
 from eloquent.errors import ConfigurationError
@@ -24,137 +22,105 @@ from eloquent.quic.connection import (
     ConnectionEnded,
     ConnectionEvent,
     ConnectionIdChanged,
+    ReaderDone,
     TurnCancelled,
     TurnRequested,
 )
 from eloquent.quic.driver import Driver
 from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent.serving import TurnService
 
 INITIAL_MIN_BYTES = 1200
 "A client's first datagram is at least this large (RFC 9000 section 14.1)."
 
 MAX_PORT = 65535
 MAX_CONNECTIONS = 10_000
-DRAIN_S = 1.0
-"How long `close` waits for the connections' last packets to be acknowledged."
-
 logger = logging.getLogger(__name__)
 
 
-class Turn:
-    """One turn as the server's application sees it: append events, then close.
-
-    The task that handles the turn is cancelled when the reader cancels or is gone.
-    """
+class QuicReader:
+    """A `Reader` over QUIC."""
 
     def __init__(self, peer: "_Peer", number: int, request: Request) -> None:
         self._peer = peer
         self._number = number
         self._request = request
-        self._log = TokenLog()
-        self._is_accepted = False
 
     @property
     def request(self) -> Request:
-        """What the client asked."""
+        """See `Reader.request`."""
         return self._request
 
-    @property
-    def is_accepted(self) -> bool:
-        """Whether anything was sent: from then on errors go into the log."""
-        return self._is_accepted
+    def accept(self, log: Log) -> None:
+        """See `Reader.accept`."""
+        self._peer.connection.accept(self._number, log, self._request.offset)
+        self.log_grew()
 
-    def reject(self, code: str, message: str) -> None:
-        """Decline the turn, before anything was appended; nothing follows."""
-        self._peer.connection.reject(self._number, code, message)
-        self._peer.driver.pump()
-
-    def append(self, event: TextDelta | Failure) -> None:
-        """Add an event to the answer; it leaves with the next packet."""
-        self._log.append(event)
-        self._log_grew()
-
-    def close(
-        self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
-    ) -> End:
-        """End the answer."""
-        end = self._log.close(
-            finish_reason,
-            model=model,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-        )
-        self._log_grew()
-        return end
-
-    def _log_grew(self) -> None:
-        if not self._is_accepted:
-            self._is_accepted = True
-            self._peer.connection.accept(self._number, self._log)
+    def log_grew(self) -> None:
+        """See `Reader.log_grew`."""
         self._peer.connection.log_grew(self._number, self._peer.driver.now())
         self._peer.driver.pump()
 
-
-TurnHandler = Callable[[Turn], Awaitable[None]]
+    def reject(self, code: str, message: str) -> None:
+        """See `Reader.reject`."""
+        self._peer.connection.reject(self._number, code, message)
+        self._peer.driver.pump()
 
 
 class _Peer:
-    """One connection, its driver, and the tasks of its turns."""
+    """One connection, its driver, and the readers on it."""
 
     def __init__(self, listener: "Listener", connection: ServerConnection) -> None:
         self.connection = connection
         self.driver = Driver(connection, listener.send, self._on_event)
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._readers: dict[int, QuicReader] = {}
         self._listener = listener
 
     def _on_event(self, event: ConnectionEvent) -> None:
+        service = self._listener.service
         if isinstance(event, TurnRequested):
-            turn = Turn(self, event.turn, event.request)
-            task = asyncio.ensure_future(self._handle(event.turn, turn))
-            self.tasks[event.turn] = task
-        elif isinstance(event, TurnCancelled):
-            self._cancel(event.turn)
+            reader = QuicReader(self, event.turn, event.request)
+            self._readers[event.turn] = reader
+            service.on_request(reader)
+        elif isinstance(event, TurnCancelled | ReaderDone):
+            reader_or_none = self._readers.pop(event.turn, None)
+            if reader_or_none is None:
+                return
+            if isinstance(event, TurnCancelled):
+                service.on_cancel(reader_or_none)
+            service.on_gone(reader_or_none)
         elif isinstance(event, ConnectionIdChanged):
             self._listener.route(event.connection_id, self if event.is_issued else None)
         elif isinstance(event, ConnectionEnded):
-            for number in list(self.tasks):
-                self._cancel(number)
-            self.driver.stop()
+            self.end()
             self._listener.forget(self, event)
 
-    async def _handle(self, number: int, turn: Turn) -> None:
-        try:
-            await self._listener.handler(turn)
-        except Exception:
-            # The boundary of the application: a fault in one turn ends that turn, says so in the
-            # log for the operator, and hurts no other.
-            logger.exception("turn %s failed", turn.request.turn_id.hex())
-            if turn.is_accepted:
-                self.connection.reset(number)
-            else:
-                turn.reject("internal_error", "The server failed; its log has the reason.")
-            self.driver.pump()
-        finally:
-            self.tasks.pop(number, None)
-
-    def _cancel(self, number: int) -> None:
-        task = self.tasks.get(number)
-        if task is not None:
-            task.cancel()
+    def end(self) -> None:
+        """Stop driving the connection; its readers are gone."""
+        self.driver.stop()
+        readers, self._readers = self._readers, {}
+        for reader in readers.values():
+            self._listener.service.on_gone(reader)
 
 
 class Listener(asyncio.DatagramProtocol):
-    """Accepts connections on one UDP socket and hands each turn to `handler`."""
+    """Accepts connections on one UDP socket and brings their readers to a service."""
 
     def __init__(
-        self, certificate: ServerCertificate, handler: TurnHandler, make_sender: SenderFactory
+        self,
+        certificate: ServerCertificate,
+        service: TurnService,
+        make_sender: SenderFactory,
+        *,
+        padding: bool,
     ) -> None:
         self._configuration = server_configuration(certificate)
         self._make_sender = make_sender
+        self._padding = padding
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
         self._transport: asyncio.DatagramTransport | None = None
-        self.handler = handler
+        self.service = service
 
     @property
     def port(self) -> int:
@@ -167,22 +133,12 @@ class Listener(asyncio.DatagramProtocol):
         """How many connections are open."""
         return len(self._peers)
 
-    @property
-    def turns(self) -> int:
-        """How many turns are being generated."""
-        return sum(len(peer.tasks) for peer in self._peers)
-
     async def close(self) -> None:
-        """Cancel all turns, close all connections, and release the socket."""
-        tasks = [task for peer in self._peers for task in peer.tasks.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_S)
+        """Close all connections and release the socket."""
         for peer in list(self._peers):
             peer.connection.close("the server is shutting down")
             peer.driver.pump()
-            peer.driver.stop()
+            peer.end()
         self._routes.clear()
         self._peers.clear()
         if self._transport is not None:
@@ -249,6 +205,7 @@ class Listener(asyncio.DatagramProtocol):
         connection = ServerConnection(
             self._configuration,
             make_sender=self._make_sender,
+            padding=self._padding,
             original_destination_connection_id=destination_cid,
         )
         peer = _Peer(self, connection)
@@ -263,10 +220,13 @@ async def listen(
     port: int,
     *,
     certificate: ServerCertificate,
-    handler: TurnHandler,
+    service: TurnService,
     make_sender: SenderFactory = EloquentSender,
+    padding: bool = True,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
+
+    `padding` hides the lengths of tokens from those who see the packets.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -279,7 +239,8 @@ async def listen(
     loop = asyncio.get_running_loop()
     try:
         _, listener = await loop.create_datagram_endpoint(
-            lambda: Listener(certificate, handler, make_sender), local_addr=(host, port)
+            lambda: Listener(certificate, service, make_sender, padding=padding),
+            local_addr=(host, port),
         )
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error

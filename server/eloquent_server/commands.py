@@ -20,6 +20,7 @@ def serve(
     model: str = model_store.EMBEDDED_MODEL,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     scheme: str = "eloquent",
+    padding: bool = True,
     exit_with_parent: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -42,6 +43,8 @@ def serve(
     scheme
         How tokens are sent: `eloquent`, or one of those it is compared with (`eloquent-queued`,
         `duplicate`, `retransmit`).
+    padding
+        Pad packets so that their sizes do not tell the lengths of tokens, which tell the topic.
     exit_with_parent
         Stop when standard input closes.
     verbose
@@ -62,6 +65,7 @@ def serve(
             model=model,
             device=device,
             scheme_name=scheme,
+            padding=padding,
             exit_with_parent=exit_with_parent,
         )
     )

@@ -40,7 +40,14 @@ def load_backend(model: str, device: str) -> Backend:
 
 
 async def run_server(
-    *, host: str, port: int, model: str, device: str, scheme_name: str, exit_with_parent: bool
+    *,
+    host: str,
+    port: int,
+    model: str,
+    device: str,
+    scheme_name: str,
+    padding: bool,
+    exit_with_parent: bool,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until standard input closes if `exit_with_parent`.
 
@@ -65,7 +72,12 @@ async def run_server(
     gateway = Gateway(backend)
     try:
         listener = await listen(
-            host, port, certificate=certificate, handler=gateway.handle, make_sender=make_sender
+            host,
+            port,
+            certificate=certificate,
+            handler=gateway.handle,
+            make_sender=make_sender,
+            padding=padding,
         )
         try:
             url = ServerUrl(host, listener.port, certificate.pin)

@@ -1,0 +1,56 @@
+"""Padding: the sizes alone, and on the wire between both real QUIC ends."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eloquent.core.padding import HOLD_S, SMALLEST_BYTES, Padding
+
+SIZES = st.integers(1, 1200)
+STEPS = st.lists(st.tuples(SIZES, st.floats(0, 3 * HOLD_S)), min_size=1, max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"), [(1, 112), (112, 112), (113, 224), (224, 224), (225, 448), (1200, 1792)]
+)
+def test_a_size_goes_up_to_the_next_step(size: int, padded: int) -> None:
+    assert Padding().padded_size(size, 0.0) == padded
+
+
+@given(STEPS)
+def test_sizes_are_large_enough_and_from_the_few_steps(steps: list[tuple[int, float]]) -> None:
+    padding, now = Padding(), 0.0
+    for size, wait_s in steps:
+        now += wait_s
+        padded = padding.padded_size(size, now)
+        assert padded >= size
+        assert padded in {SMALLEST_BYTES << step for step in range(5)}
+
+
+@given(STEPS)
+def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) -> None:
+    """Held for one span at least, forgotten after two, and never more than was needed."""
+    padding, now = Padding(), 0.0
+    alone: list[tuple[float, int]] = []
+    for size, wait_s in steps:
+        now += wait_s
+        padded = padding.padded_size(size, now)
+        alone.append((now, Padding().padded_size(size, now)))
+        # The margin is for sums of floats at the very edge of a span.
+        must = [needed for time, needed in alone if now - time < HOLD_S - 1e-9]
+        may = [needed for time, needed in alone if now - time <= 2 * HOLD_S + 1e-9]
+        assert max(must) <= padded <= max(may)
+
+
+@given(st.lists(st.integers(1, SMALLEST_BYTES), min_size=1))
+def test_small_packets_look_alike(sizes: list[int]) -> None:
+    padding = Padding()
+    padded = {padding.padded_size(size, index / 30) for index, size in enumerate(sizes)}
+    assert padded == {SMALLEST_BYTES}
+
+
+def test_after_a_pause_nothing_is_held() -> None:
+    padding = Padding()
+    assert padding.padded_size(1000, 0.0) == 1792
+    assert padding.padded_size(10, HOLD_S) == 1792
+    assert padding.padded_size(10, 2 * HOLD_S) == SMALLEST_BYTES
