@@ -73,6 +73,7 @@ class QuicPair:
         make_sender: SenderFactory,
         on_client_event: Callable[[ConnectionEvent, float], None],
         on_server_event: Callable[[ConnectionEvent, float], None],
+        padding: bool = True,
     ) -> None:
         self.client = ClientConnection(
             client_configuration("lab", pin=_CERTIFICATE.pin), pin=_CERTIFICATE.pin
@@ -86,6 +87,7 @@ class QuicPair:
         self.server = ServerConnection(
             server_configuration(_CERTIFICATE),
             make_sender=make,
+            padding=padding,
             original_destination_connection_id=(
                 self.client.quic.original_destination_connection_id
             ),
