@@ -354,19 +354,24 @@ def test_everything_is_ended_when_the_driving_process_is_killed(
     script = tmp_path / "driving.py"
     script.write_text(DRIVING, encoding="utf-8")
     root = str(Path(__file__).parents[2])
-    driving = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))},
-    )
-    assert driving.stdout is not None
-    router_pid, ids = json.loads(driving.stdout.readline())
-    ids = [tuple(each) for each in ids]
-    assert processes_inside(set(ids))
-    driving.send_signal(number)
-    driving.wait(DEADLINE_S)
-    driving.stdout.close()
+    ) as driving:
+        try:
+            assert driving.stdout is not None
+            router_pid, ids = json.loads(driving.stdout.readline())
+            ids = [tuple(each) for each in ids]
+            deadline = time.monotonic() + DEADLINE_S
+            while len(processes_inside(set(ids))) < 3:  # They are on their way in.
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            driving.send_signal(number)
+            driving.wait(DEADLINE_S)
+        finally:
+            driving.kill()
     await_end(router_pid, ids)
 
 
