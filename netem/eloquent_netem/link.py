@@ -3,6 +3,7 @@
 import random
 from heapq import heappop, heappush
 
+from eloquent_netem.jitter import JitterInOrder
 from eloquent_netem.loss import Loss, NoLoss
 from eloquent_netem.packet import Packet
 from eloquent_netem.queues import DropTail, Queue
@@ -21,10 +22,12 @@ class Link:
     """Loss, then the bottleneck (a queue served at a rate), then delay, jitter and duplication.
 
     Loss is decided when a packet enters, so that it is a function of time, alike for everything
-    that is sent. `jitter_s` adds a uniform extra delay; with `reorders` packets may overtake each
-    other, otherwise a packet never arrives before one sent earlier. `duplicates` is the
-    probability that a packet arrives a second time, with a jitter of its own. Loss and rate see
-    time from `origin_s` on: the scenario's clock.
+    that is sent. `jitter_s` adds an extra delay, uniform from 0 to this: a function of the time at
+    which a packet leaves the bottleneck (`JitterInOrder`), so that none arrives before one sent
+    earlier; or, with `reorders`, drawn for each packet, so that they may overtake each other.
+    `duplicates` is the probability that a packet arrives a second time: right behind the first, or,
+    with `reorders`, with a jitter of its own. Loss, rate and jitter in order see time from
+    `origin_s` on: the scenario's clock.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class Link:
         self._loss = NoLoss() if loss is None else loss
         self._rate = UnlimitedRate() if rate is None else rate
         self._queue = DropTail() if queue is None else queue
-        self._jitter_s = jitter_s
+        self._own_jitter_s, shared_jitter_s = (jitter_s, 0.0) if reorders else (0.0, jitter_s)
         self._reorders = reorders
         self._duplicates = duplicates
         self._jitter_rng = stage_rng(seed, name, "jitter")
+        self._jitter = JitterInOrder(shared_jitter_s, stage_rng(seed, name, "jitter-in-order"))
         self._duplicate_rng = stage_rng(seed, name, "duplicate")
         self._duplicate_jitter_rng = stage_rng(seed, name, "duplicate-jitter")
         self._last_arrival = float("-inf")
@@ -89,9 +93,9 @@ class Link:
         packet.entered_s = now
         # Drawn here for every packet, lost ones too, so that no stage shifts another's decisions.
         packet.fate = (
-            self._jitter_rng.uniform(0, self._jitter_s),
+            self._jitter_rng.uniform(0, self._own_jitter_s),
             self._duplicate_rng.random() < self._duplicates,
-            self._duplicate_jitter_rng.uniform(0, self._jitter_s),
+            self._duplicate_jitter_rng.uniform(0, self._own_jitter_s),
         )
         if self._loss.drops(now - self._origin_s):
             self._lost += 1
@@ -137,12 +141,13 @@ class Link:
 
     def _depart(self, now: float, packet: Packet) -> None:
         jitter_s, is_doubled, second_jitter_s = packet.fate
-        self._schedule(now + self._delay_s + jitter_s, packet)
+        arrival = now + self._delay_s + self._jitter.at(now - self._origin_s)
+        self._schedule(arrival + jitter_s, packet)
         if is_doubled:
-            self._schedule(now + self._delay_s + second_jitter_s, packet)
+            self._schedule(arrival + second_jitter_s, packet)
 
     def _schedule(self, arrival: float, packet: Packet) -> None:
-        if not self._reorders:
+        if not self._reorders:  # In order already, but for the rounding of floats.
             arrival = self._last_arrival = max(arrival, self._last_arrival)
         self._sequence += 1
         heappush(self._in_transit, (arrival, self._sequence, packet))

@@ -35,7 +35,7 @@ class Packet:
     entered_s: float = 0.0
     "When it entered the link, in seconds; the link sets it."
     fate: tuple[float, bool, float] = (0.0, False, 0.0)
-    "Jitter in seconds, whether it arrives twice, and the copy's jitter; the link draws them."
+    "Jitter of its own in seconds, whether it arrives twice, and its copy's; the link draws them."
 
 
 def udp_packet(payload: bytes, ecn: Ecn = Ecn.NOT_ECT, flow: int = SUBJECT) -> Packet:

@@ -206,9 +206,9 @@ class DirectionSpec:
 
     delay_ms: float = field(default=0.0, metadata=key(number(least=0, most=MAX_DELAY_MS)))
     jitter_ms: float = field(default=0.0, metadata=key(number(least=0, most=MAX_DELAY_MS)))
-    "A further delay of each packet, uniform from 0 to this."
+    "A further delay, uniform from 0 to this: a function of time, so that packets keep their order."
     reorder: bool = field(default=False, metadata=key(truth))
-    "Whether jitter may let packets overtake each other."
+    "Whether jitter is drawn for each packet instead, so that packets may overtake each other."
     duplicate: float = field(default=0.0, metadata=key(number(least=0, most=1)))
     "The probability that a packet arrives twice."
     loss: LossSpec = field(default=NO_LOSS, metadata=key(a_loss))
