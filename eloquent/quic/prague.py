@@ -1,0 +1,185 @@
+"""Prague: the congestion controller that ECT(1) promises (RFC 9331 section 4.3).
+
+A scalable controller answers the *share* of marked packets, often and a little, where a classic
+one halves its window at each sign of congestion. Once a round trip
+
+    F = packets marked CE / packets that came marked at all
+    a += (F - a) / 16
+
+and on a mark, once a round trip, `window -= window * a / 2`. The window opens by one full packet
+in a round trip, for what was acknowledged without CE, scaled by (srtt / max(srtt, 25 ms))^2, so
+that flows over short paths do not crowd out others (draft-briscoe-iccrg-prague-congestion-control
+section 2.4.4). The first mark ends slow start.
+
+What is lost is judged by the controller that Prague is put on, and so is random loss; Prague
+replaces that one's growth only. When ECN turns out not to work the inner one goes on alone, from
+the window that is reached.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from aioquic.quic.congestion.base import (
+    QuicCongestionControl,
+    create_congestion_control,
+    register_congestion_control,
+)
+from aioquic.quic.packet_builder import QuicSentPacket
+
+INNER = "reno"
+"What `prague` is put on when a configuration names it."
+
+SHARE_WEIGHT = 1 / 16
+FIRST_SHARE = 1.0
+"As if all had been marked: the first mark halves the window, as it would a classic controller's."
+
+MIN_VIRTUAL_RTT_S = 0.025
+MIN_WINDOW_PACKETS = 2
+MIN_WINDOW_BYTES = 500
+"The window's floor is two of the flow's own packets, but no less than this."
+
+PACKET_SIZE_WEIGHT = 1 / 8
+
+
+class Prague(QuicCongestionControl):
+    """Prague over `inner`, which keeps the window, the bytes in flight and the threshold."""
+
+    def __init__(self, inner: QuicCongestionControl, *, max_datagram_size: int) -> None:
+        self.inner = inner
+        self._full_packet_bytes = max_datagram_size
+        self._packet_bytes = float(max_datagram_size)
+        self._share = FIRST_SHARE
+        self._marked = 0
+        self._congested = 0
+        self._acked_bytes = 0
+        self._newest_sent_s = float("-inf")
+        self._round_from_s = float("-inf")
+        self._reduced_at_s = float("-inf")
+        self._peak_bytes = 0
+        "Most bytes in flight in this round,"
+        self._last_peak_bytes = 0
+        "and in the one before."
+        self._growth = 0.0
+
+    @property
+    def congestion_window(self) -> int:
+        """How many bytes may be in flight."""
+        return self.inner.congestion_window
+
+    @congestion_window.setter
+    def congestion_window(self, window: int) -> None:
+        self.inner.congestion_window = window
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """How many bytes are in flight."""
+        return self.inner.bytes_in_flight
+
+    @property
+    def ssthresh(self) -> int | None:
+        """The window, in bytes, up to which slow start goes; None: up to the first sign."""
+        return self.inner.ssthresh
+
+    @property
+    def marked_share(self) -> float:
+        """The smoothed share of packets marked CE, 0 to 1."""
+        return self._share
+
+    def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
+        """See `QuicCongestionControl`."""
+        self.inner.on_packet_sent(packet=packet)
+        self._packet_bytes += PACKET_SIZE_WEIGHT * (packet.sent_bytes - self._packet_bytes)
+        self._peak_bytes = max(self._peak_bytes, self.inner.bytes_in_flight)
+
+    def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+        """See `QuicCongestionControl`; the window opens in `on_feedback`."""
+        window, threshold = self.inner.congestion_window, self.inner.ssthresh
+        self.inner.on_packet_acked(now=now, packet=packet)
+        self.inner.congestion_window, self.inner.ssthresh = window, threshold
+        self._acked_bytes += packet.sent_bytes
+        if packet.sent_time is not None:
+            self._newest_sent_s = max(self._newest_sent_s, packet.sent_time)
+
+    def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
+        """See `QuicCongestionControl`."""
+        self.inner.on_packets_expired(packets=packets)
+
+    def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
+        """See `QuicCongestionControl`."""
+        window = self.inner.congestion_window
+        self.inner.on_packets_lost(now=now, packets=packets)
+        if self.inner.congestion_window < window:
+            self._reduced_at_s = now
+
+    def on_persistent_congestion(self) -> None:
+        """See `QuicCongestionControl`."""
+        self.inner.on_persistent_congestion()
+
+    def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
+        """See `QuicCongestionControl`."""
+        self.inner.on_rtt_measurement(now=now, rtt=rtt)
+
+    def on_feedback(self, *, now: float, rtt: float, marked: int, congested: int) -> None:
+        """Answer an ACK frame, after all that it acknowledges went to `on_packet_acked`.
+
+        `marked` packets have come marked since the last one, `congested` of them with CE; `rtt`
+        is the smoothed round-trip time in seconds.
+        """
+        acked_bytes, self._acked_bytes = self._acked_bytes, 0
+        self._marked += marked
+        self._congested += congested
+        if self._newest_sent_s >= self._round_from_s:
+            self._end_round(now)
+        if congested and self._newest_sent_s > self._reduced_at_s:
+            self._reduce(now)
+        if acked_bytes and self._is_window_used():
+            unmarked = 1 - congested / marked if marked else 1.0
+            self._open(acked_bytes * unmarked, rtt)
+
+    def _end_round(self, now: float) -> None:
+        if self._marked:
+            self._share += SHARE_WEIGHT * (self._congested / self._marked - self._share)
+        self._marked = self._congested = 0
+        self._round_from_s = now
+        self._last_peak_bytes, self._peak_bytes = self._peak_bytes, self.inner.bytes_in_flight
+
+    def _reduce(self, now: float) -> None:
+        window = self.inner.congestion_window * (1 - self._share / 2)
+        floor = max(MIN_WINDOW_PACKETS * self._packet_bytes, MIN_WINDOW_BYTES)
+        self.inner.congestion_window = min(int(max(window, floor)), self.inner.congestion_window)
+        self.inner.ssthresh = self.inner.congestion_window
+        self._reduced_at_s = now
+
+    def _is_in_slow_start(self) -> bool:
+        threshold = self.inner.ssthresh
+        return threshold is None or self.inner.congestion_window < threshold
+
+    def _is_window_used(self) -> bool:
+        """Return whether it is the window that has held the flow back (RFC 9002 section 7.8)."""
+        peak = max(self._peak_bytes, self._last_peak_bytes)
+        if self._is_in_slow_start():
+            return 2 * peak >= self.inner.congestion_window
+        return peak + self._full_packet_bytes >= self.inner.congestion_window
+
+    def _open(self, acked_bytes: float, rtt: float) -> None:
+        window = self.inner.congestion_window
+        if self._is_in_slow_start():
+            self._growth += acked_bytes
+        else:
+            scale = (rtt / max(rtt, MIN_VIRTUAL_RTT_S)) ** 2
+            self._growth += self._full_packet_bytes * acked_bytes / window * scale
+        whole = int(self._growth)
+        self._growth -= whole
+        self.inner.congestion_window = window + whole
+
+    def get_log_data(self) -> dict[str, Any]:
+        """See `QuicCongestionControl`."""
+        return self.inner.get_log_data()
+
+
+def _prague(*, max_datagram_size: int) -> Prague:
+    inner = create_congestion_control(INNER, max_datagram_size=max_datagram_size)
+    return Prague(inner, max_datagram_size=max_datagram_size)
+
+
+register_congestion_control("prague", _prague)
