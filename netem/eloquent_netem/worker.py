@@ -5,7 +5,8 @@ import gc
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
@@ -59,7 +60,8 @@ class Worker(Generic[ReadyT, StatsT]):
         self._process = context.Process(target=_work, args=(theirs, make, real_time), daemon=True)
         self._last_stats: StatsT | None = None
         try:
-            self._process.start()
+            with _without_sigint():
+                self._process.start()
             theirs.close()
             self.ready: ReadyT = self._receive()
         except BaseException:
@@ -133,9 +135,24 @@ class Worker(Generic[ReadyT, StatsT]):
         )
 
 
+@contextlib.contextmanager
+def _without_sigint() -> Iterator[None]:
+    """Let a process that is started here wait with Ctrl-C until it can ignore it.
+
+    It inherits this thread's mask; without, it would die with a traceback while it loads.
+    """
+    resource_tracker.ensure_running()  # Starting a process starts this one, which resets the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: Connection, make: Callable[[], Work[object, object]], real_time: bool) -> None:
     """Be the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     signal.signal(signal.SIGTERM, _exit)
     try:
         work = make()

@@ -35,6 +35,17 @@ if __name__ == "__main__":
         input()
 """
 
+INTERRUPTED = """
+import os, signal
+from eloquent_netem.proxy import start_proxy
+from tests.netem.test_tun import links
+if __name__ == "__mp_main__":  # In the process with the links, before it does anything.
+    os.kill(os.getpid(), signal.SIGINT)
+if __name__ == "__main__":
+    with start_proxy(links, target=("127.0.0.1", 9)):
+        print("ready")
+"""
+
 
 def udp_socket(host: str = HOST, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
     made = socket.socket(family, socket.SOCK_DGRAM)
@@ -246,3 +257,17 @@ def test_it_ends_with_the_process_that_started_it(number: signal.Signals, tmp_pa
         time.sleep(0.01)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
         again.bind((HOST, port))
+
+
+def test_ctrl_c_while_it_loads_is_left_to_the_one_who_started_it(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED, encoding="utf-8")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))},
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
