@@ -30,6 +30,7 @@ from eloquent.quic.connection import (
     TurnProgress,
     base_configuration,
 )
+from eloquent.quic.ecn import Ecn
 
 MAX_REPORT_BYTES = 25
 "A report's type and three of the longest varints."
@@ -64,10 +65,10 @@ class ClientConnection(Connection):
         """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
         self._quic.connect(address, now=now)
 
-    def receive(self, data: bytes, address: Address, now: float) -> None:
+    def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `Connection.receive`."""
         self._keepalive_at = now + KEEPALIVE_S
-        super().receive(data, address, now)
+        super().receive(data, address, now, ecn)
 
     def handle_timer(self, now: float) -> None:
         """See `Connection.handle_timer`."""

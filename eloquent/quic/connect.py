@@ -19,6 +19,7 @@ from eloquent.quic.connection import (
     TurnProgress,
 )
 from eloquent.quic.driver import Driver
+from eloquent.quic.ecn import Ecn
 from eloquent.url import ServerUrl
 
 CONNECT_TIMEOUT_S = 5.0
@@ -185,7 +186,7 @@ class ClientLink(asyncio.DatagramProtocol):
                 )
             )
 
-    def _send(self, data: bytes, address: Address) -> None:
+    def _send(self, data: bytes, address: Address, ecn: Ecn) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.sendto(data)
 

@@ -17,7 +17,9 @@ from eloquent.core.events import Event
 from eloquent.core.path import Path
 from eloquent.core.wire import ALPN, Frame, Request, decode_frame
 from eloquent.errors import EloquentError, WireError
-from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES, LateBoundConnection
+from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
+from eloquent.quic._ecn import EcnConnection
+from eloquent.quic.ecn import Ecn
 
 Address = Any
 "A socket address, as the socket's family has it."
@@ -124,14 +126,14 @@ class Connection(ABC):
     """
 
     def __init__(self, configuration: QuicConfiguration, **options: Any) -> None:
-        self._quic = LateBoundConnection(configuration=configuration, source=self, **options)
+        self._quic = EcnConnection(configuration=configuration, source=self, **options)
         self._path = Path(srtt_s=configuration.initial_rtt)
         self._events: deque[ConnectionEvent] = deque()
         self._is_ended = False
         self._sent_at = float("-inf")
 
     @property
-    def quic(self) -> LateBoundConnection:
+    def quic(self) -> EcnConnection:
         """The QUIC connection underneath, for endpoints (connection ids) and measurements."""
         return self._quic
 
@@ -146,9 +148,9 @@ class Connection(ABC):
         self._path.srtt_s = self._quic.srtt_s
         return self._path
 
-    def receive(self, data: bytes, address: Address, now: float) -> None:
-        """Take a UDP datagram."""
-        self._quic.receive_datagram(data, address, now=now)
+    def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
+        """Take a UDP datagram, which came with this ECN field."""
+        self._quic.receive_datagram(data, address, now, ecn)
         self._process_quic_events(now)
 
     def handle_timer(self, now: float) -> None:
@@ -158,11 +160,11 @@ class Connection(ABC):
             self._quic.handle_timer(now=now)
         self._process_quic_events(now)
 
-    def send(self, now: float) -> list[tuple[bytes, Address]]:
-        """Return the UDP datagrams to send now."""
+    def send(self, now: float) -> list[tuple[bytes, Address, Ecn]]:
+        """Return the UDP datagrams to send now, each with its ECN field."""
         self._path.srtt_s = self._quic.srtt_s
         self._sent_at = now
-        datagrams = self._quic.datagrams_to_send(now=now)
+        datagrams = self._quic.marked_datagrams_to_send(now)
         if self.has_datagram(now):
             self._path.blocked_at = now
         return datagrams

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from eloquent.quic.connection import Address, Connection, ConnectionEvent
+from eloquent.quic.ecn import Ecn
 
 
 class Driver:
@@ -15,7 +16,7 @@ class Driver:
     def __init__(
         self,
         connection: Connection,
-        send: Callable[[bytes, Address], None],
+        send: Callable[[bytes, Address, Ecn], None],
         on_event: Callable[[ConnectionEvent], None],
     ) -> None:
         self._connection = connection
@@ -28,17 +29,17 @@ class Driver:
         """Return the loop's time in seconds."""
         return self._loop.time()
 
-    def receive(self, data: bytes, address: Address) -> None:
+    def receive(self, data: bytes, address: Address, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """Hand over a UDP datagram."""
-        self._connection.receive(data, address, self.now())
+        self._connection.receive(data, address, self.now(), ecn)
         self.pump()
 
     def pump(self) -> None:
         """Give out events, send what there is to send, set the timer."""
         while (event := self._connection.next_event()) is not None:
             self._on_event(event)
-        for data, address in self._connection.send(self.now()):
-            self._send(data, address)
+        for data, address, ecn in self._connection.send(self.now()):
+            self._send(data, address, ecn)
         self._set_timer()
 
     def stop(self) -> None:

@@ -27,6 +27,7 @@ from eloquent.quic.connection import (
     TurnRequested,
 )
 from eloquent.quic.driver import Driver
+from eloquent.quic.ecn import Ecn
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent.serving import TurnService
 
@@ -144,7 +145,7 @@ class Listener(asyncio.DatagramProtocol):
         if self._transport is not None:
             self._transport.close()
 
-    def send(self, data: bytes, address: Address) -> None:
+    def send(self, data: bytes, address: Address, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """Send a UDP datagram."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.sendto(data, address)

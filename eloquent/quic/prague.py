@@ -75,10 +75,18 @@ class Prague(QuicCongestionControl):
         """How many bytes are in flight."""
         return self.inner.bytes_in_flight
 
+    @bytes_in_flight.setter
+    def bytes_in_flight(self, size: int) -> None:
+        self.inner.bytes_in_flight = size
+
     @property
     def ssthresh(self) -> int | None:
         """The window, in bytes, up to which slow start goes; None: up to the first sign."""
         return self.inner.ssthresh
+
+    @ssthresh.setter
+    def ssthresh(self, threshold: int | None) -> None:
+        self.inner.ssthresh = threshold
 
     @property
     def marked_share(self) -> float:

@@ -8,12 +8,14 @@ from eloquent.core.log import TokenLog
 from eloquent.core.schemes import SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.wire import TURN_ID_BYTES, Request
+from eloquent.quic import ecn as quic_ecn
 from eloquent.quic.certificate import make_certificate
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Connection, ConnectionEvent
+from eloquent.quic.marking import MarkingPolicy
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent_netem.link import Link
-from eloquent_netem.packet import udp_packet
+from eloquent_netem.packet import Ecn, udp_packet
 
 CLIENT_ADDRESS = ("192.0.2.1", 1)
 SERVER_ADDRESS = ("192.0.2.2", 2)
@@ -45,7 +47,9 @@ class _End:
 
     def act(self, now: float) -> None:
         for packet in self._inbound.poll(now):
-            self._connection.receive(packet.data, self._peer_address, now)
+            self._connection.receive(
+                packet.data, self._peer_address, now, quic_ecn.Ecn(packet.ecn)
+            )
         timer = self._connection.next_time()
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)
@@ -54,8 +58,8 @@ class _End:
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        for payload, _ in self._connection.send(now):
-            self._outbound.send(now, udp_packet(payload))
+        for payload, _, ecn in self._connection.send(now):
+            self._outbound.send(now, udp_packet(payload, Ecn(ecn)))
 
 
 class QuicPair:
@@ -74,6 +78,7 @@ class QuicPair:
         on_client_event: Callable[[ConnectionEvent, float], None],
         on_server_event: Callable[[ConnectionEvent, float], None],
         padding: bool = True,
+        marking: MarkingPolicy | None = None,
     ) -> None:
         self.client = ClientConnection(
             client_configuration("lab", pin=_CERTIFICATE.pin), pin=_CERTIFICATE.pin
@@ -88,6 +93,7 @@ class QuicPair:
             server_configuration(_CERTIFICATE),
             make_sender=make,
             padding=padding,
+            marking=marking,
             original_destination_connection_id=(
                 self.client.quic.original_destination_connection_id
             ),
