@@ -1,4 +1,4 @@
-"""One answer over one emulated path: when was each token generated and seen, and what did it cost?"""
+"""One answer over one emulated path: when was each token generated and seen, at what cost?"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

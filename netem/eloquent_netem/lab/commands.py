@@ -119,6 +119,64 @@ def speed(*, json: Path | None = None) -> None:
         sys.exit(1)
 
 
+@lab.command
+def transport(
+    *,
+    part: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    seeds: int = 20,
+    schemes: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    jobs: int = 2,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    cache: Path | None = None,
+) -> None:
+    """Hold the transport to its bounds in virtual time; exit with 1 if it misses one.
+
+    Both real QUIC ends run over emulated links. Ctrl-C ends it and keeps what is done.
+
+    Parameters
+    ----------
+    part
+        The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
+        schemes, for every loss, round trip and rate.
+    seeds
+        How many seeds, from 0 on.
+    schemes
+        Run only these schemes; bounds that compare with another are left out.
+    jobs
+        Processes to run on.
+    json
+        Write all findings, and the figures of every run, to this file.
+    markdown
+        Write the findings and tables to this file.
+    cache
+        Remember the figures of every run in this file, and take from it those of runs on the same
+        code (a hash of the transport's).
+    """
+    from eloquent_netem.lab.transport import PARTS, Options
+    from eloquent_netem.lab.transport import transport as run
+
+    unknown = set(part) - set(PARTS)
+    if unknown:
+        raise ConfigurationError(
+            f"There is no part {sorted(unknown)[0]!r}: choose from {', '.join(PARTS)}."
+        )
+    if seeds < 1 or jobs < 1:
+        raise ConfigurationError("--seeds and --jobs must be at least 1.")
+    for output in (json, markdown, cache):
+        if output is not None:
+            _check_writable(output)
+    options = Options(
+        seeds=range(seeds),
+        workers=jobs,
+        schemes=schemes,
+        json=json,
+        markdown=markdown,
+        cache=cache,
+    )
+    sys.exit(run(part or tuple(PARTS), options))
+
+
 def _check_writable(path: Path) -> None:
     """Find out before the work whether its results can be written."""
     try:

@@ -47,9 +47,7 @@ class _End:
 
     def act(self, now: float) -> None:
         for packet in self._inbound.poll(now):
-            self._connection.receive(
-                packet.data, self._peer_address, now, quic_ecn.Ecn(packet.ecn)
-            )
+            self._connection.receive(packet.data, self._peer_address, now, quic_ecn.Ecn(packet.ecn))
         timer = self._connection.next_time()
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)

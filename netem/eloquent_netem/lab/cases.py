@@ -1,0 +1,186 @@
+"""Experiments as lists of jobs: run on several processes, remembered, ended early without loss."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import eloquent
+import eloquent_netem
+from eloquent_netem.lab.answer import TCP_SCHEMES
+from eloquent_netem.lab.measures import DeliveryError
+from eloquent_netem.sim import StuckError
+from eloquent_netem.tcp import TcpError
+
+Figures = dict[str, float]
+"What a run found, by name; the names end in their units."
+
+
+class Case(Protocol):
+    """One network and one load: a frozen dataclass, whose `repr` is its identity."""
+
+    @property
+    def title(self) -> str:
+        """What it is, for a person."""
+
+    def run(self, scheme: str, seed: int) -> Figures:
+        """Measure one scheme on it, in virtual time; the same seed gives the same figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    case: Case
+    scheme: str
+    seed: int
+
+
+@dataclass(slots=True)
+class Results:
+    """What the runs found."""
+
+    figures: dict[Job, Figures] = field(default_factory=dict)
+    failures: dict[Job, str] = field(default_factory=dict)
+    "Runs that lost, doubled or changed a token, or did not end, and how."
+    is_complete: bool = True
+    "False: the user ended it before all jobs were done."
+
+    def seeds(self, case: Case, scheme: str) -> dict[int, Figures]:
+        """Return the figures of one scheme on one case, by seed."""
+        return {
+            job.seed: found
+            for job, found in self.figures.items()
+            if job.case == case and job.scheme == scheme
+        }
+
+
+class Cache:
+    """Figures of earlier runs, in a file with a JSON object a line.
+
+    A run is known by its case, scheme and seed, and by a hash of the code that it measured: the
+    transport's, or the TCP model's.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Figures] = {}
+        self._codes: dict[bool, str] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                self._known[row["key"]] = row["figures"]
+
+    def get(self, job: Job) -> Figures | None:
+        """Return what this job found when it ran on the same code, or None."""
+        return self._known.get(self._key(job)) if self._path is not None else None
+
+    def put(self, job: Job, figures: Figures) -> None:
+        """Remember what a job found."""
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": self._key(job), "figures": figures}) + "\n")
+
+    def _key(self, job: Job) -> str:
+        is_tcp = job.scheme in TCP_SCHEMES
+        if is_tcp not in self._codes:
+            self._codes[is_tcp] = _code_hash(is_tcp=is_tcp)
+        text = f"{self._codes[is_tcp]}/{job.case!r}/{job.scheme}/{job.seed}"
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _code_hash(*, is_tcp: bool) -> str:
+    root = (
+        Path(eloquent_netem.__file__).parent / "tcp" if is_tcp else Path(eloquent.__file__).parent
+    )
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    cache: Cache,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """Run all jobs that the cache does not know; Ctrl-C ends it and keeps what is done."""
+    results = Results()
+    open_jobs = []
+    for job in jobs:
+        known = cache.get(job)
+        if known is None:
+            open_jobs.append(job)
+        else:
+            results.figures[job] = known
+    if results.figures:
+        progress(f"{len(results.figures)} of {len(jobs)} runs are known from the cache.")
+    if not open_jobs:
+        return results
+    with ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
+        futures: Mapping[Future[Figures | str], Job] = {
+            pool.submit(_attempt, job): job for job in open_jobs
+        }
+        try:
+            for count, future in enumerate(as_completed(futures), start=1):
+                job, found = futures[future], future.result()
+                if isinstance(found, str):
+                    results.failures[job] = found
+                else:
+                    results.figures[job] = found
+                    cache.put(job, found)
+                progress(f"{count} of {len(open_jobs)} runs")
+        except KeyboardInterrupt:
+            results.is_complete = False
+            pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def _ignore_interrupts() -> None:
+    """Let the parent alone answer Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _attempt(job: Job) -> Figures | str:
+    try:
+        return job.case.run(job.scheme, job.seed)
+    except (DeliveryError, StuckError, TcpError) as error:
+        return f"{job.case.title}, {job.scheme}, seed {job.seed}: {error}"
+
+
+def all_jobs(cases: Iterable[Case], schemes: Sequence[str], seeds: Iterable[int]) -> list[Job]:
+    """Return a job for each case, scheme and seed."""
+    return [Job(case, scheme, seed) for case in cases for seed in seeds for scheme in schemes]
+
+
+class Progress:
+    """Shows how far the runs are: in one line on a terminal, else a line every tenth part."""
+
+    def __init__(self, stream: TextIO, part: str) -> None:
+        self._stream = stream
+        self._part = part
+        self._shown = ""
+
+    def __call__(self, text: str) -> None:
+        """Show `text`, which may be "COUNT of ALL runs"."""
+        count, _, rest = text.partition(" of ")
+        if self._stream.isatty():
+            print(f"\r\x1b[K{self._part}: {text}", end="", file=self._stream, flush=True)
+            return
+        if count.isdecimal() and rest.endswith(" runs"):
+            tenth = f"{10 * int(count) // int(rest.removesuffix(' runs'))}"
+            if tenth == self._shown:
+                return
+            self._shown = tenth
+        print(f"{self._part}: {text}", file=self._stream, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._stream.isatty():
+            print(file=self._stream)
