@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
-import eloquent
-import eloquent_netem
+import eloquent.errors
+import eloquent_netem.tcp
 from eloquent_netem.lab.answer import TCP_SCHEMES
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.sim import StuckError
@@ -94,9 +94,8 @@ class Cache:
 
 
 def _code_hash(*, is_tcp: bool) -> str:
-    root = (
-        Path(eloquent_netem.__file__).parent / "tcp" if is_tcp else Path(eloquent.__file__).parent
-    )
+    package = eloquent_netem.tcp if is_tcp else eloquent
+    root = Path(package.__path__[0])
     digest = hashlib.blake2b(digest_size=12)
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
@@ -138,6 +137,7 @@ def run_jobs(
                 progress(f"{count} of {len(open_jobs)} runs")
         except KeyboardInterrupt:
             results.is_complete = False
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return results
 
