@@ -1,6 +1,8 @@
 """`eloquent netem run` and `eloquent netem proxy`, as a user runs them."""
 
 import contextlib
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from tools import needs_tool
 
+from eloquent_netem.namespaces import processes_inside
 from eloquent_netem.run import AddressError, parse_address
 
 DEADLINE_S = 60
@@ -64,6 +67,33 @@ def test_two_commands_meet_inside_the_network(tmp_path: Path) -> None:
 def test_what_the_command_says_is_its_exit_code() -> None:
     # No packet crosses the network, so lateness cannot spoil the run.
     assert netem("run", "clean", "--", sys.executable, "-c", "raise SystemExit(3)").returncode == 3
+
+
+@needs_tool("ip")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_both_commands_and_the_network(number: signal.Signals) -> None:
+    client = "readlink /proc/self/ns/net; exec sleep 1000"
+    with subprocess.Popen(
+        [*NETEM, "run", "clean", "--server", "sleep 1000", "--", "sh", "-c", client],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)  # As a terminal does.
+            else:
+                process.send_signal(number)
+            _, errors = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    namespace = Path("/proc/self/ns/net").stat().st_dev, int(re.sub(r"\D", "", said))
+    assert processes_inside([namespace]) == []
 
 
 @pytest.mark.parametrize(
