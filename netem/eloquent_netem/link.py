@@ -129,7 +129,7 @@ class Link:
             start = self._service_at
             packet = self._queue.dequeue(start)
             if packet is not None:
-                left = self._rate.departure(start - self._origin_s, packet.size)
+                left, _ = self._rate.serve(start - self._origin_s, packet.size)
                 self._served_until = left + self._origin_s
                 self._depart(self._served_until, packet)
             self._service_at = (

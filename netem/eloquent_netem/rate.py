@@ -26,10 +26,11 @@ class Rate(Protocol):
     def ready_from(self, now: float) -> float:
         """Return the first time, `now` or later, at which service of a packet can begin."""
 
-    def departure(self, start: float, size: int) -> float:
-        """Return when a packet of `size` bytes, whose service begins at `start`, has left.
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """Serve `size` bytes from `start` on, which is what `ready_from` returned, to `until`.
 
-        `start` is what `ready_from` returned; the packet uses the capacity up to then.
+        Return when the packet has left, before `until`, and 0; or else `until` and how many of the
+        bytes are left to serve then. What is served uses the capacity up.
         """
 
 
@@ -40,9 +41,9 @@ class UnlimitedRate:
         """See `Rate.ready_from`."""
         return now
 
-    def departure(self, start: float, size: int) -> float:
-        """See `Rate.departure`."""
-        return start
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """See `Rate.serve`."""
+        return (start, 0.0) if start < until else (until, size)
 
 
 class FixedRate(UnlimitedRate):
@@ -53,9 +54,12 @@ class FixedRate(UnlimitedRate):
             raise ValueError(f"a rate is above 0 bit/s, not {bits_per_s}")
         self._seconds_per_byte = 8 / bits_per_s
 
-    def departure(self, start: float, size: int) -> float:
-        """See `Rate.departure`."""
-        return start + size * self._seconds_per_byte
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """See `Rate.serve`."""
+        left = start + size * self._seconds_per_byte
+        if left < until:
+            return left, 0.0
+        return until, max(size - (until - start) / self._seconds_per_byte, 0.0)
 
 
 class TraceRate:
@@ -82,7 +86,7 @@ class TraceRate:
         self._round = 0
         self._index = 0
         self._time = self._opportunity()
-        self._bytes_left = packet_bytes
+        self._bytes_left: float = packet_bytes
         "Of the opportunity `_index` in `_round`, at `_time`: all before it are used or lost."
 
     def ready_from(self, now: float) -> float:
@@ -91,16 +95,17 @@ class TraceRate:
             self._skip_to(now)
         return self._time
 
-    def departure(self, start: float, size: int) -> float:
-        """See `Rate.departure`."""
-        while size > self._bytes_left:
-            size -= self._bytes_left
-            self._advance()
-        self._bytes_left -= size
-        left = self._time
-        if self._bytes_left == 0:
-            self._advance()
-        return left
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """See `Rate.serve`."""
+        while self._time < until:
+            left, served = self._time, min(size, self._bytes_left)
+            size -= served
+            self._bytes_left -= served
+            if self._bytes_left == 0:
+                self._advance()
+            if size == 0:
+                return left, 0.0
+        return until, size
 
     def _advance(self) -> None:
         self._index += 1
@@ -127,8 +132,8 @@ class TraceRate:
 class PausedRate:
     """Serves nothing during given spans of time; what waits is kept: a handover that holds.
 
-    Otherwise the rate is what it would be without them: a trace goes on meanwhile. A packet whose
-    service a span interrupts is served anew after it.
+    Otherwise the rate is what it would be without them: a trace goes on meanwhile. Of a packet
+    whose service a span interrupts, the rest is served after it.
 
     Raises:
         ValueError: a span ends before it begins.
@@ -145,19 +150,17 @@ class PausedRate:
             ready = self._rate.ready_from(span[1])
         return ready
 
-    def departure(self, start: float, size: int) -> float:
-        """See `Rate.departure`."""
-        left = self._rate.departure(start, size)
-        while (span := self._begins_within(start, left)) is not None:
-            start = self.ready_from(span[1])
-            left = self._rate.departure(start, size)
-        return left
-
-    def _begins_within(self, start: float, left: float) -> tuple[float, float] | None:
-        """Return the first span that begins after `start` and not after `left`."""
-        index = bisect_right(self._spans_s, (start, math.inf))
-        is_within = index < len(self._spans_s) and self._spans_s[index][0] <= left
-        return self._spans_s[index] if is_within else None
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """See `Rate.serve`."""
+        for index in range(bisect_right(self._spans_s, (start, math.inf)), len(self._spans_s)):
+            pause_s, resume_s = self._spans_s[index]
+            if until <= pause_s:
+                break
+            left, size = self._rate.serve(start, size, pause_s)
+            if left < pause_s:
+                return left, size
+            start = self.ready_from(resume_s)
+        return self._rate.serve(start, size, until)
 
 
 def load_trace(path: Path) -> list[int]:

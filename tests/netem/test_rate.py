@@ -142,7 +142,7 @@ def test_a_trace_goes_on_for_hours() -> None:
     rate = TraceRate([0, 400, 1000])
     for hour in range(1, 10):
         assert rate.ready_from(hour * 3600 - 0.5) == hour * 3600
-        assert rate.departure(hour * 3600.0, 1500) == hour * 3600
+        assert rate.serve(hour * 3600.0, 1500) == (hour * 3600, 0)
         assert rate.ready_from(hour * 3600 + 0.0001) == pytest.approx(hour * 3600 + 0.4)
 
 
@@ -205,19 +205,50 @@ def test_a_trace_goes_on_during_a_pause() -> None:
     assert in_ms(served(rate, backlog(4))) == [0, 7, 12, 12]
 
 
-def test_what_a_pause_interrupts_is_served_anew() -> None:
+def test_what_a_pause_interrupts_goes_on_after_it() -> None:
     # One packet a second: the second is half through at 1.5 s.
     rate = PausedRate(FixedRate(12_000), [(1.5, 4.0)])
-    assert served(rate, backlog(3)) == pytest.approx([1.0, 5.0, 6.0])
+    assert served(rate, backlog(3)) == pytest.approx([1.0, 4.5, 5.5])
     at_its_end = PausedRate(FixedRate(12_000), [(1.0, 3.0)])
-    assert served(at_its_end, backlog(1)) == pytest.approx([4.0])
+    assert served(at_its_end, backlog(2)) == pytest.approx([3.0, 4.0])
+    # At 5 the first and half of the second pass, at 20 its other half and the third.
     split = PausedRate(TraceRate([5, 9, 20]), [(0.006, 0.010)])
-    assert in_ms(served(split, backlog(3, size=1000))) == [5, 20, 25]
+    assert in_ms(served(split, backlog(3, size=1000))) == [5, 20, 20]
+    nested = PausedRate(PausedRate(FixedRate(12_000), [(2.5, 3.0)]), [(0.5, 1.0)])
+    assert served(nested, backlog(2)) == pytest.approx([1.5, 2.5 + 0.5])
+
+
+def test_a_packet_that_takes_longer_than_the_time_between_pauses_gets_through() -> None:
+    # 12 s of service at 1000 bit/s, and every 2 s a pause of 100 ms: five within the first 12 s,
+    # whose 0.5 s are made up for after them (the sixth is at 12 s, so 0.6 s).
+    rate = PausedRate(FixedRate(1000), [(2.0 * k, 2.0 * k + 0.1) for k in range(1, 1000)])
+    assert served(rate, backlog(1)) == pytest.approx([12.6])
+    # An opportunity each 10 ms for a packet of five, and a pause every 30 ms that takes one.
+    pauses = [(0.03 * k - 0.001, 0.03 * k + 0.001) for k in range(1, 1000)]
+    trace = PausedRate(TraceRate([10]), pauses)
+    assert in_ms(served(trace, backlog(2, size=7500))) == [70, 140]
 
 
 def test_a_pause_that_ends_before_it_begins_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be"):
         PausedRate(UnlimitedRate(), [(2.0, 1.0)])
+
+
+@given(traces, spans, spans, packets, st.booleans())
+def test_pauses_in_pauses_are_as_all_of_them_at_once(
+    times_ms: list[int],
+    first_s: list[tuple[float, float]],
+    second_s: list[tuple[float, float]],
+    pauses: list[tuple[float, int]],
+    is_fixed: bool,
+) -> None:
+    def inner() -> Rate:
+        return FixedRate(3e6) if is_fixed else TraceRate(times_ms)
+
+    sends = after(pauses)
+    nested = PausedRate(PausedRate(inner(), first_s), second_s)
+    at_once = PausedRate(inner(), first_s + second_s)
+    assert served(nested, sends) == pytest.approx(served(at_once, sends), abs=1e-9)
 
 
 @given(traces, spans, packets, st.booleans())
