@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eloquent_netem.capture import CLIENT, SERVER
 from eloquent_netem.packet import Ecn, Packet
 from eloquent_netem.tcp.congestion import Reno, make_controller
 from eloquent_netem.tcp.connection import TcpConnection
@@ -46,7 +47,7 @@ def test_a_segment_comes_out_of_the_wire_as_it_went_in(
 ) -> None:
     sack = tuple((ack + first, ack + first + size) for first, size in blocks)
     segment = Segment(seq, ack, flags, time_ms, time_ms, sack, payload)
-    packet = to_packet(segment, from_client=True, ecn=Ecn.ECT_0, flow=3)
+    packet = to_packet(segment, source=CLIENT, destination=SERVER, ecn=Ecn.ECT_0, flow=3)
     assert packet.size == len(packet.data) == 52 + len(payload) + (4 + 8 * len(sack)) * bool(sack)
     assert (packet.ecn, packet.flow) == (Ecn.ECT_0, 3)
     # The reader knows the numbers to within half of what 32 bits hold.
@@ -56,14 +57,16 @@ def test_a_segment_comes_out_of_the_wire_as_it_went_in(
 
 
 def test_headers_are_those_of_ipv4_and_tcp() -> None:
-    syn = to_packet(Segment(0, 0, SYN, 1, 0), from_client=True)
+    syn = to_packet(Segment(0, 0, SYN, 1, 0), source=CLIENT, destination=SERVER)
     assert syn.size == 60
     assert syn.data[0] == 0x45
     assert syn.data[9] == 6
     assert syn.data[2:4] == (60).to_bytes(2, "big")
-    full = to_packet(Segment(1, 1, ACK, 1, 1, (), bytes(MSS_BYTES)), from_client=False)
+    full = to_packet(
+        Segment(1, 1, ACK, 1, 1, (), bytes(MSS_BYTES)), source=SERVER, destination=CLIENT
+    )
     assert full.size == 1500
-    assert full.data[20:22] == (443).to_bytes(2, "big")
+    assert full.data[20:22] == SERVER[1].to_bytes(2, "big")
 
 
 @pytest.mark.parametrize("data", [b"", bytes(60), b"\x45" + bytes(8) + b"\x11" + bytes(40)])
@@ -73,7 +76,7 @@ def test_what_is_not_tcp_is_refused(data: bytes) -> None:
 
 
 def test_a_damaged_option_is_refused() -> None:
-    packet = to_packet(Segment(1, 1, ACK, 1, 1), from_client=True)
+    packet = to_packet(Segment(1, 1, ACK, 1, 1), source=CLIENT, destination=SERVER)
     packet.data = packet.data[:43] + b"\xff" + packet.data[44:]
     with pytest.raises(SegmentError, match="cut off"):
         from_packet(packet, seq=0, ack=0, now_ms=0)

@@ -4,6 +4,8 @@ The first segments are acknowledged at once (quick ACKs); later ACKs wait for a 
 or for a timer of 40 ms that adapts to the peer's pace; what is out of order or comes twice is
 acknowledged at once. A reader that has emptied the buffer after a short segment lets the ACK go,
 as `tcp_cleanup_rbuf` does, unless the connection is interactive ("pingpong").
+The advertised window is the room in a buffer, which grows with what the application reads in a
+round trip (`tcp_rcv_space_adjust`); its right edge never goes back.
 Sources: net/ipv4/tcp_input.c (`tcp_event_data_recv`, `__tcp_ack_snd_check`, `tcp_data_queue`),
 net/ipv4/tcp_timer.c (`tcp_delack_timer_handler`).
 """
@@ -12,7 +14,15 @@ from heapq import heappop, heappush
 
 from eloquent_netem.packet import Ecn
 from eloquent_netem.tcp.rtt import RttEstimator
-from eloquent_netem.tcp.segment import CWR, MSS_BYTES, PSH, SACK_BLOCKS_MAX, Segment
+from eloquent_netem.tcp.segment import (
+    CWR,
+    FIN,
+    MSS_BYTES,
+    PSH,
+    SACK_BLOCKS_MAX,
+    WINDOW_MAX_BYTES,
+    Segment,
+)
 
 ATO_MIN_S = 0.04
 "The least time for which an ACK is delayed, and the first."
@@ -32,11 +42,20 @@ COMPRESSED_MAX = 44
 COMPRESSED_S = 0.001
 COMPRESSED_RTT_SHARE = 0.05
 
+BUFFER_BYTES = 65536
+BUFFER_MAX_BYTES = 3 << 20
+"Linux's defaults (`tcp_rmem`), of which half holds data."
+
 
 class Receiver:
-    """Reassembles one direction; `is_ack_due` says that an ACK must go now."""
+    """Reassembles one direction; `is_ack_due` says that an ACK must go now.
 
-    def __init__(self, start: int, rtt: RttEstimator, *, has_ecn: bool) -> None:
+    Without `has_window` the application reads in time, and the buffer limits nobody.
+    """
+
+    def __init__(
+        self, start: int, rtt: RttEstimator, *, has_ecn: bool, has_window: bool = False
+    ) -> None:
         self.next = start
         "The first sequence number that is missing."
         self.is_ack_due = False
@@ -44,6 +63,13 @@ class Receiver:
         "ECN: congestion was seen and the peer has not yet said that it slowed down."
         self.duplicates = 0
         "Segments that had been received before."
+        self.is_ended = False
+        "The peer's FIN has come, and everything before it."
+        self._fin_at: int | None = None
+        self._space = BUFFER_BYTES if has_window else None
+        self._edge = start
+        self._copied = self._copied_before = 0
+        self._copied_from_s = float("-inf")
         self._has_ecn = has_ecn
         self._rtt = rtt
         self._ready = bytearray()
@@ -69,6 +95,18 @@ class Receiver:
     def last_ack_sent(self) -> int:
         """What was acknowledged last: RFC 7323's Last.ACK.sent."""
         return self._acked
+
+    @property
+    def readable(self) -> int:
+        """How many bytes wait to be read."""
+        return len(self._ready)
+
+    def window(self) -> int:
+        """Return how many bytes behind `next` are to be advertised."""
+        if self._space is None:
+            return WINDOW_MAX_BYTES
+        self._edge = max(self._edge, self.next + self._room)
+        return self._edge - self.next
 
     def sack_blocks(self) -> tuple[tuple[int, int], ...]:
         """Return what an ACK reports: a duplicate first, then blocks, the latest first."""
@@ -108,7 +146,11 @@ class Receiver:
             self._ato_s = ATO_MIN_S
             self._is_pending = True
         else:
-            self._note_data(segment, ecn, now)
+            if segment.payload:
+                self._note_data(segment, ecn, now)
+            if segment.flags & FIN:
+                self._fin_at = end - 1
+                self.is_ack_due = True
             if start > self.next:
                 self._keep(segment)
             else:
@@ -117,16 +159,23 @@ class Receiver:
                 self._accept(segment)
         self._decide(now)
 
-    def read(self) -> bytes:
-        """Return what is in order; it may make an ACK due."""
-        data = bytes(self._ready)
-        self._ready.clear()
+    def read(self, limit: int | None = None) -> bytes:
+        """Return what is in order, `limit` bytes of it at most; it may make an ACK due."""
+        data = bytes(self._ready[:limit])
+        del self._ready[: len(data)]
+        if self._space is not None:
+            self._make_room(self._space, len(data))
         if self._is_pending and (
             self.next - self._acked > self._mss
             or (data and (self._pushed > 1 or (self._pushed and not self._is_interactive)))
         ):
             self.is_ack_due = True
         return data
+
+    def stop(self) -> None:
+        """Acknowledge no more."""
+        self._ack_at_s = self._compressed_at_s = None
+        self.is_ack_due = False
 
     def ack_sent(self) -> None:
         """Note that a segment with the current ACK went out."""
@@ -146,6 +195,27 @@ class Receiver:
         """Note that data went out: soon after data came in, it is an answer."""
         if now - self._received_s < self._ato_s:
             self._is_interactive = True
+
+    @property
+    def _room(self) -> int:
+        """The buffer's room, or 0: too little to invite small segments (RFC 9293, 3.8.6.2.2)."""
+        assert self._space is not None
+        room = self._space - len(self._ready)
+        return room if room >= MSS_BYTES else 0
+
+    def _make_room(self, space: int, copied: int) -> None:
+        self._copied += copied
+        if self._received_s - self._copied_from_s >= (self._rtt.srtt_s or 0.0):
+            if self._copied > self._copied_before:
+                self._copied_before = self._copied
+                self._space = max(
+                    space, min(2 * self._copied + QUICK_ACKS * MSS_BYTES, BUFFER_MAX_BYTES)
+                )
+            self._copied = 0
+            self._copied_from_s = self._received_s
+        left = self._edge - self.next
+        if copied and not self.is_ended and 2 * left <= space and self._room > 2 * left:
+            self.is_ack_due = True
 
     def _note_data(self, segment: Segment, ecn: Ecn, now: float) -> None:
         self._is_pending = True
@@ -215,6 +285,9 @@ class Receiver:
         fresh = payload[self.next - start :]
         self._ready += fresh
         self.next += len(fresh)
+        if self.next == self._fin_at:
+            self.next += 1
+            self.is_ended = True
 
     def _decide(self, now: float) -> None:
         """Send the ACK at once, later, or compressed (`__tcp_ack_snd_check`)."""

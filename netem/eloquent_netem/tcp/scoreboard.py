@@ -26,6 +26,7 @@ class SentSegment:
     start: int
     data: bytes
     end: int
+    "The sequence number behind it: a FIN counts as one."
     sent_s: float
     "When it was last sent."
     delivered: int
@@ -36,6 +37,11 @@ class SentSegment:
     "A retransmission is under way."
     was_repeated: bool = False
     "It has been retransmitted at least once."
+
+    @property
+    def has_fin(self) -> bool:
+        """Whether it says that nothing follows."""
+        return self.end > self.start + len(self.data)
 
 
 class Scoreboard:
@@ -79,9 +85,10 @@ class Scoreboard:
         """Whether a retransmission may be under way (`tcp_any_retrans_done`)."""
         return self.repeated > 0 or (bool(self.segments) and self.segments[0].was_repeated)
 
-    def add(self, data: bytes, now: float) -> SentSegment:
+    def add(self, data: bytes, now: float, *, has_fin: bool = False) -> SentSegment:
         """Append a segment that is sent for the first time."""
-        segment = SentSegment(self.nxt, data, self.nxt + len(data), now, self.delivered)
+        end = self.nxt + len(data) + has_fin
+        segment = SentSegment(self.nxt, data, end, now, self.delivered)
         self.nxt = segment.end
         self.segments.append(segment)
         self.by_time[segment] = None

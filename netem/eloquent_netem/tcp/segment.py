@@ -1,18 +1,22 @@
 """TCP segments on the wire: IPv4 and TCP headers as the kernel writes them, checksums left out.
 
 Options are what Linux sends: maximum segment size, SACK permitted, timestamps and window scale on
-the SYN; timestamps and SACK blocks (RFC 2018, RFC 2883, RFC 7323) on the rest. The receiver's
-window is always the largest, as if the application read in time; it limits nobody. Checksums are
-zero, as in a capture with checksum offload.
+the SYN; timestamps and SACK blocks (RFC 2018, RFC 2883, RFC 7323) on the rest; none on a reset.
+Checksums are zero, as in a capture with checksum offload.
 """
 
+import functools
+import ipaddress
 import struct
 from dataclasses import dataclass
 
+from eloquent_netem.capture import Address
 from eloquent_netem.packet import SUBJECT, Ecn, Packet
 from eloquent_netem.tcp.errors import SegmentError
 
+FIN = 0x01
 SYN = 0x02
+RST = 0x04
 PSH = 0x08
 ACK = 0x10
 ECE = 0x40
@@ -31,8 +35,11 @@ MSS_BYTES = MTU_BYTES - HEADER_BYTES
 SACK_BLOCKS_MAX = 3
 "As many as fit beside the timestamps (RFC 2018 section 3)."
 
-WINDOW_SCALE = 14
-WINDOW_MAX = 0xFFFF
+WINDOW_SCALE = 7
+"What Linux offers with its default buffers of up to 6 MB."
+
+WINDOW_FIELD_MAX = 0xFFFF
+WINDOW_MAX_BYTES = WINDOW_FIELD_MAX << WINDOW_SCALE
 SERVER_PORT = 443
 CLIENT_PORT = 40000
 "A flow's client port is this plus its number."
@@ -42,8 +49,8 @@ _IP = struct.Struct("!BBHHHBBH4s4s")
 _TCP = struct.Struct("!HHIIBBHHH")
 _TIMESTAMPS = struct.Struct("!BBBBII")
 _SYN_OPTIONS = struct.Struct("!BBHBBBBIIBBBB")
-_CLIENT_ADDRESS = bytes((192, 0, 2, 1))
-_SERVER_ADDRESS = bytes((192, 0, 2, 2))
+_CLIENT_IP = "192.0.2.1"
+_SERVER_IP = "192.0.2.2"
 _TCP_PROTOCOL = 6
 _SACK_OPTION = 5
 
@@ -62,33 +69,58 @@ class Segment:
     sack: tuple[tuple[int, int], ...] = ()
     "Blocks received out of order, first and end; a duplicate comes first (RFC 2883)."
     payload: bytes = b""
+    window: int = WINDOW_MAX_BYTES
+    """How many bytes behind `ack` the sender of this segment can take. The wire has it in steps of
+    `2**WINDOW_SCALE`, rounded up, and on a SYN in bytes (RFC 7323 section 2.2)."""
 
     @property
     def end(self) -> int:
-        """The sequence number after its last byte; a SYN counts as one."""
-        return self.seq + len(self.payload) + bool(self.flags & SYN)
+        """The sequence number after its last byte; a SYN and a FIN count as one."""
+        return self.seq + len(self.payload) + bool(self.flags & SYN) + bool(self.flags & FIN)
+
+
+@dataclass(slots=True)
+class TcpPacket(Packet):
+    """A packet with a segment and its addresses; `data` is the whole IP packet."""
+
+    source: Address = (_CLIENT_IP, CLIENT_PORT)
+    destination: Address = (_SERVER_IP, SERVER_PORT)
+
+
+def flow_addresses(flow: int) -> tuple[Address, Address]:
+    """Return the addresses of client and server of a flow that has a pair of links for itself."""
+    return (_CLIENT_IP, CLIENT_PORT + flow), (_SERVER_IP, SERVER_PORT)
 
 
 def to_packet(
-    segment: Segment, *, from_client: bool, ecn: Ecn = Ecn.NOT_ECT, flow: int = SUBJECT
-) -> Packet:
+    segment: Segment,
+    *,
+    source: Address,
+    destination: Address,
+    ecn: Ecn = Ecn.NOT_ECT,
+    flow: int = SUBJECT,
+) -> TcpPacket:
     """Return the IP packet that carries a segment."""
-    options = _syn_options(segment) if segment.flags & SYN else _options(segment)
+    window = -(-segment.window >> WINDOW_SCALE)
+    if segment.flags & SYN:
+        options, window = _syn_options(segment), segment.window
+    elif segment.flags & RST:
+        options = b""
+    else:
+        options = _options(segment)
     size = IP_HEADER_BYTES + TCP_HEADER_BYTES + len(options) + len(segment.payload)
-    ports = (CLIENT_PORT + flow, SERVER_PORT)
-    addresses = (_CLIENT_ADDRESS, _SERVER_ADDRESS)
-    if not from_client:
-        ports, addresses = ports[::-1], addresses[::-1]
+    addresses = _packed(source[0]), _packed(destination[0])
     data = b"".join(
         (
             _IP.pack(0x45, ecn, size, 0, 0x4000, 64, _TCP_PROTOCOL, 0, *addresses),
             _TCP.pack(
-                *ports,
+                source[1],
+                destination[1],
                 segment.seq % _WRAP,
                 segment.ack % _WRAP,
                 (TCP_HEADER_BYTES + len(options)) << 2,
                 segment.flags,
-                WINDOW_MAX,
+                min(window, WINDOW_FIELD_MAX),
                 0,
                 0,
             ),
@@ -96,7 +128,7 @@ def to_packet(
             segment.payload,
         )
     )
-    return Packet(data, size, ecn, flow)
+    return TcpPacket(data, size, ecn, flow, source=source, destination=destination)
 
 
 def from_packet(packet: Packet, *, seq: int, ack: int, now_ms: int) -> Segment:
@@ -111,7 +143,7 @@ def from_packet(packet: Packet, *, seq: int, ack: int, now_ms: int) -> Segment:
             f"A packet of {len(data)} bytes is not TCP over IPv4: something else was put into this "
             "connection's link; give each its own."
         )
-    _, _, wire_seq, wire_ack, offset, flags, *_ = _TCP.unpack_from(data, IP_HEADER_BYTES)
+    _, _, wire_seq, wire_ack, offset, flags, window, *_ = _TCP.unpack_from(data, IP_HEADER_BYTES)
     options_end = IP_HEADER_BYTES + (offset >> 2)
     tsval, tsecr, blocks = _read_options(data[IP_HEADER_BYTES + TCP_HEADER_BYTES : options_end])
     return Segment(
@@ -122,7 +154,18 @@ def from_packet(packet: Packet, *, seq: int, ack: int, now_ms: int) -> Segment:
         tsecr_ms=_near(tsecr, now_ms),
         sack=tuple((_near(first, ack), _near(end, ack)) for first, end in blocks),
         payload=data[options_end:],
+        window=window if flags & SYN else window << WINDOW_SCALE,
     )
+
+
+@functools.lru_cache(64)
+def _packed(ip: str) -> bytes:
+    return ipaddress.IPv4Address(ip).packed
+
+
+def is_opening(packet: Packet) -> bool:
+    """Return whether a packet with a segment asks for a connection."""
+    return packet.data[IP_HEADER_BYTES + 13] & (SYN | ACK | RST) == SYN
 
 
 def _near(wire: int, reference: int) -> int:

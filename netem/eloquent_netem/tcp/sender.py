@@ -12,7 +12,7 @@ from enum import Enum, auto
 from eloquent_netem.tcp.congestion import Controller
 from eloquent_netem.tcp.news import AckNews, Repeat
 from eloquent_netem.tcp.recovery import Recovery, State
-from eloquent_netem.tcp.rtt import RTO_INITIAL_S, RTO_MIN_S, RttEstimator
+from eloquent_netem.tcp.rtt import RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S, RttEstimator
 from eloquent_netem.tcp.scoreboard import (
     REORDERING_PACKETS,
     Rack,
@@ -26,6 +26,13 @@ TIMER_MARGIN_S = 0.002
 
 TIMER_MIN_S = 1e-6
 
+GIVE_UP_S = 924.6
+"""How long timeouts strike in a row before the connection is given up: what 15 (`tcp_retries2`)
+take from the least timeout on, doubled up to the greatest (`tcp_model_timeout`)."""
+
+WINDOW_PROBES_MAX = 15
+"Unanswered probes of a closed window (`tcp_retries2`)."
+
 
 class Timer(Enum):
     """What the one retransmission timer is set for."""
@@ -35,10 +42,15 @@ class Timer(Enum):
     "A tail loss probe (RFC 8985 section 7)."
     REORDER = auto()
     "RACK: a segment that is late becomes a lost one."
+    WINDOW = auto()
+    "The receiver's window is closed: a probe asks whether it still is (RFC 9293 section 3.8.6.1)."
 
 
 class Sender:
-    """Sends a byte stream; `transmit(segment, is_repeat, now)` puts a segment on the wire."""
+    """Sends a byte stream; `transmit(segment, is_repeat, now)` puts a segment on the wire.
+
+    `probe_window(now)` sends what makes the receiver tell its window.
+    """
 
     def __init__(
         self,
@@ -47,6 +59,7 @@ class Sender:
         controller: Controller,
         rtt: RttEstimator,
         transmit: Callable[[SentSegment, bool, float], None],
+        probe_window: Callable[[float], None],
         mss: int = MSS_BYTES,
     ) -> None:
         self.board = Scoreboard(start)
@@ -55,13 +68,27 @@ class Sender:
         self.controller = controller
         self.retransmissions = self.timeouts = self.probes = 0
         "How many so far; probes with new data count as probes, not as retransmissions."
+        self.window_end: float = float("inf")
+        "The sequence number before which the receiver can take data."
+        self.has_given_up = False
+        "The receiver has not answered for as long as is waited."
         self._rtt = rtt
         self._transmit = transmit
+        self._probe_window = probe_window
         self._mss = mss
         self._unsent = bytearray()
         self._sent_at_s = float("-inf")
         self._timer: tuple[Timer, float] | None = None
         self._sack_times: list[float] = []
+        self._is_ending = self._has_sent_fin = False
+        self._silent_from_s = 0.0
+        self._window_probes = 0
+        self._window_wait_s = RTO_INITIAL_S
+
+    @property
+    def is_end_acked(self) -> bool:
+        """Whether the receiver has everything, the end of the stream included."""
+        return self._has_sent_fin and not self.board.packets_out
 
     @property
     def unsent(self) -> int:
@@ -84,23 +111,40 @@ class Sender:
         self._unsent += data
         self.push(now)
 
+    def end(self, now: float) -> None:
+        """End the stream behind what was written."""
+        self._is_ending = True
+        self.push(now)
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._timer = None
+        self._unsent.clear()
+
     def push(self, now: float) -> None:
-        """Send for the first time what the window allows."""
+        """Send for the first time what the windows allow."""
         sent = 0
-        while self._unsent and self._room > 0:
+        while self._has_new and self._room > 0 and self._is_window_open:
             self._send_new(now)
             sent += 1
         self._after_push(now, sent)
         if sent:
             self._schedule_probe(now)
+        elif self._timer is None and self._has_new and not self.board.packets_out:
+            self._window_wait_s = self._rtt.rto_s
+            self._set(Timer.WINDOW, self._window_wait_s, now)
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
         if self._timer is None or self._timer[1] > now:
             return
         kind = self._timer[0]
-        if not self.board.packets_out:
+        if kind is Timer.WINDOW:
+            self._on_window_timer(now)
+        elif not self.board.packets_out:
             self._timer = None
+            if self._has_new:
+                self.push(now)
         elif kind is Timer.REORDER:
             self._on_reorder_timer(now)
         elif kind is Timer.PROBE:
@@ -113,6 +157,9 @@ class Sender:
         board = self.board
         if segment.ack > board.nxt:
             return
+        self._window_probes = 0
+        if self.timer is Timer.WINDOW and self._is_window_open:
+            self._timer = None
         una, losses, delivered = board.una, board.losses, board.delivered
         news = AckNews(
             una,
@@ -144,6 +191,15 @@ class Sender:
             self._adjust_window(news, board.delivered - delivered, board.losses - losses, now)
         self._repeat(repeat, now)
         self.push(now)
+
+    @property
+    def _has_new(self) -> bool:
+        """Whether something is still to be sent for the first time: data, or the stream's end."""
+        return bool(self._unsent) or (self._is_ending and not self._has_sent_fin)
+
+    @property
+    def _is_window_open(self) -> bool:
+        return self.board.nxt < self.window_end
 
     @property
     def _room(self) -> int:
@@ -250,11 +306,14 @@ class Sender:
             self.controller.on_ack(now, delivered)
 
     def _send_new(self, now: float) -> None:
-        data = bytes(self._unsent[: self._mss])
+        room = self.window_end - self.board.nxt
+        data = bytes(self._unsent[: int(min(self._mss, room))])
         del self._unsent[: len(data)]
+        has_fin = self._is_ending and not self._unsent and len(data) < room
+        self._has_sent_fin |= has_fin
         was_idle = not self.board.packets_out
         self._note_resume(now)
-        segment = self.board.add(data, now)
+        segment = self.board.add(data, now, has_fin=has_fin)
         self._transmit(segment, False, now)
         if was_idle or self.timer is Timer.PROBE:
             self._set_timeout(now)
@@ -343,7 +402,7 @@ class Sender:
         recovery = self.recovery
         if recovery.probe_end is None:
             recovery.is_probe_repeat = False
-            if self._unsent:
+            if self._has_new and self._is_window_open:
                 self._send_new(now)
                 self._after_push(now, 1)
             else:
@@ -363,8 +422,23 @@ class Sender:
         elif self.timer is not Timer.TIMEOUT:
             self._set_timeout(now)
 
+    def _on_window_timer(self, now: float) -> None:
+        self._timer = None
+        if self._window_probes >= WINDOW_PROBES_MAX:
+            self.has_given_up = True
+            return
+        self._window_probes += 1
+        self._probe_window(now)
+        self._window_wait_s = min(2 * self._window_wait_s, RTO_MAX_S)
+        self._set(Timer.WINDOW, self._window_wait_s, now)
+
     def _on_timeout(self, now: float) -> None:
         self._timer = None
+        if not self.recovery.timeouts:
+            self._silent_from_s = now
+        elif now - self._silent_from_s >= GIVE_UP_S:
+            self.has_given_up = True
+            return
         self.timeouts += 1
         self.recovery.on_timeout(now)
         self._resend(self.board.segments[0], now)
