@@ -4,8 +4,10 @@
     run(main(network), network)
 
 Time stands still while anything is ready to run, then jumps to the next timer or to what happens
-next on a link. `asyncio.sleep(3600)` takes an hour of virtual time. Datagrams travel through the
-`VirtualNetwork`; names are resolved there, and nothing reaches a real network.
+next on a link. `asyncio.sleep(3600)` takes an hour of virtual time. Datagrams, and the segments of
+TCP connections, travel through the `VirtualNetwork`; names are resolved there, and nothing reaches
+a real network. TCP is the model in `eloquent_netem.tcp`, and asyncio's own streams, servers and TLS
+run over it.
 
 Runs with the same seeds are alike to the nanosecond if the code is: it must not read other clocks
 or depend on the order of a set. What aioquic draws from `os.urandom`, and the date in its session
@@ -34,13 +36,13 @@ from eloquent_netem.vloop_network import (
     os_error,
     plain_ip,
 )
+from eloquent_netem.vloop_streams import NotVirtualError, StreamLoop
 from eloquent_netem.vloop_time import (
     LIMIT_S,
     DeadlockError,
     LivelockError,
     StalledThreadError,
     TimeLimitError,
-    TimeLoop,
     by_age,
 )
 from eloquent_netem.vloop_udp import VirtualDatagramTransport
@@ -66,10 +68,6 @@ REAL_EPHEMERAL_PORTS = range(32768, 65536)
 "Where kernels choose ports for sockets that ask for none (Linux from 32768, others 49152)."
 
 
-class NotVirtualError(NetemError):
-    """The code wants something of the real world that the virtual loop does not have."""
-
-
 def _refused(what: str, instead: str) -> Any:
     def refuse(self: "VirtualLoop", *_: Any, **__: Any) -> Any:
         raise NotVirtualError(
@@ -80,18 +78,20 @@ def _refused(what: str, instead: str) -> Any:
     return refuse
 
 
-NO_SOCKETS = "Use loop.create_datagram_endpoint, or run the code over the UDP proxy or TUN driver."
+NO_SOCKETS = (
+    "Use loop.create_datagram_endpoint, loop.create_connection or loop.create_server, or run the "
+    "code over the UDP proxy or TUN driver."
+)
 NO_PROCESSES = "Run the program over the UDP proxy or TUN driver."
 
 
-class VirtualLoop(TimeLoop):
+class VirtualLoop(StreamLoop):
     """An asyncio loop whose time and network are virtual; `run` is the usual way to use it."""
 
     def __init__(self, network: VirtualNetwork, *, limit_s: float = LIMIT_S) -> None:
         super().__init__(network, limit_s)
-        self._network = network
         try:
-            network.attach()
+            network.attach(self._stack)
         except NetworkSetupError:
             self.close()
             raise
@@ -181,8 +181,6 @@ class VirtualLoop(TimeLoop):
 
     # What is not there.
 
-    create_connection = _refused("A TCP connection", NO_SOCKETS)
-    create_server = _refused("A TCP server", NO_SOCKETS)
     create_unix_connection = _refused("A Unix connection", NO_SOCKETS)
     create_unix_server = _refused("A Unix server", NO_SOCKETS)
     connect_accepted_socket = _refused("A real socket", NO_SOCKETS)

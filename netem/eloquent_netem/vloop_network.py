@@ -5,7 +5,8 @@ import errno
 import functools
 import ipaddress
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,6 +22,7 @@ from eloquent_netem.capture import (
 from eloquent_netem.errors import NetemError
 from eloquent_netem.packet import IP_UDP_HEADER_BYTES, SUBJECT, Ecn, Packet
 from eloquent_netem.sim import Actor
+from eloquent_netem.tcp.segment import TcpPacket
 
 ANY_IP = "0.0.0.0"  # noqa: S104  (a virtual host's, nothing is bound for real)
 LOOPBACK_IP = "127.0.0.1"
@@ -104,6 +106,13 @@ class Host:
         return max(found, key=lambda b: (b.peer is not None, b.ip != ANY_IP), default=None)
 
 
+class Streams(Actor, Protocol):
+    """The hosts' TCP."""
+
+    def arrive(self, now: float, host: Host, packet: TcpPacket) -> None:
+        """Take a segment that has reached a host."""
+
+
 class VirtualNetwork:
     """Hosts and paths; a path is a link each way. It serves one run of a loop.
 
@@ -118,6 +127,8 @@ class VirtualNetwork:
         self._links: list[PacketLink] = []
         self._cross: list[CrossTraffic] = []
         self._is_attached = False
+        self._streams: Streams | None = None
+        self._loopback: deque[tuple[float, Host, TcpPacket]] = deque()
 
     @classmethod
     def between(cls, up: PacketLink, down: PacketLink) -> "VirtualNetwork":
@@ -171,8 +182,8 @@ class VirtualNetwork:
         """
         self._cross.append(traffic)
 
-    def attach(self) -> None:
-        """Take note that a loop runs this network.
+    def attach(self, streams: Streams) -> None:
+        """Take note that a loop runs this network, with this TCP.
 
         Raises:
             NetworkSetupError: one has run it before.
@@ -183,6 +194,7 @@ class VirtualNetwork:
                 "make a new network, with new links, for each run."
             )
         self._is_attached = True
+        self._streams = streams
 
     @contextlib.contextmanager
     def on(self, name: str) -> Iterator[None]:
@@ -219,18 +231,18 @@ class VirtualNetwork:
         Raises:
             OSError: as a kernel would say: in use, not an address of the host, no route.
         """
-        host = self._host_for(ip)
-        if ip != ANY_IP and not host.has(ip):
-            raise os_error(errno.EADDRNOTAVAIL)
+        host = self.host_of(ip)
         if peer is not None:
-            self._check_route(host, ip, peer[0])
+            self.check_route(host, ip, peer[0])
             if ip == ANY_IP:
                 ip = peer[0] if is_loopback(peer[0]) else host.ip
         if port == 0:
-            port = self._ephemeral_port(host)
+            port, host.next_ephemeral = free_port(
+                host.next_ephemeral, lambda number: number in host.ports
+            )
         taken = host.ports.setdefault(port, [])
         if any(ANY_IP in (ip, other.ip) or other.ip == ip for other in taken):
-            raise os_error(errno.EADDRINUSE)
+            raise in_use()
         binding = Binding(host, ip, port, peer, socket)
         taken.append(binding)
         return binding
@@ -253,7 +265,7 @@ class VirtualNetwork:
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise os_error(errno.EMSGSIZE)
         host = binding.host
-        self._check_route(host, binding.ip, destination[0])
+        self.check_route(host, binding.ip, destination[0])
         source_ip = binding.ip
         if source_ip == ANY_IP:
             source_ip = destination[0] if host.has(destination[0]) else host.ip
@@ -266,25 +278,41 @@ class VirtualNetwork:
         else:
             self._routes[host.ip, destination[0]].send(now, datagram)
 
+    def carry(self, now: float, host: Host, packet: TcpPacket) -> None:
+        """Send a segment from a host; one to the host itself arrives at once."""
+        if host.has(packet.destination[0]):
+            self._loopback.append((now, host, packet))
+        else:
+            self._routes[host.ip, packet.destination[0]].send(now, packet)
+
     def next_time(self) -> float | None:
-        """Return when something happens next on a link, in seconds, or None."""
+        """Return when something happens next, on a link or by a timer of TCP, or None."""
+        if self._loopback:
+            return self._loopback[0][0]
         times = [link.next_time() for link in self._links]
         times += [traffic.next_time() for traffic in self._cross]
+        if self._streams is not None:
+            times.append(self._streams.next_time())
         return min((time for time in times if time is not None), default=None)
 
     def poll(self, now: float) -> None:
-        """Deliver what has come out of the links by `now`, and let cross traffic act."""
+        """Deliver what has come out of the links by `now`; let TCP and cross traffic act."""
+        assert self._streams is not None
+        for _ in range(len(self._loopback)):
+            self._streams.arrive(now, *self._loopback.popleft()[1:])
         for link in self._links:
             for packet in link.poll(now):
                 if isinstance(packet, Datagram):
                     self._arrive(now, self._by_ip[packet.destination[0]], packet)
+                elif isinstance(packet, TcpPacket):
+                    self._streams.arrive(now, self._by_ip[packet.destination[0]], packet)
                 elif packet.flow != SUBJECT:
                     for traffic in self._cross:
                         traffic.on_delivered(now, packet)
-        for traffic in self._cross:
-            time = traffic.next_time()
+        for actor in (self._streams, *self._cross):
+            time = actor.next_time()
             if time is not None and time <= now:
-                traffic.act(now)
+                actor.act(now)
 
     def _arrive(self, now: float, host: Host, datagram: Datagram) -> None:
         ip, port = datagram.destination
@@ -311,7 +339,12 @@ class VirtualNetwork:
         else:
             self._routes[host.ip, datagram.source[0]].send(now, refusal)
 
-    def _check_route(self, host: Host, ip: str, destination_ip: str) -> None:
+    def check_route(self, host: Host, ip: str, destination_ip: str) -> None:
+        """Make sure that a path leads from a host's address to another.
+
+        Raises:
+            OSError: as a kernel would say.
+        """
         if host.has(destination_ip):
             return
         if is_loopback(ip):
@@ -319,19 +352,17 @@ class VirtualNetwork:
         if (host.ip, destination_ip) not in self._routes:
             raise os_error(errno.ENETUNREACH)
 
-    def _ephemeral_port(self, host: Host) -> int:
-        for _ in EPHEMERAL_PORTS:
-            port = EPHEMERAL_PORTS[host.next_ephemeral % len(EPHEMERAL_PORTS)]
-            host.next_ephemeral += 1
-            if port not in host.ports:
-                return port
-        raise os_error(errno.EADDRINUSE)
+    def host_of(self, ip: str) -> Host:
+        """Return the host on which code runs that binds this address.
 
-    def _host_for(self, ip: str) -> Host:
+        Raises:
+            OSError: the address is not the host's.
+        """
         name = _current_host.get()
-        if name is not None:
-            return self._host(name)
-        return self._by_ip.get(ip) or self._first_host()
+        host = (self._by_ip.get(ip) or self._first_host()) if name is None else self._host(name)
+        if ip != ANY_IP and not host.has(ip):
+            raise os_error(errno.EADDRNOTAVAIL)
+        return host
 
     def _host(self, name: str) -> Host:
         if name not in self._hosts:
@@ -349,7 +380,9 @@ class VirtualNetwork:
 
 
 def to_ip(direction: str, packet: Packet) -> bytes:
-    """Return a `Datagram` as a whole IP packet (for `PcapWriter(to_ip=...)`)."""
+    """Return a `Datagram` or `TcpPacket` as a whole IP packet (for `PcapWriter(to_ip=...)`)."""
+    if isinstance(packet, TcpPacket):
+        return packet.data[:1] + bytes((packet.ecn,)) + packet.data[2:]
     assert isinstance(packet, Datagram)
     if packet.is_refusal:
         return ipv4_port_unreachable(packet.source, packet.destination)
@@ -373,6 +406,25 @@ def plain_ip(text: str) -> str | None:
 def is_loopback(ip: str) -> bool:
     """Return whether an IPv4 address is one of a host's own (RFC 1122 section 3.2.1.3)."""
     return ip.startswith("127.")
+
+
+def free_port(index: int, is_taken: Callable[[int], bool]) -> tuple[int, int]:
+    """Return the first free ephemeral port from an index on, and the index after it.
+
+    Raises:
+        OSError: all are taken.
+    """
+    for _ in EPHEMERAL_PORTS:
+        port = EPHEMERAL_PORTS[index % len(EPHEMERAL_PORTS)]
+        index += 1
+        if not is_taken(port):
+            return port, index
+    raise in_use()
+
+
+def in_use() -> OSError:
+    """Return the error of a port that is taken."""
+    return os_error(errno.EADDRINUSE)
 
 
 def os_error(code: int) -> OSError:

@@ -6,8 +6,8 @@ import contextlib
 import contextvars
 import selectors
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections import ChainMap, deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
@@ -39,6 +39,9 @@ GRACE_S = 5.0
 
 THREAD_PREFIX = "virtual-loop"
 
+VIRTUAL_FD = 1 << 30
+"The least number that stands for a virtual socket where a file descriptor is meant."
+
 
 class DeadlockError(NetemError):
     """Tasks wait, and nothing is left that could happen."""
@@ -57,7 +60,7 @@ class StalledThreadError(NetemError):
 
 
 class EventSource(Protocol):
-    """What makes things happen besides the loop's own timers: the links."""
+    """What makes things happen besides the loop's own timers: the network."""
 
     def next_time(self) -> float | None:
         """Return when something happens next, in seconds, or None."""
@@ -67,9 +70,35 @@ class EventSource(Protocol):
 
 
 class _Selector(selectors.DefaultSelector):
-    """Where the loop would wait for sockets, it asks `wait` instead; seconds, None: for ever."""
+    """Where the loop would wait for sockets, it asks `wait` instead; seconds, None: for ever.
+
+    Virtual sockets can be registered by their numbers; `readiness` tells what they are ready for.
+    """
 
     wait: Callable[[float | None], Events]
+    readiness: Callable[[int], int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._virtual: dict[int, selectors.SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if not _is_virtual(fileobj):
+            return super().register(fileobj, events, data)
+        key = self._virtual[fileobj] = selectors.SelectorKey(fileobj, fileobj, events, data)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if not _is_virtual(fileobj):
+            return super().modify(fileobj, events, data)
+        return self.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._virtual.pop(fileobj) if _is_virtual(fileobj) else super().unregister(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        real = super().get_map()
+        return ChainMap(self._virtual, real) if self._virtual else real  # type: ignore[arg-type]
 
     def select(self, timeout: float | None = None) -> Events:
         return self.wait(timeout)
@@ -77,6 +106,15 @@ class _Selector(selectors.DefaultSelector):
     def really_select(self, timeout: float) -> Events:
         """Wait, in real time, for a thread or a signal that wakes the loop."""
         return super().select(timeout)
+
+    def ready(self) -> Events:
+        """Return the virtual sockets that are ready, in the order in which they registered."""
+        found = [(key, key.events & self.readiness(key.fd)) for key in self._virtual.values()]
+        return [(key, events) for key, events in found if events]
+
+
+def _is_virtual(fileobj: Any) -> bool:
+    return isinstance(fileobj, int) and fileobj >= VIRTUAL_FD
 
 
 class TimeLoop(asyncio.SelectorEventLoop):
@@ -92,7 +130,12 @@ class TimeLoop(asyncio.SelectorEventLoop):
         self._is_stalled = False
         self._really = _Selector()
         self._really.wait = self._wait
+        self._really.readiness = self.readiness
         super().__init__(self._really)
+
+    def readiness(self, number: int) -> int:
+        """Return for which of `selectors`' events a virtual socket is ready: here there is none."""
+        return 0
 
     def time(self) -> float:
         """Return the virtual time in seconds."""
@@ -114,10 +157,11 @@ class TimeLoop(asyncio.SelectorEventLoop):
         if next_time is not None and next_time <= self._now:
             self._source.poll(self._now)
             self._count_round()
-            return []
-        if timeout_s == 0:
+            return self._really.ready()
+        ready = self._really.ready()
+        if ready or timeout_s == 0:
             self._count_round()
-            return []
+            return ready
         if self._jobs:
             return self._wait_for_thread()
         times = [] if timeout_s is None else [self._now + timeout_s]
@@ -127,7 +171,7 @@ class TimeLoop(asyncio.SelectorEventLoop):
             return self._wait_for_others()
         self._go_to(min(times))
         self._source.poll(self._now)
-        return self._really.really_select(0)
+        return self._really.really_select(0) + self._really.ready()
 
     def _go_to(self, time_s: float) -> None:
         if time_s > self._limit_s:

@@ -335,8 +335,7 @@ def test_a_thread_that_waits_for_virtual_time_is_an_error(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "attempt",
     [
-        lambda: asyncio.open_connection("server", 80),
-        lambda: asyncio.start_server(lambda reader, writer: None, "server", 80),
+        lambda: asyncio.open_unix_connection("/nowhere"),
         lambda: asyncio.create_subprocess_exec("true"),
         lambda: asyncio.create_subprocess_shell("true"),
     ],
@@ -358,5 +357,9 @@ def test_real_files_are_refused() -> None:
                 loop.add_reader(left, print)
             with pytest.raises(NotVirtualError, match="real"):
                 await loop.sock_recv(left, 1)
+            with pytest.raises(NotVirtualError, match="real TCP socket"):
+                await loop.create_connection(asyncio.Protocol, sock=left)
+            with pytest.raises(NotVirtualError, match="real TCP socket"):
+                await loop.create_server(asyncio.Protocol, sock=right)
 
     virtually(main())
