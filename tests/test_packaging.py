@@ -42,6 +42,14 @@ def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
             assert source.relative_to(root).as_posix() in wheel.namelist()
 
 
+def test_the_wheel_holds_netem_s_library_of_scenarios(wheel: zipfile.ZipFile) -> None:
+    folder = PROJECT / "netem"
+    scenarios = list((folder / "eloquent_netem" / "scenarios").glob("*.toml"))
+    assert scenarios
+    for scenario in scenarios:
+        assert wheel.read(scenario.relative_to(folder).as_posix()) == scenario.read_bytes()
+
+
 def test_the_metadata_names_licence_command_and_extras(wheel: zipfile.ZipFile) -> None:
     (info,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(info).decode())
