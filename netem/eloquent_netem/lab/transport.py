@@ -21,6 +21,7 @@ from eloquent_netem.lab.findings import (
     to_json,
 )
 from eloquent_netem.lab.grid import grid_jobs, grid_report
+from eloquent_netem.lab.outages import outage_jobs, outage_report
 
 EXIT_MISSED = 1
 EXIT_INTERRUPTED = 130
@@ -39,7 +40,13 @@ class Part:
     report: Callable[[Results], Report]
 
 
-PARTS = {part.name: part for part in (Part("grid", grid_jobs, grid_report),)}
+PARTS = {
+    part.name: part
+    for part in (
+        Part("grid", grid_jobs, grid_report),
+        Part("outages", outage_jobs, outage_report),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
