@@ -1,0 +1,184 @@
+"""Marks between two real QUIC ends: counted, reported, validated, and given up."""
+
+import logging
+
+import pytest
+
+from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic.ecn import Ecn, EcnCounts, EcnState
+from eloquent.quic.marking import all_c, all_l
+from eloquent.quic.prague import Prague
+from eloquent_netem import packet as netem
+from eloquent_netem.link import Link
+from eloquent_netem.loss import NoLoss, Outages
+from tests.eloquent.ecn_pair import EcnPair, every, nothing
+
+
+def bleached(now: float, ecn: netem.Ecn) -> netem.Ecn:
+    return netem.Ecn.NOT_ECT
+
+
+def remarked(now: float, ecn: netem.Ecn) -> netem.Ecn:
+    return netem.Ecn.ECT_0 if ecn is netem.Ecn.ECT_1 else ecn
+
+
+def after_2_s(now: float, ecn: netem.Ecn) -> netem.Ecn:
+    return ecn if now < 2.0 else netem.Ecn.NOT_ECT
+
+
+def test_marks_get_through_and_prove_the_path() -> None:
+    pair = EcnPair(every(0.05), all_l())
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+    assert isinstance(pair.quic._loss._cc, Prague)
+    assert set(pair.server.sent[-20:]) == {Ecn.ECT_1}
+
+
+def test_nothing_is_marked_before_the_handshake_is_confirmed() -> None:
+    pair = EcnPair(nothing(), all_l())
+    pair.run(0.03)
+    assert pair.server.sent
+    assert set(pair.server.sent) == {Ecn.NOT_ECT}
+
+
+def test_without_a_policy_nothing_is_marked_and_the_controller_is_the_configured_one() -> None:
+    pair = EcnPair(every(0.05), None)
+    pair.run(2.0)
+    assert pair.quic.ecn_state is None
+    assert set(pair.server.sent) == {Ecn.NOT_ECT}
+    assert not isinstance(pair.quic._loss._cc, Prague)
+
+
+def test_the_classic_policy_sends_not_ect_under_prague() -> None:
+    pair = EcnPair(every(0.05), all_c())
+    pair.run(2.0)
+    assert set(pair.server.sent) == {Ecn.NOT_ECT}
+    assert isinstance(pair.quic._loss._cc, Prague)
+    assert pair.quic.ecn_state is EcnState.TESTING
+
+
+@pytest.mark.parametrize("rewrite", [bleached, remarked])
+def test_a_path_that_changes_marks_gets_none_after_the_first_ones(rewrite: object) -> None:
+    pair = EcnPair(every(0.05), all_l(), rewrite=rewrite)  # type: ignore[arg-type]
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.FAILED
+    assert set(pair.server.sent[-20:]) == {Ecn.NOT_ECT}
+    assert pair.server.sent.count(Ecn.ECT_1) <= 10
+    assert not isinstance(pair.quic._loss._cc, Prague)
+
+
+def test_a_path_that_begins_to_bleach_gets_none_from_then_on_and_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="eloquent.quic._ecn"):
+        pair = EcnPair(every(0.05), all_l(), rewrite=after_2_s)
+        pair.run(1.9)
+        assert pair.quic.ecn_state is EcnState.CAPABLE
+        pair.run(4.0)
+    assert pair.quic.ecn_state is EcnState.FAILED
+    assert [record.getMessage() for record in caplog.records] == [
+        "ECN is off for this path: marks are cleared or changed on the way. "
+        "Packets go unmarked from here on."
+    ]
+
+
+def test_a_peer_that_reports_no_marks_gets_none() -> None:
+    pair = EcnPair(every(0.05), all_l(), client_class=LateBoundConnection)
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.FAILED
+    assert set(pair.server.sent[-20:]) == {Ecn.NOT_ECT}
+
+
+def test_a_path_that_drops_marked_packets_loses_ten_of_them() -> None:
+    class DropsMarked(Link):
+        def send(self, now: float, packet: netem.Packet) -> None:
+            if packet.ecn is netem.Ecn.NOT_ECT:
+                super().send(now, packet)
+
+    pair = EcnPair(every(0.05), all_l(), down=DropsMarked(delay_s=0.02, seed=0, name="down"))
+    pair.run(6.0)
+    assert pair.quic.ecn_state is EcnState.FAILED
+    assert pair.server.sent.count(Ecn.ECT_1) == 10
+    assert pair.source.acked > 50
+
+
+def test_an_outage_at_the_start_does_not_fail_the_path() -> None:
+    down = Link(delay_s=0.02, seed=0, name="down", loss=Outages([(0.9, 3.0)], NoLoss()))
+    pair = EcnPair(every(0.05), all_l(), down=down)
+    pair.run(2.9)
+    assert pair.quic.ecn_state is not EcnState.FAILED
+
+
+def test_each_space_counts_its_own_packets_and_reports_them() -> None:
+    reported = netem.Ecn.ECT_1
+
+    def all_marked(now: float, ecn: netem.Ecn) -> netem.Ecn:
+        return reported
+
+    pair = EcnPair(every(0.05, count=7), None, rewrite=all_marked)
+    pair.run(2.0)
+    client = pair.client.quic
+    counted = {
+        epoch.name: client._arrived[space]  # type: ignore[attr-defined]
+        for epoch, space in client._spaces.items()
+        if space in client._arrived  # type: ignore[attr-defined]
+    }
+    assert set(counted) == {"INITIAL", "HANDSHAKE", "ONE_RTT"}
+    assert counted["INITIAL"].ce == counted["INITIAL"].ect0 == 0
+    assert counted["ONE_RTT"].ect1 >= 7
+
+
+def test_a_duplicate_is_not_counted() -> None:
+    down = Link(delay_s=0.02, seed=0, name="down", duplicates=1.0)
+    pair = EcnPair(every(0.05), all_l(), down=down)
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+
+
+def test_reordering_does_not_fail_the_path() -> None:
+    down = Link(delay_s=0.02, seed=0, name="down", jitter_s=0.08, reorders=True)
+    up = Link(delay_s=0.02, seed=0, name="up", jitter_s=0.08, reorders=True)
+    pair = EcnPair(every(0.01), all_l(), down=down, up=up)
+    pair.run(6.0)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+
+
+def test_ce_is_acknowledged_at_once() -> None:
+    arrivals: list[float] = []
+
+    def congested(now: float, ecn: netem.Ecn) -> netem.Ecn:
+        if ecn is netem.Ecn.NOT_ECT:
+            return ecn
+        arrivals.append(now)
+        return netem.Ecn.CE
+
+    pair = EcnPair(every(0.05, start_s=1.0, count=1), all_l(), rewrite=congested)
+    pair.client.quic._ack_delay = 0.2
+    pair.run(0.9)
+    sent = pair.up.packets_sent
+    pair.run(1.1)
+    assert arrivals
+    assert pair.up.packets_sent == sent + 1
+    control = pair.quic._loss._cc
+    assert isinstance(control, Prague)
+    assert control.congestion_window < 12_000  # the mark of the lone packet was answered
+
+
+def test_a_new_path_is_validated_anew() -> None:
+    pair = EcnPair(every(0.05), all_l(), rewrite=bleached)
+    pair.run(2.0)
+    assert pair.quic.ecn_state is EcnState.FAILED
+    pair.client._rewrite = lambda now, ecn: ecn
+    pair.server._peer = ("192.0.2.1", 99)  # the client's address changes: NAT rebinding
+    pair.run(6.0)
+    assert pair.quic.get_peer_address() == ("192.0.2.1", 99)
+    # A client that goes on sending moves the server to its new path.
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+    assert isinstance(pair.quic._loss._cc, Prague)
+
+
+def test_counts_have_the_order_of_the_frame() -> None:
+    counts = EcnCounts()
+    for codepoint in (Ecn.ECT_0, Ecn.ECT_1, Ecn.ECT_1, Ecn.CE, Ecn.CE, Ecn.CE, Ecn.NOT_ECT):
+        counts.add(codepoint)
+    assert (counts.ect0, counts.ect1, counts.ce) == (1, 2, 3)
