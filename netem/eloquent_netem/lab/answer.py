@@ -16,7 +16,7 @@ from eloquent.quic.connection import (
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link
-from eloquent_netem.sim import Actor, simulate
+from eloquent_netem.sim import simulate
 from eloquent_netem.tcp import send_tokens
 
 START_S = 1.0
@@ -75,6 +75,7 @@ class AnswerRun:
         tokens: int,
         tokens_per_s: float,
         token_chars: int = TOKEN_TEXT_CHARS,
+        padding: bool = True,
     ) -> None:
         self._path = path
         self._tokens = tokens
@@ -94,6 +95,7 @@ class AnswerRun:
             make_sender=find_scheme(scheme),
             on_client_event=self._on_client_event,
             on_server_event=self._on_server_event,
+            padding=padding,
         )
 
     def next_time(self) -> float | None:
@@ -174,12 +176,12 @@ def send_answer(
     tokens: int,
     tokens_per_s: float,
     token_chars: int = TOKEN_TEXT_CHARS,
-    others: tuple[Actor, ...] = (),
+    padding: bool = True,
 ) -> Answer:
     """Send one answer in virtual time, over QUIC or the TCP model.
 
     With TCP a token is as long as its event in the log, without framing or TLS: in TCP's favour.
-    `others` act beside it (QUIC only).
+    `padding` is that of our bundles.
 
     Raises:
         DeliveryError: the text did not arrive whole, in order and once.
@@ -188,10 +190,17 @@ def send_answer(
     """
     if scheme in TCP_SCHEMES:
         return _send_over_tcp(path, scheme, tokens, tokens_per_s, token_chars)
-    run = AnswerRun(path, scheme, tokens=tokens, tokens_per_s=tokens_per_s, token_chars=token_chars)
+    run = AnswerRun(
+        path,
+        scheme,
+        tokens=tokens,
+        tokens_per_s=tokens_per_s,
+        token_chars=token_chars,
+        padding=padding,
+    )
     run.pair.connect(START_S)
     simulate(
-        (run, *run.pair.actors, *others),
+        (run, *run.pair.actors),
         until=lambda: run.is_done,
         start_s=START_S,
         limit_s=START_S + LIMIT_S,

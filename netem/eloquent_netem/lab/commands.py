@@ -138,8 +138,8 @@ def transport(
     ----------
     part
         The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
-        schemes, for every loss, round trip and rate. `outages`: how soon after the link's return
-        the reader is up to date.
+        schemes, for every loss, round trip and rate. `wire`: bytes per token. `outages`: how soon
+        after the link's return the reader is up to date.
     seeds
         How many seeds, from 0 on.
     schemes

@@ -22,6 +22,7 @@ from eloquent_netem.lab.findings import (
 )
 from eloquent_netem.lab.grid import grid_jobs, grid_report
 from eloquent_netem.lab.outages import outage_jobs, outage_report
+from eloquent_netem.lab.wire import wire_jobs, wire_report
 
 EXIT_MISSED = 1
 EXIT_INTERRUPTED = 130
@@ -44,6 +45,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("grid", grid_jobs, grid_report),
+        Part("wire", wire_jobs, wire_report),
         Part("outages", outage_jobs, outage_report),
     )
 }
