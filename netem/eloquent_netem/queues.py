@@ -31,10 +31,10 @@ class Queue(Protocol):
         """
 
 
-class DropTail:
-    """First in, first out; full is full."""
+class _Fifo:
+    """What waits in one line, up to a limit."""
 
-    def __init__(self, *, limit_packets: int | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_packets: int | None, limit_bytes: int | None = None) -> None:
         self._limit_packets = limit_packets
         self._limit_bytes = limit_bytes
         self._waiting: deque[Packet] = deque()
@@ -63,14 +63,24 @@ class DropTail:
         self._bytes += packet.size
         return True
 
-    def dequeue(self, now: float) -> Packet | None:
-        """See `Queue.dequeue`."""
+    def _take_head(self) -> Packet:
         packet = self._waiting.popleft()
         self._bytes -= packet.size
         return packet
 
 
-class CoDel:
+class DropTail(_Fifo):
+    """First in, first out; full is full."""
+
+    def __init__(self, *, limit_packets: int | None = None, limit_bytes: int | None = None) -> None:
+        super().__init__(limit_packets, limit_bytes)
+
+    def dequeue(self, now: float) -> Packet | None:
+        """See `Queue.dequeue`."""
+        return self._take_head()
+
+
+class CoDel(_Fifo):
     """Controlled delay (RFC 8289, pseudo-code of section 5): drops at the head, by sojourn time.
 
     When every packet of an interval has waited for `target_s` or more, it drops one, then more and
@@ -92,14 +102,11 @@ class CoDel:
                 "CoDel needs a limit of 1 packet or more, a target of at least 0 s and an "
                 f"interval above 0 s, not {limit_packets}, {target_s} and {interval_s}"
             )
-        self._limit_packets = limit_packets
+        super().__init__(limit_packets)
         self._target_s = target_s
         self._interval_s = interval_s
         self._ecn = ecn
         self._mtu_bytes = mtu_bytes
-        self._waiting: deque[Packet] = deque()
-        self._bytes = 0
-        self._drops = 0
         self._marks = 0
         # The names are the RFC's, so that the two can be compared.
         self._first_above_s: float | None = None
@@ -109,28 +116,9 @@ class CoDel:
         self._last_count = 0
 
     @property
-    def packets(self) -> int:
-        """See `Queue.packets`."""
-        return len(self._waiting)
-
-    @property
-    def drops(self) -> int:
-        """See `Queue.drops`."""
-        return self._drops
-
-    @property
     def marks(self) -> int:
         """How many packets it has marked CE."""
         return self._marks
-
-    def enqueue(self, now: float, packet: Packet) -> bool:
-        """See `Queue.enqueue`."""
-        if len(self._waiting) >= self._limit_packets:
-            self._drops += 1
-            return False
-        self._waiting.append(packet)
-        self._bytes += packet.size
-        return True
 
     def dequeue(self, now: float) -> Packet | None:
         """See `Queue.dequeue`."""
@@ -157,8 +145,7 @@ class CoDel:
         if not self._waiting:
             self._first_above_s = None
             return None, False
-        packet = self._waiting.popleft()
-        self._bytes -= packet.size
+        packet = self._take_head()
         if now - packet.entered_s < self._target_s or self._bytes <= self._mtu_bytes:
             self._first_above_s = None
             return packet, False
