@@ -22,8 +22,11 @@ from eloquent_netem.vloop_time import TimeLoop
 ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
 
 
-class NotVirtualError(NetemError):
-    """The code wants something of the real world that the virtual loop does not have."""
+class NotVirtualError(NetemError, NotImplementedError):
+    """The code wants something of the real world that the virtual loop does not have.
+
+    A `NotImplementedError` too, as asyncio's loops raise for what they lack.
+    """
 
 
 class StreamLoop(TimeLoop):
