@@ -30,7 +30,15 @@ from eloquent_netem.loss import (
 )
 from eloquent_netem.packet import SUBJECT
 from eloquent_netem.queues import CoDel, DropTail, Queue
-from eloquent_netem.rate import FixedRate, PausedRate, Rate, TraceRate, UnlimitedRate, load_trace
+from eloquent_netem.rate import (
+    MS_PER_S,
+    FixedRate,
+    PausedRate,
+    Rate,
+    TraceRate,
+    UnlimitedRate,
+    load_trace,
+)
 from eloquent_netem.scenario import Scenario
 from eloquent_netem.scenario_parts import (
     BOTH,
@@ -55,7 +63,6 @@ from eloquent_netem.scenario_parts import (
 from eloquent_netem.scenario_schema import Place, ScenarioError
 
 BITS_PER_MBIT = 1_000_000
-MS_PER_S = 1000
 
 CELLULAR_LENGTH_S = 600.0
 "A synthetic cellular link starts over after this, like a recording."

@@ -1,6 +1,7 @@
 """The parts of a scenario file: loss, outages, rate, queue, and the flows of cross traffic.
 
 These dataclasses are the file's format (docs/netem.md): a field made by `key` is a key of the file.
+Each says in words what it does: `words`.
 """
 
 from dataclasses import dataclass, field
@@ -39,12 +40,20 @@ a_limit = whole(least=1, most=MAX_PACKETS)
 class NoLossSpec:
     """Nothing is lost."""
 
+    def words(self) -> str:
+        """Say what it does."""
+        return "none"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndependentLossSpec:
     """Each packet is lost with the same probability, whatever happened to others."""
 
     probability: float = field(metadata=key(number(least=0, below=1)))
+
+    def words(self) -> str:
+        """Say what it does."""
+        return f"{self.probability:.3g} of all packets, each for itself"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,10 @@ class BurstLossSpec:
     burst_ms: float = field(metadata=key(number(least=SLOT_MS, most=MAX_DELAY_MS)))
     "The mean length of a burst."
 
+    def words(self) -> str:
+        """Say what it does."""
+        return f"{self.loss:.3g} of the time, in bursts of {self.burst_ms:g} ms in the mean"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PacketBurstLossSpec:
@@ -65,12 +78,23 @@ class PacketBurstLossSpec:
     burst_packets: float = field(metadata=key(number(least=1, most=MAX_PACKETS)))
     "The mean length of a burst, in packets."
 
+    def words(self) -> str:
+        """Say what it does."""
+        return (
+            f"{self.loss:.3g} of all packets, in bursts of {self.burst_packets:g} packets in the "
+            "mean (clocked by packets: not for comparing protocols)"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropListSpec:
     """The packets with the given indices are lost; the first is 0."""
 
     indices: tuple[int, ...] = field(metadata=key(ListOf(whole(least=0))))
+
+    def words(self) -> str:
+        """Say what it does."""
+        return f"the packets {', '.join(map(str, self.indices)) or '(none)'}, counted from 0"
 
 
 LOSSES: dict[str, type] = {
@@ -83,7 +107,8 @@ LOSSES: dict[str, type] = {
 NO_LOSS = NoLossSpec()
 LossSpec = NoLossSpec | IndependentLossSpec | BurstLossSpec | PacketBurstLossSpec | DropListSpec
 
-an_effect = choice("drop", "hold")
+EFFECTS = {"drop": "what is sent is lost", "hold": "what is sent waits"}
+an_effect = choice(*EFFECTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +118,11 @@ class SpansSpec:
     spans_s: tuple[tuple[float, float], ...] = field(metadata=key(spans))
     effect: str = field(metadata=key(an_effect))
     "drop: what is sent is lost; hold: it waits in the queue, and then goes on."
+
+    def words(self) -> str:
+        """Say what it does."""
+        spans_s = ", ".join(f"{start:g} to {stop:g} s" for start, stop in self.spans_s)
+        return f"{spans_s}: {EFFECTS[self.effect]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +141,11 @@ class HandoversSpec:
                 f"must be below every_s ({self.every_s * 1000:g} ms), not {self.lasting_ms:g}"
             )
 
+    def words(self) -> str:
+        """Say what it does."""
+        what = EFFECTS[self.effect]
+        return f"every {self.every_s:g} s in the mean for {self.lasting_ms:g} ms: {what}"
+
 
 OUTAGES: dict[str, type] = {"spans": SpansSpec, "handovers": HandoversSpec}
 OutageSpec = SpansSpec | HandoversSpec
@@ -120,12 +155,20 @@ OutageSpec = SpansSpec | HandoversSpec
 class UnlimitedRateSpec:
     """Takes no time."""
 
+    def words(self) -> str:
+        """Say what it does."""
+        return "unlimited"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedRateSpec:
     """A constant rate."""
 
     mbit_s: float = field(metadata=key(a_rate))
+
+    def words(self) -> str:
+        """Say what it does."""
+        return f"{self.mbit_s:g} Mbit/s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +177,10 @@ class TraceRateSpec:
 
     file: str = field(metadata=key(text))
     "Relative to the scenario file."
+
+    def words(self) -> str:
+        """Say what it does."""
+        return f"the recording {self.file}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +193,13 @@ class CellularRateSpec:
     "The part of the time that stalls take."
     stall_ms: float = field(default=400.0, metadata=key(number(least=50, most=MAX_DELAY_MS)))
     "The mean length of a stall."
+
+    def words(self) -> str:
+        """Say what it does."""
+        return (
+            f"synthetic cellular, {self.mean_mbit_s:g} Mbit/s in the mean, stalled "
+            f"{self.stall_share:.3g} of the time for {self.stall_ms:g} ms in the mean"
+        )
 
 
 RATES: dict[str, type] = {
@@ -170,6 +224,12 @@ class DropTailSpec:
         if self.packets is None and self.bytes is None:
             raise place.error("must have a limit; give packets or bytes")
 
+    def words(self) -> str:
+        """Say what it does."""
+        limits = [f"{self.packets} packets"] if self.packets is not None else []
+        limits += [f"{self.bytes} bytes"] if self.bytes is not None else []
+        return f"drop-tail, at most {' and '.join(limits)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoDelSpec:
@@ -181,6 +241,14 @@ class CoDelSpec:
     "Whether packets that can be marked are marked instead of dropped."
     packets: int = field(default=DEFAULT_LIMIT_PACKETS, metadata=key(a_limit))
 
+    def words(self) -> str:
+        """Say what it does."""
+        ecn = "marks" if self.ecn else "drops"
+        return (
+            f"CoDel, {ecn} above {self.target_ms:g} ms for {self.interval_ms:g} ms, "
+            f"at most {self.packets} packets"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DualPi2Spec:
@@ -188,6 +256,10 @@ class DualPi2Spec:
 
     scheduler: str = field(default="wrr", metadata=key(choice("wrr", "time-shifted")))
     packets: int = field(default=10_000, metadata=key(a_limit))
+
+    def words(self) -> str:
+        """Say what it does."""
+        return f"DualPI2 with the {self.scheduler} scheduler, at most {self.packets} packets"
 
 
 QUEUES: dict[str, type] = {"drop-tail": DropTailSpec, "codel": CoDelSpec, "dualpi2": DualPi2Spec}
@@ -216,6 +288,20 @@ class DirectionSpec:
     rate: RateSpec = field(default=UNLIMITED, metadata=key(a_rate_spec))
     queue: QueueSpec = field(default=DEFAULT_QUEUE, metadata=key(a_queue))
 
+    def words(self) -> list[str]:
+        """Say what it does, in some lines."""
+        order = "packets may overtake" if self.reorder else "in order"
+        jitter = f", and 0 to {self.jitter_ms:g} ms of jitter, {order}" if self.jitter_ms else ""
+        copies = [f"{self.duplicate:.3g} of all packets arrive twice"] if self.duplicate else []
+        return [
+            f"delay {self.delay_ms:g} ms{jitter}",
+            f"loss: {self.loss.words()}",
+            *(f"outage: {outage.words()}" for outage in self.outages),
+            f"rate: {self.rate.words()}",
+            f"queue: {self.queue.words()}",
+            *copies,
+        ]
+
 
 PLAIN = DirectionSpec()
 
@@ -234,6 +320,14 @@ class FlowSpec:
     count: int = field(default=1, metadata=key(whole(least=1, most=100)))
     "How many of them there are."
 
+    def words(self, rtt_ms: float) -> str:
+        """Say what it does; `rtt_ms` is its round-trip time without queues."""
+        return f"{self._begin()}, round trip {rtt_ms:g} ms without queues"
+
+    def _begin(self) -> str:
+        times = f"{self.count} x " if self.count > 1 else ""
+        return f"{times}{kind_of(self)} {self.direction} from {self.start_s:g} s on"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PragueSpec(FlowSpec):
@@ -247,6 +341,10 @@ class CubicSpec(FlowSpec):
     ecn: bool = field(default=False, metadata=key(truth))
     "Whether it sends ECT(0) and takes marks for losses (RFC 3168)."
 
+    def words(self, rtt_ms: float) -> str:
+        """See `FlowSpec.words`."""
+        return f"{FlowSpec.words(self, rtt_ms)}{', ECN' if self.ecn else ''}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BurstsSpec(FlowSpec):
@@ -258,6 +356,13 @@ class BurstsSpec(FlowSpec):
     "The mean length of a burst."
     pause_ms: float = field(default=1000.0, metadata=key(number(least=1, most=MAX_DELAY_MS)))
     "The mean length of the pause between two."
+
+    def words(self, rtt_ms: float) -> str:
+        """See `FlowSpec.words`; it waits for no round trip."""
+        return (
+            f"{self._begin()}, {self.mbit_s:g} Mbit/s for {self.burst_ms:g} ms, then "
+            f"{self.pause_ms:g} ms of pause, both in the mean"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
