@@ -62,11 +62,20 @@ class TcpPair:
         congestion: str = "cubic",
         ecn: bool = False,
         flow: int = SUBJECT,
+        has_window: bool = False,
         on_client_data: OnData = ignore,
         on_server_data: OnData = ignore,
     ) -> None:
-        self.client = TcpConnection(is_client=True, congestion=congestion, ecn=ecn, flow=flow)
-        self.server = TcpConnection(is_client=False, congestion=congestion, ecn=ecn, flow=flow)
+        self.client, self.server = (
+            TcpConnection(
+                is_client=is_client,
+                congestion=congestion,
+                ecn=ecn,
+                flow=flow,
+                has_window=has_window,
+            )
+            for is_client in (True, False)
+        )
         self._client_end = _End(self.client, down, up, on_client_data)
         self._server_end = _End(self.server, up, down, on_server_data)
         self.actors = (self._client_end, self._server_end)
