@@ -1,9 +1,7 @@
 """The server's endpoint: one UDP socket, many connections, each with its readers."""
 
-import asyncio
 import errno
 import logging
-from typing import cast
 
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.packet import (
@@ -28,7 +26,9 @@ from eloquent.quic.connection import (
 )
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
+from eloquent.quic.marking import MakeMarking
 from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.serving import TurnService
 
 INITIAL_MIN_BYTES = 1200
@@ -104,7 +104,7 @@ class _Peer:
             self._listener.service.on_gone(reader)
 
 
-class Listener(asyncio.DatagramProtocol):
+class Listener:
     """Accepts connections on one UDP socket and brings their readers to a service."""
 
     def __init__(
@@ -114,20 +114,22 @@ class Listener(asyncio.DatagramProtocol):
         make_sender: SenderFactory,
         *,
         padding: bool,
+        make_marking: MakeMarking | None,
     ) -> None:
         self._configuration = server_configuration(certificate)
         self._make_sender = make_sender
         self._padding = padding
+        self._make_marking = make_marking
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
-        self._transport: asyncio.DatagramTransport | None = None
+        self._transport: UdpTransport | None = None
         self.service = service
 
     @property
     def port(self) -> int:
         """The UDP port that it listens on."""
         assert self._transport is not None
-        return cast(int, self._transport.get_extra_info("sockname")[1])
+        return int(self._transport.local_address[1])
 
     @property
     def connections(self) -> int:
@@ -147,8 +149,8 @@ class Listener(asyncio.DatagramProtocol):
 
     def send(self, data: bytes, address: Address, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """Send a UDP datagram."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.sendto(data, address)
+        if self._transport is not None:
+            self._transport.send(data, address, ecn)
 
     def route(self, connection_id: bytes, peer: _Peer | None) -> None:
         """Bring datagrams with this connection id to `peer`, or to nobody."""
@@ -164,12 +166,12 @@ class Listener(asyncio.DatagramProtocol):
         self._peers.pop(peer, None)
         self._routes = {key: value for key, value in self._routes.items() if value is not peer}
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.DatagramProtocol`."""
-        self._transport = cast(asyncio.DatagramTransport, transport)
+    def connection_made(self, transport: UdpTransport) -> None:
+        """See `UdpProtocol`."""
+        self._transport = transport
 
-    def datagram_received(self, data: bytes, addr: Address) -> None:
-        """See `asyncio.DatagramProtocol`."""
+    def datagram_received(self, data: bytes, addr: Address, ecn: Ecn) -> None:
+        """See `UdpProtocol`."""
         try:
             header = pull_quic_header(
                 Buffer(data=data), host_cid_length=self._configuration.connection_id_length
@@ -193,10 +195,10 @@ class Listener(asyncio.DatagramProtocol):
             elif header.packet_type is QuicPacketType.INITIAL:
                 peer = self._new_peer(header.destination_cid)
         if peer is not None:
-            peer.driver.receive(data, addr)
+            peer.driver.receive(data, addr, ecn)
 
-    def error_received(self, exc: Exception) -> None:
-        """See `asyncio.DatagramProtocol`; a reader that is gone shows in its idle timeout."""
+    def error_received(self, exc: OSError) -> None:
+        """See `UdpProtocol`; a reader that is gone shows in its idle timeout."""
         logger.debug("socket error: %s", exc)
 
     def _new_peer(self, destination_cid: bytes) -> _Peer | None:
@@ -207,6 +209,7 @@ class Listener(asyncio.DatagramProtocol):
             self._configuration,
             make_sender=self._make_sender,
             padding=self._padding,
+            marking=self._make_marking() if self._make_marking is not None else None,
             original_destination_connection_id=destination_cid,
         )
         peer = _Peer(self, connection)
@@ -224,10 +227,12 @@ async def listen(
     service: TurnService,
     make_sender: SenderFactory = EloquentSender,
     padding: bool = True,
+    make_marking: MakeMarking | None = None,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
 
-    `padding` hides the lengths of tokens from those who see the packets.
+    `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
+    policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -237,12 +242,11 @@ async def listen(
             f"There is no UDP port {port}: choose one up to {MAX_PORT} with --port, or 0 for any "
             "free one."
         )
-    loop = asyncio.get_running_loop()
+    listener = Listener(
+        certificate, service, make_sender, padding=padding, make_marking=make_marking
+    )
     try:
-        _, listener = await loop.create_datagram_endpoint(
-            lambda: Listener(certificate, service, make_sender, padding=padding),
-            local_addr=(host, port),
-        )
+        await open_udp(listener, local=(host, port))
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
