@@ -139,7 +139,8 @@ def transport(
     part
         The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
         schemes, for every loss, round trip and rate. `wire`: bytes per token. `outages`: how soon
-        after the link's return the reader is up to date.
+        after the link's return the reader is up to date. `fairness`: two token flows beside a bulk
+        flow, and fifty on a thin link.
     seeds
         How many seeds, from 0 on.
     schemes

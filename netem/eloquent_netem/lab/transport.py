@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from eloquent_netem.lab.cases import Cache, Job, Progress, Results, run_jobs
+from eloquent_netem.lab.fairness import fairness_jobs, fairness_report
 from eloquent_netem.lab.findings import (
     Report,
     markdown_page,
@@ -47,6 +48,7 @@ PARTS = {
         Part("grid", grid_jobs, grid_report),
         Part("wire", wire_jobs, wire_report),
         Part("outages", outage_jobs, outage_report),
+        Part("fairness", fairness_jobs, fairness_report),
     )
 }
 

@@ -88,7 +88,7 @@ def wire_report(results: Results) -> Report:
     report.sheets.append(Sheet("Bytes per token", header, tuple(rows)))
     report.notes = (
         f"{CELL.tokens} tokens of {TOKEN_CHARS} bytes, {CELL.tokens_per_s:g} a second, 100 ms "
-        "round trip, no loss; from the first token's generation on, both ways together, IPv4 and UDP "
-        "(or TCP) headers and acknowledgements included."
+        "round trip, no loss; from the first token's generation on, both ways together, IPv4 and "
+        "UDP (or TCP) headers and acknowledgements included."
     )
     return report
