@@ -10,8 +10,10 @@ from cyclopts import App, Parameter
 
 from eloquent.core.schemes import SCHEMES, scheme
 from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.leak_commands import leak
 
 lab = App(name="lab", help="Measure the transport on emulated networks.")
+lab.command(leak)
 
 
 @lab.command
