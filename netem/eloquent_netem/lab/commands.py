@@ -99,9 +99,9 @@ def stalls(
 def speed(*, json: Path | None = None) -> None:
     """Measure how fast the emulation runs, beside what it must reach (a few seconds).
 
-    Virtual time against real time with one QUIC connection in it, and packets through DualPI2: the
-    median of three runs each, and their range. The exit code is 1 where one misses its bound, which
-    on a busy machine says nothing of the code: run it again.
+    Virtual time with one QUIC connection in it, against CPU time and real time, and packets through
+    DualPI2: the median of three runs each, and their range. The exit code is 1 where one misses its
+    bound.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def transport(
         The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
         schemes, for every loss, round trip and rate. `wire`: bytes per token. `outages`: how soon
         after the link's return the reader is up to date. `fairness`: two token flows beside a bulk
-        flow, and fifty on a thin link.
+        flow, and fifty on a thin link. `cancel`: how soon the server knows.
     seeds
         How many seeds, from 0 on.
     schemes
