@@ -38,12 +38,16 @@ class SocketTable:
         """Take note that a socket is closed."""
         self._sockets.pop(number, None)
 
-    def readiness(self, number: int) -> int:
-        """Return for which of `selectors`' events a socket is ready."""
+    def readiness(self, number: int, events: int) -> int:
+        """Return for which of these `selectors` events a socket is ready."""
         found = self._sockets.get(number)
-        if found is None:
-            return 0
-        return selectors.EVENT_READ * found.is_readable + selectors.EVENT_WRITE * found.is_writable
+        ready = 0
+        if found is not None:
+            if events & selectors.EVENT_READ and found.is_readable:
+                ready |= selectors.EVENT_READ
+            if events & selectors.EVENT_WRITE and found.is_writable:
+                ready |= selectors.EVENT_WRITE
+        return ready
 
 
 class VirtualSocket:

@@ -38,9 +38,9 @@ class StreamLoop(TimeLoop):
         self._stack = TcpStack(network, self.time)
         self._table = SocketTable(self._stack)
 
-    def readiness(self, number: int) -> int:
+    def readiness(self, number: int, events: int) -> int:
         """See `TimeLoop.readiness`."""
-        return self._table.readiness(number)
+        return self._table.readiness(number, events)
 
     async def create_connection(
         self,

@@ -76,7 +76,7 @@ class _Selector(selectors.DefaultSelector):
     """
 
     wait: Callable[[float | None], Events]
-    readiness: Callable[[int], int]
+    readiness: Callable[[int, int], int]
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Selector(selectors.DefaultSelector):
 
     def ready(self) -> Events:
         """Return the virtual sockets that are ready, in the order in which they registered."""
-        found = [(key, key.events & self.readiness(key.fd)) for key in self._virtual.values()]
+        found = [(key, self.readiness(key.fd, key.events)) for key in self._virtual.values()]
         return [(key, events) for key, events in found if events]
 
 
@@ -133,8 +133,8 @@ class TimeLoop(asyncio.SelectorEventLoop):
         self._really.readiness = self.readiness
         super().__init__(self._really)
 
-    def readiness(self, number: int) -> int:
-        """Return for which of `selectors`' events a virtual socket is ready: here there is none."""
+    def readiness(self, number: int, events: int) -> int:
+        """Return for which of these `selectors` events a virtual socket is ready: here is none."""
         return 0
 
     def time(self) -> float:
