@@ -8,8 +8,10 @@ from eloquent.core.log import TokenLog
 from eloquent.core.schemes import scheme as find_scheme
 from eloquent.quic.connection import (
     Connected,
+    ConnectionEnded,
     ConnectionEvent,
-    ConnectionIdChanged,
+    TurnCancelled,
+    TurnFailed,
     TurnProgress,
     TurnRequested,
 )
@@ -89,6 +91,8 @@ class AnswerRun:
         self.rendered_s: list[float] = []
         self.texts: list[str] = []
         self.is_done = False
+        self.cancelled_s: float | None = None
+        "When the server learnt that the reader wants no more."
         self.pair = QuicPair(
             up=path.up,
             down=path.down,
@@ -142,6 +146,11 @@ class AnswerRun:
         down, up = self._path.down, self._path.up
         return down.packets_sent, down.bytes_sent, up.packets_sent, up.bytes_sent
 
+    def cancel(self, now: float) -> None:
+        """Let the reader give the answer up."""
+        self.pair.client.cancel(self.turn)
+        self.pair.flush(now)
+
     def _on_client_event(self, event: ConnectionEvent, now: float) -> None:
         if isinstance(event, Connected):
             self.turn = self.pair.request(b"{}", now)
@@ -150,18 +159,20 @@ class AnswerRun:
             self.texts += texts
             self.rendered_s += [now] * len(texts)
             self.is_done = len(texts) < len(event.events)
-        elif not isinstance(event, ConnectionIdChanged):
+        elif isinstance(event, ConnectionEnded | TurnFailed):
             raise DeliveryError(f"The client's connection reports {event}.")
 
     def _on_server_event(self, event: ConnectionEvent, now: float) -> None:
-        if isinstance(event, ConnectionIdChanged):
-            return
-        if not isinstance(event, TurnRequested):
+        if isinstance(event, TurnRequested):
+            self.pair.accept(event.turn, self._log)
+            self._path.on_start(now)
+            self._before = self._counts()
+            self._token_at = now
+        elif isinstance(event, TurnCancelled):
+            self.cancelled_s = now
+            self._token_at = None
+        elif isinstance(event, ConnectionEnded):
             raise DeliveryError(f"The server's connection reports {event}.")
-        self.pair.accept(event.turn, self._log)
-        self._path.on_start(now)
-        self._before = self._counts()
-        self._token_at = now
 
 
 def token_text(index: int, chars: int = TOKEN_TEXT_CHARS) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from eloquent_netem.lab.cancel import cancel_jobs, cancel_report
 from eloquent_netem.lab.cases import Cache, Job, Progress, Results, run_jobs
 from eloquent_netem.lab.fairness import fairness_jobs, fairness_report
 from eloquent_netem.lab.findings import (
@@ -49,6 +50,7 @@ PARTS = {
         Part("wire", wire_jobs, wire_report),
         Part("outages", outage_jobs, outage_report),
         Part("fairness", fairness_jobs, fairness_report),
+        Part("cancel", cancel_jobs, cancel_report),
     )
 }
 
