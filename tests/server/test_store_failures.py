@@ -1,0 +1,228 @@
+"""Files that cannot be used, and disks that fail: said clearly, and never taken for stored."""
+
+import asyncio
+import hashlib
+import resource
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from eloquent_server.store import StoreError, TokenStore, TurnRecord
+from eloquent_server.store_sqlite import APPLICATION_ID, SCHEMA_VERSION, StoreDatabase
+from eloquent_server.store_writer import Write
+
+HASH = hashlib.sha256(b"").digest()
+DEADLINE_S = 20.0
+"Ends a hang; decides nothing."
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.db"
+
+
+def create(store: TokenStore, number: int) -> TurnRecord:
+    return store.create("local", bytes([number]) * 16, HASH, b"body", HASH)
+
+
+async def stored(call: Callable[..., None], *arguments: object) -> StoreError | None:
+    outcome: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
+    call(*arguments, on_stored=outcome.set_result)
+    return await asyncio.wait_for(outcome, DEADLINE_S)
+
+
+async def pragma(store: TokenStore, text: str) -> None:
+    """Have SQLite itself fail from now on, or no longer; the real errors, without a real disk."""
+    done: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
+
+    def run(database: StoreDatabase) -> None:
+        database._connection.execute(f"PRAGMA {text}")
+
+    store._writer.put(Write(run, None, asyncio.get_running_loop(), done.set_result))
+    assert await done is None
+
+
+async def test_a_full_disk_ends_the_turns_that_were_being_stored(path: Path) -> None:
+    store = TokenStore.open(path)
+    record, idle = create(store, 1), create(store, 2)
+    assert await stored(store.append, record, 0, b"stored") is None
+    await pragma(store, "max_page_count = 1")
+    outcomes: list[StoreError | None] = []
+    fresh = create(store, 3)
+    store.append(record, 6, bytes(20_000), on_stored=outcomes.append)
+    store.append(record, 20_006, b"x", on_stored=outcomes.append)
+    error = await stored(store.append, fresh, 0, b"x")
+    assert outcomes == [error, error]
+    assert isinstance(error, StoreError)
+    assert "is full" in str(error)
+    assert "Free some" in str(error)
+    for call in (store.append, store.close_turn):
+        with pytest.raises(StoreError, match="is full"):
+            call(record, 20_007, b"y")
+
+    # There is room again: other turns go on, and what failed left nothing half done.
+    await pragma(store, "max_page_count = 1000000")
+    assert store.find("local", fresh.turn_id) is None
+    assert await stored(store.append, create(store, 3), 0, b"again") is None
+    assert await stored(store.append, idle, 0, b"idle") is None
+    found = await store.load("local", record.turn_id)
+    assert found is not None
+    assert found.log == b"stored"
+    await store.close()
+    store = TokenStore.open(path)
+    assert [(turn.turn_id[0], turn.length) for turn in store.unfinished()] == [
+        (1, 6),
+        (2, 4),
+        (3, 5),
+    ]
+    await store.close()
+
+
+async def test_a_turn_that_failed_can_be_deleted(path: Path) -> None:
+    store = TokenStore.open(path)
+    record = create(store, 1)
+    assert await stored(store.append, record, 0, b"text") is None
+    await pragma(store, "query_only = 1")
+    error = await stored(store.append, record, 4, b"more")
+    assert "cannot be written" in str(error)
+    with pytest.raises(StoreError, match="cannot be written"):
+        await store.delete("local", record.turn_id)
+    await pragma(store, "query_only = 0")
+    assert await store.delete("local", record.turn_id)
+    await store.close()
+    store = TokenStore.open(path)
+    assert store.unfinished() == []
+    await store.close()
+
+
+async def test_reading_what_could_not_be_stored_says_so(path: Path) -> None:
+    store = TokenStore.open(path)
+    await pragma(store, "query_only = 1")
+    record = create(store, 1)
+    with pytest.raises(StoreError, match="cannot be written"):
+        await store.load("local", record.turn_id)
+    await store.close()
+
+
+async def test_a_fault_of_our_own_is_reported_and_the_thread_lives(path: Path) -> None:
+    store = TokenStore.open(path)
+    record = create(store, 1)
+    error = await stored(store.append, record, 0, "not bytes, but what sqlite3 refuses: \udc80")
+    assert "has a fault" in str(error)
+    assert await stored(store.append, create(store, 2), 0, b"fine") is None
+    await store.close()
+
+
+def test_a_disk_that_refuses_to_write(path: Path) -> None:
+    script = """
+import asyncio, sys
+from pathlib import Path
+from eloquent_server.store import TokenStore
+async def main():
+    store = TokenStore.open(Path(sys.argv[1]))
+    record = store.create("local", bytes(16), bytes(32), b"body", bytes(32))
+    outcomes = []
+    for number in range(200):
+        try:
+            store.append(record, 1000 * number, bytes(1000), on_stored=outcomes.append)
+        except Exception as error:
+            print(type(error).__name__, error)
+            break
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    print(outcomes.index(None), [error for error in outcomes if error][0])
+    await store.close()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("StoreError The disk of")
+    assert second.startswith("0 The disk of")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: path.write_bytes(b"not a database" * 1000), "is damaged"),
+        (lambda path: path.mkdir(), "cannot be opened"),
+    ],
+    ids=["another file", "a directory"],
+)
+def test_what_cannot_be_a_store(
+    path: Path, prepare: Callable[[Path], object], message: str
+) -> None:
+    prepare(path)
+    with pytest.raises(StoreError, match=message):
+        TokenStore.open(path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="a directory of its own"):
+        TokenStore.open(tmp_path / "file" / "tokens.db")
+
+
+def test_another_programs_database_is_left_as_it_is(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE notes (text)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        TokenStore.open(path)
+    assert path.read_bytes() == before
+
+
+def test_a_newer_releases_store_is_left_as_it_is(path: Path) -> None:
+    StoreDatabase(path, durable=False).close()
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"newer release \(schema 2; this one knows 1\)"):
+        TokenStore.open(path)
+    assert path.read_bytes() == before
+
+
+def test_a_start_that_was_cut_off_is_made_good(path: Path) -> None:
+    path.touch()
+    StoreDatabase(path, durable=False).close()
+    StoreDatabase(path, durable=True).close()
+
+
+async def test_a_damaged_file_is_named(path: Path) -> None:
+    store = TokenStore.open(path)
+    record = create(store, 1)
+    for number in range(200):
+        store.append(record, 1000 * number, bytes([65 + number % 26]) * 1000)
+    await store.close()
+    damage(path)
+    with pytest.raises(StoreError, match=r"is damaged .* ends in -wal"):
+        await _load_all(path)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[8 * 1024 : 100 * 1024] = b"\x55" * (92 * 1024)
+    path.write_bytes(data)
+
+
+async def _load_all(path: Path) -> None:
+    store = TokenStore.open(path)
+    try:
+        for record in store.unfinished():
+            await store.load(record.principal, record.turn_id)
+    finally:
+        await store.close()
