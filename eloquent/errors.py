@@ -21,6 +21,10 @@ class ConnectionFailedError(EloquentError):
     """The connection could not be made, or ended while it was still needed."""
 
 
+class ServerRefusedError(ConnectionFailedError):
+    """The address answers, and what answers is no server, or not the right one."""
+
+
 class ConfigurationError(EloquentError):
     """Something local is missing or wrong: an option, a file, an optional package."""
 

@@ -5,8 +5,10 @@ from collections.abc import Awaitable, Callable
 
 from eloquent.core.events import TextDelta
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.listen import Listener, Turn, TurnHandler, listen
+from eloquent.quic.listen import Listener, listen
 from eloquent.url import ServerUrl
+from eloquent_server.store import TokenStore
+from eloquent_server.turns import Turn, TurnHandler, TurnHub
 
 HOST = "127.0.0.1"
 DEADLINE_S = 30.0
@@ -20,20 +22,23 @@ class Server:
         self._handler = handler
         self._certificate = certificate
         self._listener: Listener | None = None
+        self._hub: TurnHub | None = None
         self.url = ServerUrl(HOST, 0, certificate.pin)
 
     async def open(self) -> None:
         """Listen, the first time on a free port."""
+        self._hub = TurnHub(self._handler, TokenStore.open(None))
         self._listener = await listen(
-            HOST, self.url.port, certificate=self._certificate, handler=self._handler
+            HOST, self.url.port, certificate=self._certificate, service=self._hub
         )
         self.url = ServerUrl(HOST, self._listener.port, self._certificate.pin)
 
     async def close(self) -> None:
         """Close all connections and the socket."""
-        if self._listener is not None:
+        if self._hub is not None and self._listener is not None:
+            await self._hub.close()
             await self._listener.close()
-            self._listener = None
+            self._listener = self._hub = None
 
 
 StartServer = Callable[[TurnHandler], Awaitable[Server]]

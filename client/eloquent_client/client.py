@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from eloquent.core.wire import TURN_ID_BYTES, Request
+from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import EloquentError
-from eloquent.quic.connect import CONNECT_TIMEOUT_S, ClientLink, connect
+from eloquent.quic.connect import CONNECT_TIMEOUT_S
+from eloquent.session.session import OnState, Session
+from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.errors import APITimeoutError, BadRequestError, api_error
 from eloquent_client.stream import MessageStream
@@ -21,8 +23,8 @@ ANSWER_TIMEOUT_S = 600.0
 class Client:
     """A server to chat with.
 
-    It connects when the first turn is asked, and again when the connection has ended since.
-    Turns may run at the same time. To be used on one event loop::
+    It connects when the first turn is asked, and again whenever the connection is dead; turns go
+    on where they were. Turns may run at the same time. To be used on one event loop::
 
         async with Client("eloquent://localhost:4433#sha256=...") as client:
             async with client.stream(messages=[{"role": "user", "content": "Hello"}]) as stream:
@@ -36,8 +38,11 @@ class Client:
         *,
         timeout_s: float = ANSWER_TIMEOUT_S,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        on_link_state: OnState = lambda state: None,
     ) -> None:
         """`timeout_s` bounds a turn in all, `connect_timeout_s` the handshake; both in seconds.
+
+        `on_link_state` is called with each new state of the link.
 
         Raises:
             ConfigurationError: `url` is no server URL.
@@ -45,9 +50,8 @@ class Client:
         self._url = parse_url(url) if isinstance(url, str) else url
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._link: ClientLink | None = None
-        self._failure: EloquentError | None = None
-        self._connecting = asyncio.Lock()
+        self._on_link_state = on_link_state
+        self._session: Session | None = None
 
     @property
     def url(self) -> ServerUrl:
@@ -55,14 +59,20 @@ class Client:
         return self._url
 
     @property
+    def link_state(self) -> LinkState:
+        """What is known of the way to the server."""
+        return self._session.state if self._session is not None else LinkState.IDLE
+
+    @property
     def is_connected(self) -> bool:
         """Whether there is a connection, as far as is known."""
-        return self._link is not None and self._link.is_open
+        return self.link_state is LinkState.UP
 
     @property
     def rtt_ms(self) -> float | None:
         """The connection's smoothed round-trip time in milliseconds; None: not connected."""
-        return self._link.path.srtt_s * 1e3 if self._link and self._link.is_open else None
+        link = self._session.link if self._session is not None else None
+        return link.srtt_s * 1e3 if link is not None else None
 
     def stream(
         self,
@@ -80,7 +90,19 @@ class Client:
             BadRequestError: the request cannot be written as JSON.
         """
         body = {"messages": list(messages), "model": model, **parameters}
-        return MessageStream(self._open_link, _make_request(body), timeout_s=self._timeout_s)
+        return self._stream(_make_request(body))
+
+    def resume(
+        self, turn_id: str, secret: str, *, offset: int = 0, is_owner: bool = True
+    ) -> MessageStream:
+        """Return a turn that was asked before, maybe by another process or over another network.
+
+        `turn_id` and `secret` are those of the stream that asked it, `offset` its `offset` then:
+        events before it are left out. Of several readers only an owner's cancel stops the answer.
+        """
+        return self._stream(
+            Request(bytes.fromhex(turn_id), b"", bytes.fromhex(secret), offset, is_owner)
+        )
 
     async def connect(self) -> None:
         """Connect unless connected already; turns do it on their own.
@@ -90,22 +112,20 @@ class Client:
             APITimeoutError: that took longer than `connect_timeout_s`.
             EloquentError: what `fail` was given.
         """
-        await self._open_link()
+        await self._connect()
 
     def fail(self, error: EloquentError) -> None:
         """Let all turns fail with `error`, those that run and those asked later.
 
         For whoever knows that the server is gone for good.
         """
-        self._failure = error
-        if self._link is not None:
-            self._link.fail(error)
+        self._get_session().fail(error)
 
     async def close(self) -> None:
         """Close the connection; turns that still run fail."""
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,20 +138,24 @@ class Client:
     ) -> None:
         await self.close()
 
-    async def _open_link(self) -> ClientLink:
-        async with self._connecting:
-            if self._failure is not None:
-                raise self._failure
-            if self._link is None or not self._link.is_open:
-                await self.close()
-                self._link = await self._connect()
-            return self._link
+    def _stream(self, request: Request) -> MessageStream:
+        return MessageStream(self._connect, request, timeout_s=self._timeout_s)
 
-    async def _connect(self) -> ClientLink:
+    def _get_session(self) -> Session:
+        if self._session is None:
+            self._session = Session(
+                self._url,
+                connect_timeout_s=self._connect_timeout_s,
+                on_state=self._on_link_state,
+            )
+        return self._session
+
+    async def _connect(self) -> Session:
+        session = self._get_session()
         try:
             # Looking up the name counts too, which the link's own deadline leaves out.
             async with asyncio.timeout(self._connect_timeout_s):
-                return await connect(self._url, timeout_s=self._connect_timeout_s)
+                await session.connect()
         except TimeoutError as error:
             raise APITimeoutError(
                 f"No answer from {self._url.host}, UDP port {self._url.port}, within "
@@ -140,6 +164,7 @@ class Client:
             ) from error
         except EloquentError as error:
             raise api_error(error) from error
+        return session
 
 
 def _make_request(body: Mapping[str, Any]) -> Request:
@@ -152,4 +177,4 @@ def _make_request(body: Mapping[str, Any]) -> Request:
             f"The request cannot be written as JSON ({error}): give strings without lone "
             "surrogates, finite numbers, lists and dictionaries.",
         ) from error
-    return Request(secrets.token_bytes(TURN_ID_BYTES), encoded)
+    return Request(secrets.token_bytes(TURN_ID_BYTES), encoded, secrets.token_bytes(SECRET_BYTES))

@@ -10,7 +10,8 @@ from eloquent.core.events import End, Event, Failure, TextDelta, encode_event
 from eloquent.core.receiver import ReceiverStats
 from eloquent.core.wire import Request
 from eloquent.errors import EloquentError
-from eloquent.quic.connect import ClientLink, ClientTurn
+from eloquent.session.session import Session
+from eloquent.session.turn import ClientTurn
 from eloquent_client.errors import APIError, APITimeoutError, api_error, status_error
 from eloquent_client.messages import Message, StreamStats, Usage
 
@@ -23,18 +24,19 @@ class MessageStream:
     """
 
     def __init__(
-        self, connect: Callable[[], Awaitable[ClientLink]], request: Request, *, timeout_s: float
+        self, connect: Callable[[], Awaitable[Session]], request: Request, *, timeout_s: float
     ) -> None:
         self._connect = connect
         self._request = request
         self._timeout_s = timeout_s
-        self._link: ClientLink | None = None
+        self._session: Session | None = None
         self._turn: ClientTurn | None = None
         self._reader: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._received = ReceiverStats()
+        self._rtt_ms = 0.0
         self._log_bytes = 0
         "Bytes of the log that the events handed out stand for, `End` aside."
         self._started_s: float | None = None
@@ -45,6 +47,16 @@ class MessageStream:
     def turn_id(self) -> str:
         """The turn's name, in hexadecimal; the server's log has it too."""
         return self._request.turn_id.hex()
+
+    @property
+    def secret(self) -> str:
+        """What `Client.resume` needs besides the id, in hexadecimal; keep it to yourself."""
+        return self._request.secret.hex()
+
+    @property
+    def offset(self) -> int:
+        """Up to where in the answer's log the events go that have come; for `Client.resume`."""
+        return self._turn.receiver.decoded if self._turn is not None else self._request.offset
 
     @property
     def text(self) -> str:
@@ -61,7 +73,7 @@ class MessageStream:
         """What happened on the way up to now."""
         self._refresh()
         end = self._end
-        surplus = self._log_bytes - end.length if end is not None else 0
+        surplus = self._request.offset + self._log_bytes - end.length if end is not None else 0
         now_s = self._now() if self._ended_s is None else self._ended_s
         return StreamStats(
             datagrams=self._received.datagrams,
@@ -70,7 +82,7 @@ class MessageStream:
             missing=max(0, -surplus),
             ttft_ms=None if self._first_text_s is None else self._since_start(self._first_text_s),
             duration_ms=self._since_start(now_s),
-            rtt_ms=self._link.path.srtt_s * 1e3 if self._link is not None else 0.0,
+            rtt_ms=self._rtt_ms,
         )
 
     @property
@@ -145,8 +157,8 @@ class MessageStream:
         self._started_s = self._now()
         deadline_s = self._started_s + self._timeout_s
         try:
-            self._link = await self._connect()
-            self._turn = self._link.ask(self._request)
+            self._session = await self._connect()
+            self._turn = self._session.open(self._request)
         except EloquentError as error:
             self._ended_s = self._now()
             raise api_error(error) from error
@@ -201,6 +213,8 @@ class MessageStream:
 
     def _refresh(self) -> None:
         """Take the counters over; a turn that failed has none any more, so keep what there was."""
+        if self._session is not None and self._session.link is not None:
+            self._rtt_ms = self._session.link.srtt_s * 1e3
         if self._turn is not None and self._turn.stats.datagrams >= self._received.datagrams:
             self._received = self._turn.stats
 

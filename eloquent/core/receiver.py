@@ -40,11 +40,12 @@ class ReceiverStats:
 class Receiver:
     """Puts one turn's log together from bundles in any order, repeated or overlapping."""
 
-    def __init__(self, turn: int) -> None:
+    def __init__(self, turn: int = 0, *, offset: int = 0) -> None:
+        """Begin at `offset`, where an event starts: what is before it was read elsewhere."""
         self._turn = turn
-        self._decoder = EventDecoder()
+        self._decoder = EventDecoder(offset)
         self._confirmation: Ended | None = None
-        self._contiguous = 0
+        self._contiguous = offset
         self._ahead = bytearray()
         self._ahead_held = RangeSet()
         self._newest = -1
@@ -62,6 +63,11 @@ class Receiver:
     def contiguous(self) -> int:
         """Bytes of the log that were put together and handed out."""
         return self._contiguous
+
+    @property
+    def decoded(self) -> int:
+        """Where the last event that was handed out ends."""
+        return self._contiguous - self._decoder.pending
 
     @property
     def is_complete(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.receiver import Receiver, ReceiverStats
+from eloquent.core.receiver import Receiver
 from eloquent.core.wire import (
     MAX_REPLY_BYTES,
     Bundle,
@@ -77,11 +77,16 @@ class ClientConnection(Connection):
             self._quic.send_ping(0)
         super().handle_timer(now)
 
-    def request(self, request: Request) -> int:
-        """Open a turn; return its number on this connection."""
+    def request(self, request: Request, receiver: Receiver | None = None) -> int:
+        """Open a turn, or go on with one; return its number on this connection.
+
+        `receiver` has what is before the request's offset; None: there is nothing yet.
+        """
         stream_id = self._quic.get_next_available_stream_id()
         turn = stream_id // 4
-        self._receivers[turn] = Receiver(turn)
+        receiver = receiver or Receiver()
+        receiver.attach(turn)
+        self._receivers[turn] = receiver
         self._replies[turn] = bytearray()
         self._quic.send_stream_data(stream_id, encode_request(request), end_stream=True)
         return turn
@@ -93,10 +98,18 @@ class ClientConnection(Connection):
         if self._replies.pop(turn, None) is not None:
             self._quic.stop_stream(turn * 4, STREAM_CANCELLED)
 
-    def stats(self, turn: int) -> ReceiverStats | None:
-        """Return the turn's counters while it is known."""
-        receiver = self._receivers.get(turn)
-        return receiver.stats if receiver is not None else None
+    def detach(self, turn: int) -> None:
+        """Leave a turn that goes on over another connection; nothing is said to the server."""
+        self._receivers.pop(turn, None)
+        self._replies.pop(turn, None)
+
+    def has_turn(self, turn: int) -> bool:
+        """Return whether anything of the turn is still to come or to be said."""
+        return turn in self._receivers
+
+    def probe(self) -> None:
+        """Send something soon that the server answers."""
+        self._quic.send_ping(0)
 
     def has_datagram(self, now: float) -> bool:
         """See `DatagramSource`."""

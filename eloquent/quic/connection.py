@@ -39,8 +39,7 @@ CLOSE_BAD_CERTIFICATE = 2
 
 STREAM_CANCELLED = 1
 STREAM_REFUSED = 2
-STREAM_FAILED = 3
-"Error codes of STOP_SENDING and RESET_STREAM."
+"Error codes of STOP_SENDING."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,13 @@ class TurnRequested:
 @dataclass(frozen=True, slots=True)
 class TurnCancelled:
     """The reader wants no more of a turn (server)."""
+
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderDone:
+    """The reader of a turn has the whole log, or was too slow (server)."""
 
     turn: int
 
@@ -103,6 +109,7 @@ ConnectionEvent = (
     | ConnectionEnded
     | TurnRequested
     | TurnCancelled
+    | ReaderDone
     | TurnProgress
     | TurnFailed
 )

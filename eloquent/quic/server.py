@@ -1,18 +1,20 @@
 """The server's end of a connection: turns come in, their logs go out in bundles."""
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.log import TokenLog
+from eloquent.core.log import Log, LogWindow
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.wire import (
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
+    READER_WINDOW_BYTES,
     Ended,
     Frame,
     Rejected,
@@ -25,9 +27,9 @@ from eloquent.core.wire import (
 from eloquent.errors import WireError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import (
-    STREAM_FAILED,
     STREAM_REFUSED,
     Connection,
+    ReaderDone,
     TurnCancelled,
     TurnRequested,
     base_configuration,
@@ -35,6 +37,9 @@ from eloquent.quic.connection import (
 
 MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
 "A request's body and what stands before it, with room for longer varints than needed."
+
+SLOW_READER_S = 60.0
+"A reader that takes nothing for so long, with its window full, is told to come back later."
 
 TOO_LARGE = f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it."
 
@@ -47,12 +52,26 @@ def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
     return configuration
 
 
+@dataclass(slots=True)
+class _Reader:
+    """An accepted turn: its reader gets the log through a window."""
+
+    sender: Sender
+    window: LogWindow
+    full_at: float | None = None
+    "Since when there has been more than the window lets through."
+    is_confirmed: bool = False
+
+
 class ServerConnection(Connection):
     """One client.
 
     A turn's life here: its stream opens and collects the request; at its end the application
     gets `TurnRequested` and answers with `accept` or `reject`; an accepted turn has a sender
-    until the reader has everything, cancels, or is gone.
+    until the reader has everything (`ReaderDone`), cancels, is too slow, or is gone.
+
+    A request that asks for a new turn waits for the end of the handshake: before it, anybody may
+    be repeating what somebody sent (0-RTT, RFC 9001 section 9.2).
     """
 
     def __init__(
@@ -66,15 +85,16 @@ class ServerConnection(Connection):
         super().__init__(configuration, padding=Padding() if padding else None, **options)
         self._make_sender = make_sender
         self._requests: dict[int, bytearray] = {}
+        self._early: list[TurnRequested] | None = []
+        "Requests for new turns that wait for the end of the handshake; None: it has ended."
         self._given_up: set[int] = set()
         "Cancelled by the reader, or refused before the request was whole: nothing more is said."
-        self._senders: dict[int, Sender] = {}
-        self._confirmed: set[int] = set()
+        self._readers: dict[int, _Reader] = {}
         self._order: deque[int] = deque()
         self._highest_turn = -1
 
-    def accept(self, turn: int, log: TokenLog) -> None:
-        """Send `log`, as it is and as it grows, to the reader of `turn`, unless it cancelled."""
+    def accept(self, turn: int, log: Log, offset: int = 0) -> None:
+        """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled."""
         if turn in self._given_up:
             return
         if not self._quic.can_send_datagrams:
@@ -84,43 +104,62 @@ class ServerConnection(Connection):
                 "The client does not take QUIC datagrams, which this server needs.",
             )
             return
-        self._senders[turn] = self._make_sender(turn, log, self._path)
+        window = LogWindow(log, offset + READER_WINDOW_BYTES)
+        sender = self._make_sender(turn, window, self._path)
+        sender.start_at(offset)
+        self._readers[turn] = _Reader(sender, window)
         self._order.append(turn)
 
     def reject(self, turn: int, code: str, message: str) -> None:
-        """Decline a turn, unless its reader cancelled; `docs/protocol.md` lists the codes."""
-        if turn in self._given_up:
+        """Decline a turn, or give up one that was accepted, unless its reader cancelled.
+
+        `docs/protocol.md` lists the codes.
+        """
+        reader = self._readers.get(turn)
+        if turn in self._given_up or (reader is not None and reader.is_confirmed):
             return
+        self._given_up.add(turn)
+        self._drop(turn)
         reply = encode_reply(Rejected(code, message[:MAX_REASON_CHARS]))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
 
-    def reset(self, turn: int) -> None:
-        """Give up an accepted turn whose log cannot be finished."""
-        if turn in self._senders and turn not in self._confirmed:
-            self._drop(turn)
-            self._quic.reset_stream(turn * 4, STREAM_FAILED)
-
     def log_grew(self, turn: int, now: float) -> None:
         """Tell the connection that the turn's log has more, or is closed."""
-        sender = self._senders.get(turn)
-        if sender is None:
+        reader = self._readers.get(turn)
+        if reader is None:
             return
-        sender.log_grew(now)
-        end = sender.log.end
-        if end is not None and turn not in self._confirmed:
-            self._confirmed.add(turn)
-            reply = encode_reply(Ended(end.length, end.digest))
-            self._quic.send_stream_data(turn * 4, reply, end_stream=True)
+        if reader.window.is_full and reader.full_at is None:
+            reader.full_at = now
+        reader.sender.log_grew(now)
+        self._confirm(turn, reader)
+
+    def handle_timer(self, now: float) -> None:
+        """See `Connection.handle_timer`."""
+        slow = [
+            turn
+            for turn, reader in self._readers.items()
+            if reader.full_at is not None and reader.full_at + SLOW_READER_S <= now
+        ]
+        for turn in slow:
+            self.reject(
+                turn,
+                "slow_reader",
+                f"Nothing of the answer was read for {SLOW_READER_S:.0f} s: resume it when there "
+                "is somebody to read it.",
+            )
+            self._events.append(ReaderDone(turn))
+        super().handle_timer(now)
 
     def sender(self, turn: int) -> Sender | None:
         """Return the turn's sender while it has one."""
-        return self._senders.get(turn)
+        reader = self._readers.get(turn)
+        return reader.sender if reader is not None else None
 
     def has_datagram(self, now: float) -> bool:
         """See `DatagramSource`."""
         return self._quic.can_send_datagrams and any(
-            (time := sender.next_time()) is not None and time <= now
-            for sender in self._senders.values()
+            (time := reader.sender.next_time()) is not None and time <= now
+            for reader in self._readers.values()
         )
 
     def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
@@ -128,7 +167,7 @@ class ServerConnection(Connection):
         for _ in range(len(self._order)):
             turn = self._order[0]
             self._order.rotate(-1)
-            bundle = self._senders[turn].next_bundle(now, room)
+            bundle = self._readers[turn].sender.next_bundle(now, room)
             if bundle is not None:
                 return encode_bundle(bundle), (turn, bundle.number)
         return None
@@ -136,17 +175,19 @@ class ServerConnection(Connection):
     def on_delivery(self, token: Any, *, acked: bool) -> None:
         """See `DatagramSource`."""
         turn, number = token
-        sender = self._senders.get(turn)
-        if sender is None:
+        reader = self._readers.get(turn)
+        if reader is None:
             return
         if acked:
-            sender.on_acked(number)
-            self._drop_if_complete(turn)
+            reader.sender.on_acked(number)
+            self._drop_if_complete(turn, reader)
         else:
-            sender.on_lost(number)
+            reader.sender.on_lost(number)
 
     def _due_times(self) -> list[float]:
-        times = (sender.next_time() for sender in self._senders.values())
+        readers = self._readers.values()
+        times = [reader.sender.next_time() for reader in readers]
+        times += [None if r.full_at is None else r.full_at + SLOW_READER_S for r in readers]
         return [time for time in times if time is not None]
 
     def _on_frame(self, frame: Frame, now: float) -> None:
@@ -154,10 +195,15 @@ class ServerConnection(Connection):
             raise WireError("A client sent a bundle; only servers send bundles.")
         if frame.turn > self._highest_turn:
             raise WireError(f"A report names turn {frame.turn}, which was never opened.")
-        sender = self._senders.get(frame.turn)
-        if sender is not None:
-            sender.on_report(frame)
-            self._drop_if_complete(frame.turn)
+        reader = self._readers.get(frame.turn)
+        if reader is not None:
+            reader.sender.on_report(frame)
+            self._move_window(frame, reader, now)
+            self._drop_if_complete(frame.turn, reader)
+
+    def _on_handshake_completed(self) -> None:
+        early, self._early = self._early or [], None
+        self._events.extend(request for request in early if request.turn not in self._given_up)
 
     def _on_stream_event(
         self,
@@ -189,7 +235,6 @@ class ServerConnection(Connection):
             del self._requests[turn]
             self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
             self.reject(turn, "request_too_large", TOO_LARGE)
-            self._given_up.add(turn)
         elif event.end_stream:
             del self._requests[turn]
             try:
@@ -201,14 +246,31 @@ class ServerConnection(Connection):
             else:
                 if len(request.body) > MAX_REQUEST_BODY_BYTES:
                     self.reject(turn, "request_too_large", TOO_LARGE)
+                elif request.body and self._early is not None:
+                    self._early.append(TurnRequested(turn, request))
                 else:
                     self._events.append(TurnRequested(turn, request))
 
-    def _drop_if_complete(self, turn: int) -> None:
-        if self._senders[turn].is_complete:
+    def _move_window(self, report: Report, reader: _Reader, now: float) -> None:
+        limit = report.contiguous - report.unread + READER_WINDOW_BYTES
+        if limit > reader.window.limit:
+            reader.window.limit = limit
+            reader.full_at = now if reader.window.is_full else None
+            reader.sender.log_grew(now)
+            self._confirm(report.turn, reader)
+
+    def _confirm(self, turn: int, reader: _Reader) -> None:
+        end = reader.window.end
+        if end is not None and not reader.is_confirmed:
+            reader.is_confirmed = True
+            reply = encode_reply(Ended(end.length, end.digest))
+            self._quic.send_stream_data(turn * 4, reply, end_stream=True)
+
+    def _drop_if_complete(self, turn: int, reader: _Reader) -> None:
+        if reader.sender.is_complete:
             self._drop(turn)
+            self._events.append(ReaderDone(turn))
 
     def _drop(self, turn: int) -> None:
-        if self._senders.pop(turn, None) is not None:
+        if self._readers.pop(turn, None) is not None:
             self._order.remove(turn)
-            self._confirmed.discard(turn)

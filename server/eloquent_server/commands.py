@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from pathlib import Path
 from typing import Literal
 
 from cyclopts import App
@@ -21,13 +22,16 @@ def serve(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     scheme: str = "eloquent",
     padding: bool = True,
+    state: Path | None = None,
+    durable: bool = False,
     exit_with_parent: bool = False,
     verbose: bool = False,
 ) -> None:
     """Answer chats over Eloquent with a local model.
 
     When it is ready it prints one line, `LISTENING URL`; give that URL to `eloquent chat --url`
-    or `eloquent ask --url`. The certificate is made anew at each start, and the URL pins it.
+    or `eloquent ask --url`. The URL pins the certificate, which is made anew at each start unless
+    there is a --state directory.
 
     Parameters
     ----------
@@ -45,12 +49,17 @@ def serve(
         `duplicate`, `retransmit`).
     padding
         Pad packets so that their sizes do not tell the lengths of tokens, which tell the topic.
+    state
+        Directory for the certificate and the turns, so that readers can resume an answer after a
+        restart. Without it both end with the server.
+    durable
+        Wait for the disk at each commit, so that the turns in --state survive a loss of power.
     exit_with_parent
         Stop when standard input closes.
     verbose
         Log every turn to standard error.
     """
-    from eloquent_server.serve import run_server
+    from eloquent_server.serve import ServerOptions, run_server
 
     logging.basicConfig(
         stream=sys.stderr,
@@ -60,13 +69,17 @@ def serve(
     logging.getLogger("quic").setLevel(logging.WARNING)  # or aioquic logs every handshake, too
     asyncio.run(
         run_server(
-            host=host,
-            port=port,
-            model=model,
-            device=device,
-            scheme_name=scheme,
-            padding=padding,
-            exit_with_parent=exit_with_parent,
+            ServerOptions(
+                host=host,
+                port=port,
+                model=model,
+                device=device,
+                scheme=scheme,
+                padding=padding,
+                state=state,
+                durable=durable,
+                exit_with_parent=exit_with_parent,
+            )
         )
     )
 

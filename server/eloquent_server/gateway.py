@@ -2,18 +2,14 @@
 
 import logging
 import time
-from collections import OrderedDict
 from contextlib import aclosing
 from typing import Any, cast
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
-from eloquent.quic.listen import Turn
 from eloquent_server.backends.base import Backend, Finish
 from eloquent_server.chat import ChatRequest, parse_chat_body
-
-REMEMBERED_TURNS = 100_000
-"A turn id seen within this many turns is not generated a second time."
+from eloquent_server.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +19,12 @@ class Gateway:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     async def handle(self, turn: Turn) -> None:
         """Answer one turn; a `TurnHandler`. Its cancellation cancels the generation."""
         started_s = time.monotonic()
-        name = turn.request.turn_id.hex()
+        name = turn.name
         try:
-            self._remember(turn.request.turn_id)
             request = parse_chat_body(turn.request.body)
             reason, tokens = await self._answer(turn, request)
         except RequestError as error:
@@ -59,17 +53,7 @@ class Gateway:
                     return event.reason, event.completion_tokens
                 turn.append(cast(TextDelta | Failure, event))
                 if isinstance(event, Failure):
-                    logger.error("turn %s failed: %s", turn.request.turn_id.hex(), event.message)
+                    logger.error("turn %s failed: %s", turn.name, event.message)
                     break
         turn.close("error", model=model, prompt_tokens=0, completion_tokens=0)
         return "error", 0
-
-    def _remember(self, turn_id: bytes) -> None:
-        if turn_id in self._seen:
-            raise RequestError(
-                "turn_exists",
-                "This turn was asked before, and is not generated twice: make a new turn id.",
-            )
-        self._seen[turn_id] = None
-        if len(self._seen) > REMEMBERED_TURNS:
-            self._seen.popitem(last=False)

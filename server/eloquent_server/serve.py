@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 from eloquent.core.schemes import scheme
-from eloquent.quic.certificate import make_certificate
 from eloquent.quic.listen import listen
 from eloquent.url import ServerUrl
 from eloquent_server import models
@@ -18,14 +20,14 @@ from eloquent_server.backends.base import Backend
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.gateway import Gateway
+from eloquent_server.state import open_store, server_certificate
+from eloquent_server.turns import TurnHub
 
 READY_PREFIX = "LISTENING"
 "The line on standard output that tells a parent process the server's URL."
 
 STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
-
-CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
 
 
 def load_backend(model: str, device: str) -> Backend:
@@ -39,55 +41,62 @@ def load_backend(model: str, device: str) -> Backend:
     return LocalBackend.load(model, device=device, progress=models.progress_printer(sys.stderr))
 
 
-async def run_server(
-    *,
-    host: str,
-    port: int,
-    model: str,
-    device: str,
-    scheme_name: str,
-    padding: bool,
-    exit_with_parent: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """What `eloquent serve` was asked to do; see its help."""
+
+    host: str
+    port: int
+    model: str
+    device: str
+    scheme: str
+    padding: bool
+    state: Path | None
+    durable: bool
+    exit_with_parent: bool
+
+
+async def run_server(options: ServerOptions) -> None:
     """Serve until SIGINT or SIGTERM, or until standard input closes if `exit_with_parent`.
 
     Raises:
         ConfigurationError: the model cannot be loaded or the address cannot be had.
+        StoreError: the turns cannot be kept where they are to be.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    if exit_with_parent:
+    if options.exit_with_parent:
         _watch_parent(loop, stop)
-    make_sender = scheme(scheme_name)
-    certificate = make_certificate(host, datetime.datetime.now(datetime.UTC) - CLOCK_SKEW_ALLOWED)
-    loading = asyncio.ensure_future(asyncio.to_thread(load_backend, model, device))
+    make_sender = scheme(options.scheme)
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = server_certificate(options.state, options.host, now)
+    loading = asyncio.ensure_future(asyncio.to_thread(load_backend, options.model, options.device))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         # The thread that loads cannot be interrupted, and nothing is served yet.
         os._exit(0)
     backend = loading.result()
-    gateway = Gateway(backend)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(backend.close)
+        store = open_store(options.state, durable=options.durable)
+        stack.push_async_callback(store.close)
+        hub = TurnHub(Gateway(backend).handle, store)
         listener = await listen(
-            host,
-            port,
+            options.host,
+            options.port,
             certificate=certificate,
-            handler=gateway.handle,
+            service=hub,
             make_sender=make_sender,
-            padding=padding,
+            padding=options.padding,
         )
-        try:
-            url = ServerUrl(host, listener.port, certificate.pin)
-            print(READY_PREFIX, url, flush=True)  # noqa: T201
-            await stopping
-        finally:
-            await listener.close()
-    finally:
-        stopping.cancel()
-        await backend.close()
+        stack.push_async_callback(listener.close)
+        stack.push_async_callback(hub.close)
+        url = ServerUrl(options.host, listener.port, certificate.pin)
+        print(READY_PREFIX, url, flush=True)  # noqa: T201
+        await stopping
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

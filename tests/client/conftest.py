@@ -7,7 +7,7 @@ import pytest
 from loopback import HOST, Server, StartServer
 
 from eloquent.quic.certificate import ServerCertificate, make_certificate
-from eloquent.quic.listen import TurnHandler
+from eloquent_server.turns import TurnHandler
 
 
 @pytest.fixture(scope="session")

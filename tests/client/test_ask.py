@@ -12,10 +12,10 @@ from loopback import DEADLINE_S, Hanging, StartServer, saying
 
 from eloquent.core.events import TextDelta
 from eloquent.errors import ConfigurationError
-from eloquent.quic.listen import Turn
 from eloquent_client import commands
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
+from eloquent_server.turns import Turn
 
 
 async def start(*arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> Process:

@@ -12,7 +12,6 @@ from textual.pilot import Pilot
 from textual.widgets import RichLog
 
 from eloquent.core.events import Failure, TextDelta
-from eloquent.quic.listen import Turn
 from eloquent.url import ServerUrl
 from eloquent_client import Client, LocalServerError, StreamStats
 from eloquent_client.tui.app import ChatApp
@@ -20,6 +19,7 @@ from eloquent_client.tui.chat import ChatScreen
 from eloquent_client.tui.loading import LoadingScreen
 from eloquent_client.tui.status import LinkState, Status, StatusBar, status_line
 from eloquent_client.tui.widgets import Notice, Prompt, Question, Reply
+from eloquent_server.turns import Turn
 
 WIDTH = 120
 FENCE = "Look:\n\n```python\nprint(1)\n```\n"

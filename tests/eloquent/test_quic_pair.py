@@ -16,7 +16,7 @@ from eloquent.core.wire import (
     encode_report,
     encode_request,
 )
-from eloquent.errors import ConnectionFailedError, IntegrityError, RequestError
+from eloquent.errors import IntegrityError, RequestError
 from eloquent.quic.connection import (
     CLOSE_PROTOCOL_ERROR,
     STREAM_CANCELLED,
@@ -244,7 +244,7 @@ def test_the_server_forgets_a_turn_that_the_reader_has() -> None:
     world.until(lambda: world.has_ended(turn))
     world.wait(1.0)
     assert world.pair.server.sender(turn) is None
-    assert world.pair.client.stats(turn) is None
+    assert not world.pair.client.has_turn(turn)
 
 
 def test_cancel_reaches_the_server_and_stops_the_bundles() -> None:
@@ -286,14 +286,17 @@ def test_a_rejected_turn_fails_with_its_reason() -> None:
     assert (error.code, error.message) == ("unknown_model", "No such model.")
 
 
-def test_a_turn_that_the_server_resets_fails() -> None:
+def test_a_turn_that_the_server_gives_up_in_mid_answer_fails_with_its_reason() -> None:
     world = World()
     turn, log = world.accepted_turn()
     world.append(turn, log, "half")
-    world.pair.server.reset(turn)
+    world.pair.server.reject(turn, "not_stored", "The disk is full.")
     world.pair.flush(world.now)
     world.until(lambda: world.client(TurnFailed) != [])
-    assert isinstance(world.client(TurnFailed)[0].error, ConnectionFailedError)
+    error = world.client(TurnFailed)[0].error
+    assert isinstance(error, RequestError)
+    assert error.code == "not_stored"
+    assert world.pair.server.sender(turn) is None
 
 
 @pytest.mark.parametrize("raw", [encode_request(Request(TURN_ID, BODY)), b"no request"])
@@ -331,7 +334,7 @@ def test_an_application_that_answers_a_cancelled_turn_is_not_heard() -> None:
     ("raw", "code"),
     [
         (b"", "malformed_request"),
-        (b"\x01short", "malformed_request"),
+        (b"\x02short", "malformed_request"),
         (encode_request(Request(TURN_ID, BODY))[:-1], "malformed_request"),
         (encode_request(Request(TURN_ID, BODY)) + b"x", "malformed_request"),
         (encode_request(Request(TURN_ID, BODY)) * 2, "malformed_request"),

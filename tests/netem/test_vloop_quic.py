@@ -18,13 +18,13 @@ from aioquic.quic.events import DatagramFrameReceived, QuicEvent
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.x509.oid import NameOID
+from telling import Telling
 
 from eloquent.core.events import End, TextDelta
-from eloquent.core.wire import Request
 from eloquent.errors import ConnectionFailedError
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.connect import connect as connect_ours
-from eloquent.quic.listen import Turn, listen
+from eloquent.quic.listen import listen
+from eloquent.session.session import Session
 from eloquent.url import ServerUrl
 from eloquent_netem.capture import Captured, Fate, TraceDigest
 from eloquent_netem.link import Link, stage_rng
@@ -232,27 +232,29 @@ def test_stock_aioquic_gives_up_where_nobody_listens() -> None:
 TOKENS = [f"word {number} " for number in range(200)]
 
 
-async def speak(turn: Turn) -> None:
-    """Say a token every 50 ms: for ten seconds."""
-    for token in TOKENS:
-        turn.append(TextDelta(token))
-        await asyncio.sleep(0.05)
-    turn.close("stop", model="told", prompt_tokens=1, completion_tokens=len(TOKENS))
+GAP_S = 0.05
+"The answer takes ten seconds."
+
+
+def telling() -> Telling:
+    return Telling(TOKENS, GAP_S)
 
 
 async def read_a_turn(network: VirtualNetwork) -> list[tuple[float, str]]:
     """Return the texts that come, and when."""
     loop = asyncio.get_running_loop()
     with network.on("server"):
-        listener = await listen("server", PORT, certificate=CERTIFICATE, handler=speak)
-    link = await connect_ours(ServerUrl("server", PORT, CERTIFICATE.pin))
+        listener = await listen(
+            "server", PORT, certificate=CERTIFICATE, service=Telling(TOKENS, GAP_S)
+        )
+    session = Session(ServerUrl("server", PORT, CERTIFICATE.pin))
     texts = []
-    async for event in link.ask(Request(bytes(16), b"{}")):
+    async for event in session.ask(b"{}"):
         if isinstance(event, TextDelta):
             texts.append((loop.time(), event.text))
         else:
             assert isinstance(event, End)
-    await link.close()
+    await session.close()
     await listener.close()
     return texts
 
@@ -311,7 +313,7 @@ def test_our_client_learns_at_once_that_nobody_listens() -> None:
 
     async def main() -> float:
         with pytest.raises(ConnectionFailedError, match="Nothing listens"):
-            await connect_ours(ServerUrl("server", PORT, CERTIFICATE.pin))
+            await Session(ServerUrl("server", PORT, CERTIFICATE.pin)).connect()
         return asyncio.get_running_loop().time()
 
     assert 2 * DELAY_S <= run(main(), network) < 2 * DELAY_S + 0.02
@@ -321,8 +323,9 @@ def test_our_client_says_that_a_name_is_unknown() -> None:
     network, _ = lossy(1, 0)
 
     async def main() -> None:
+        session = Session(ServerUrl("example.com", PORT, CERTIFICATE.pin))
         with pytest.raises(ConnectionFailedError, match=r"example\.com"):
-            await connect_ours(ServerUrl("example.com", PORT, CERTIFICATE.pin))
+            await session.connect()
 
     run(main(), network)
 
@@ -331,8 +334,9 @@ def test_our_client_gives_up_where_everything_is_lost() -> None:
     network, _ = lossy(1, 0, [(0.0, 100.0)])
 
     async def main() -> float:
+        session = Session(ServerUrl("server", PORT, CERTIFICATE.pin), connect_timeout_s=5)
         with pytest.raises(ConnectionFailedError, match="No answer"):
-            await connect_ours(ServerUrl("server", PORT, CERTIFICATE.pin), timeout_s=5)
+            await session.connect()
         return asyncio.get_running_loop().time()
 
     assert run(main(), network) == 5.0
@@ -342,10 +346,12 @@ def test_two_endpoints_on_one_host_talk_over_loopback() -> None:
     network, trace = lossy(1, 0.5)
 
     async def main() -> str:
-        listener = await listen("127.0.0.1", 0, certificate=CERTIFICATE, handler=speak)
-        link = await connect_ours(ServerUrl("127.0.0.1", listener.port, CERTIFICATE.pin))
-        events = [event async for event in link.ask(Request(bytes(16), b"{}"))]
-        await link.close()
+        listener = await listen(
+            "127.0.0.1", 0, certificate=CERTIFICATE, service=Telling(TOKENS, GAP_S)
+        )
+        session = Session(ServerUrl("127.0.0.1", listener.port, CERTIFICATE.pin))
+        events = [event async for event in session.ask(b"{}")]
+        await session.close()
         await listener.close()
         return "".join(event.text for event in events if isinstance(event, TextDelta))
 

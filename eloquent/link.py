@@ -1,0 +1,65 @@
+"""What a session needs of a connection to its server, whatever carries it."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+from eloquent.core.events import Event
+from eloquent.core.receiver import Receiver
+from eloquent.core.wire import Request
+from eloquent.errors import EloquentError
+
+
+class Rung(Enum):
+    """What carries the frames, the best first; frames and offsets are the same on each."""
+
+    DATAGRAMS = "QUIC datagrams"
+    STREAM = "QUIC stream"
+    WEBSOCKET = "WebSocket"
+
+
+class LinkUser(Protocol):
+    """Who uses a link; its methods are called on the event loop."""
+
+    def on_progress(self, link: "Link", turn: int, events: Sequence[Event]) -> None:
+        """More of a turn's log has come: events in order, once; maybe none."""
+
+    def on_turn_failed(self, link: "Link", turn: int, error: EloquentError) -> None:
+        """A turn is over without its end; the link does not know it any more."""
+
+    def on_link_ended(self, link: "Link", error: EloquentError) -> None:
+        """The connection is over; the link is of no further use."""
+
+
+class Link(Protocol):
+    """A connection that is made; turns run over it."""
+
+    @property
+    def rung(self) -> Rung:
+        """What carries the frames."""
+
+    @property
+    def srtt_s(self) -> float:
+        """Smoothed round-trip time in seconds."""
+
+    @property
+    def heard_s(self) -> float:
+        """When something last came from the server, in the loop's time."""
+
+    def open_turn(self, request: Request, receiver: Receiver) -> int:
+        """Ask for a turn, or go on with one; return its number on this link."""
+
+    def cancel_turn(self, turn: int) -> None:
+        """Have the server stop the turn, and hear no more of it."""
+
+    def detach_turn(self, turn: int) -> None:
+        """Hear no more of a turn that goes on over another link."""
+
+    def pump(self) -> None:
+        """Send what has become due: a receiver has something to report."""
+
+    def probe(self) -> None:
+        """Send something that the server answers."""
+
+    async def close(self) -> None:
+        """End the connection."""

@@ -1,0 +1,79 @@
+"""The states of a session's link, as the application sees them."""
+
+from enum import Enum
+
+PROBE_AFTER_S = 0.5
+PROBE_EVERY_S = 0.2
+"""While a turn is open and nothing has come for `PROBE_AFTER_S`, the server is asked every
+`PROBE_EVERY_S`: each packet that comes shows that the link lives, whatever the model does."""
+
+DEAD_AFTER_S = 1.8
+"A link that says nothing for so long, and was asked, is dead."
+
+RETRY_FIRST_S = 0.25
+RETRY_MAX_S = 5.0
+RETRY_GROWTH = 2.0
+"A failed attempt to reconnect is followed by the next after these waits, each twice the last."
+
+REFUSED_FOR_S = 5.0
+"When only refusals have come for so long, the server is gone, and its turns fail."
+
+
+class LinkState(Enum):
+    """What is known of the way to the server."""
+
+    IDLE = "idle"
+    "There is no connection, and none is needed."
+    CONNECTING = "connecting"
+    "The first connection is being made."
+    UP = "up"
+    "Packets come, or none are expected."
+    SILENT = "silent"
+    "A turn is open and nothing comes, not even what the model has no part in; reconnecting."
+    OFFLINE = "offline"
+    "This machine has no network; as soon as it has one, it goes on."
+    RECONNECTING = "reconnecting"
+    "The connection is gone, and a new one is being made."
+    CLOSED = "closed"
+    "The session is over."
+
+
+NEXT: dict[LinkState, frozenset[LinkState]] = {
+    LinkState.IDLE: frozenset({LinkState.CONNECTING, LinkState.OFFLINE, LinkState.CLOSED}),
+    LinkState.CONNECTING: frozenset(
+        {LinkState.UP, LinkState.IDLE, LinkState.OFFLINE, LinkState.CLOSED}
+    ),
+    LinkState.UP: frozenset(
+        {
+            LinkState.SILENT,
+            LinkState.OFFLINE,
+            LinkState.RECONNECTING,
+            LinkState.IDLE,
+            LinkState.CLOSED,
+        }
+    ),
+    LinkState.SILENT: frozenset(
+        {
+            LinkState.UP,
+            LinkState.OFFLINE,
+            LinkState.RECONNECTING,
+            LinkState.IDLE,
+            LinkState.CLOSED,
+        }
+    ),
+    LinkState.OFFLINE: frozenset(
+        {
+            LinkState.UP,
+            LinkState.CONNECTING,
+            LinkState.SILENT,
+            LinkState.RECONNECTING,
+            LinkState.IDLE,
+            LinkState.CLOSED,
+        }
+    ),
+    LinkState.RECONNECTING: frozenset(
+        {LinkState.UP, LinkState.OFFLINE, LinkState.IDLE, LinkState.CLOSED}
+    ),
+    LinkState.CLOSED: frozenset(),
+}
+"Which state may follow which."

@@ -1,0 +1,86 @@
+"""What a server keeps between its runs: its certificate and the turns."""
+
+import datetime
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from eloquent.errors import ConfigurationError
+from eloquent.quic.certificate import ServerCertificate, make_certificate
+from eloquent_server.store import TokenStore
+
+CERTIFICATE_FILE = "certificate.pem"
+STORE_FILE = "turns.sqlite"
+
+CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
+RENEW_BEFORE = datetime.timedelta(days=1)
+"A kept certificate that ends sooner is made anew, and the server's URL changes."
+
+
+def open_store(directory: Path | None, *, durable: bool) -> TokenStore:
+    """Open the store in the state directory, or one that ends with the process.
+
+    Raises:
+        EloquentError: it cannot be used; the text says why.
+    """
+    return TokenStore.open(directory / STORE_FILE if directory else None, durable=durable)
+
+
+def server_certificate(
+    directory: Path | None, host: str, now: datetime.datetime
+) -> ServerCertificate:
+    """Return the certificate that is kept in the state directory; make it if need be.
+
+    Without a directory, and for another host, it is a new one.
+
+    Raises:
+        ConfigurationError: it cannot be read or written.
+    """
+    if directory is None:
+        return make_certificate(host, now - CLOCK_SKEW_ALLOWED)
+    path = directory / CERTIFICATE_FILE
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = _read(path) if path.exists() else None
+        if kept is not None and _is_for(kept, host, now):
+            return kept
+        made = make_certificate(host, now - CLOCK_SKEW_ALLOWED)
+        _write(path, made)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"The server's certificate in {path} cannot be used ({error}): give a directory that "
+            "this user can write to with --state, or remove the file, and a new one is made."
+        ) from error
+    return made
+
+
+def _is_for(kept: ServerCertificate, host: str, now: datetime.datetime) -> bool:
+    certificate = kept.certificate
+    subject = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = [str(name.value) for name in subject]
+    return host in names and certificate.not_valid_after_utc - now > RENEW_BEFORE
+
+
+def _read(path: Path) -> ServerCertificate:
+    data = path.read_bytes()
+    key = serialization.load_pem_private_key(data, password=None)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise TypeError("its key is not Ed25519")
+    return ServerCertificate(x509.load_pem_x509_certificate(data), key)
+
+
+def _write(path: Path, made: ServerCertificate) -> None:
+    pem = made.certificate.public_bytes(serialization.Encoding.PEM)
+    pem += made.private_key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+    temporary.replace(path)

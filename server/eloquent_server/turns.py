@@ -1,0 +1,356 @@
+"""Turns: they outlive the connections that read them, and the process that generates them.
+
+A request makes a turn, or finds it: the same id is never generated twice. What is generated goes
+into the turn's log, from there into the store, and only then to its readers, of which there may
+be any number and none. A turn's life (`State`):
+
+    GENERATING --the log's end--> ENDED
+    GENERATING --declined before the first event--> forgotten
+    GENERATING --cancelled by its owner, or no reader for `grace_s`--> ENDED ("cancelled")
+    GENERATING --a fault--> ENDED ("error", a Failure before it)
+    GENERATING --the store cannot keep it--> forgotten, its readers told
+
+An ended turn leaves the memory as soon as the store has it and nobody reads it; a request for it
+brings it back. One that the store has without its end was cut off with its server: it gets a
+Failure and its end then.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+
+from eloquent.core.events import Failure, TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.wire import Request
+from eloquent.errors import EloquentError
+from eloquent.serving import Reader
+from eloquent_server.store import StoredTurn, StoreError, TokenStore, TurnRecord, TurnState
+
+PRINCIPAL = "local"
+"Whose turns these are, until there are keys to tell people apart."
+
+GRACE_S = 120.0
+"A turn that nobody reads is generated for so long."
+
+STOP_S = 1.0
+"How long `close` waits for the turns' tasks."
+
+UNKNOWN_TURN = (
+    "There is no such turn, or it is kept no longer, or the secret is not its: ask it anew, "
+    "under a new turn id."
+)
+REPLACED = "The turn goes on over another connection of its owner."
+INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
+SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
+FAULT = "The server failed; its log has the reason. What has come is kept; ask again."
+
+logger = logging.getLogger(__name__)
+
+
+class Turn:
+    """One turn as what generates it sees it: append events, then close.
+
+    The task that generates is cancelled when nobody wants the turn any more.
+    """
+
+    def __init__(
+        self,
+        hub: "TurnHub",
+        request: Request,
+        *,
+        stored: StoredTurn | None = None,
+    ) -> None:
+        self._hub = hub
+        if stored is None:
+            self.secret_hash, self.body_hash = hash_of(request.secret), hash_of(request.body)
+            self.log = TokenLog(is_held=True)
+        else:
+            self.secret_hash, self.body_hash = stored.record.secret_hash, stored.record.body_hash
+            self.log, _ = TokenLog.restored(stored.log)
+        self.record = stored.record if stored is not None else None
+        "The store's handle, from the first event on: a turn that was declined is not kept."
+        self.readers: dict[Reader, None] = {}
+        self.task: asyncio.Task[None] | None = None
+        self.grace: asyncio.TimerHandle | None = None
+        self.handed = self.log.length
+        "How many bytes of the log the store was given."
+        self._request = request
+
+    @property
+    def request(self) -> Request:
+        """What the client asked."""
+        return self._request
+
+    @property
+    def name(self) -> str:
+        """The turn's id, as logs have it."""
+        return self._request.turn_id.hex()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be appended any more."""
+        return self.log.is_closed
+
+    def append(self, event: TextDelta | Failure) -> None:
+        """Add an event to the answer; it leaves as soon as it is stored."""
+        self.log.append(event)
+        self._hub.keep(self)
+
+    def close(
+        self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
+    ) -> None:
+        """End the answer."""
+        self.log.close(
+            finish_reason,
+            model=model,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+        )
+        self._hub.keep(self)
+
+    def end_early(self, reason: str, failure: Failure | None = None) -> None:
+        """End an answer that will not be whole; its counts are not known."""
+        if failure is not None:
+            self.append(failure)
+        self.close(reason, model="", prompt_tokens=0, completion_tokens=0)
+
+    def reject(self, code: str, message: str) -> None:
+        """Decline the turn, before anything was appended; the id may be used again."""
+        self._hub.forget(self, code, message)
+
+
+TurnHandler = Callable[[Turn], Awaitable[None]]
+
+
+class TurnHub:
+    """All turns of a server; a `TurnService`. Use it on one event loop."""
+
+    def __init__(
+        self, handler: TurnHandler, store: TokenStore, *, grace_s: float = GRACE_S
+    ) -> None:
+        """`handler` generates a turn; `grace_s` is in seconds."""
+        self._handler = handler
+        self._store = store
+        self._grace_s = grace_s
+        self._turns: dict[bytes, Turn] = {}
+        self._loading: dict[bytes, list[Reader]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._of_reader: dict[Reader, Turn] = {}
+        self._is_closed = False
+
+    @property
+    def generating(self) -> int:
+        """How many turns are being generated."""
+        return sum(not turn.is_over for turn in self._turns.values())
+
+    @property
+    def readers(self) -> int:
+        """How many readers are attached."""
+        return len(self._of_reader)
+
+    async def close(self) -> None:
+        """End all turns; whoever reads them is told."""
+        self._is_closed = True
+        for turn in list(self._turns.values()):
+            self._stop(turn, "error", Failure("unavailable", SHUTTING_DOWN))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_S)
+        await self._store.close()
+
+    def on_request(self, reader: Reader) -> None:
+        """See `TurnService.on_request`."""
+        if self._is_closed:
+            reader.reject("unavailable", SHUTTING_DOWN)
+            return
+        turn_id = reader.request.turn_id
+        turn = self._turns.get(turn_id)
+        record = self._store.find(PRINCIPAL, turn_id)
+        if turn is not None:
+            self._admit(reader, turn)
+        elif turn_id in self._loading:
+            self._loading[turn_id].append(reader)
+        elif record is not None and record.state is not TurnState.TOMBSTONE:
+            self._loading[turn_id] = [reader]
+            self._spawn(self._load(turn_id))
+        elif record is not None or not reader.request.body or reader.request.offset:
+            reader.reject("unknown_turn", UNKNOWN_TURN)
+        else:
+            turn = self._turns[turn_id] = Turn(self, reader.request)
+            self._admit(reader, turn)
+            turn.task = self._spawn(self._generate(turn))
+
+    def on_cancel(self, reader: Reader) -> None:
+        """See `TurnService.on_cancel`."""
+        turn = self._of_reader.get(reader)
+        if turn is not None and reader.request.is_owner:
+            self._stop(turn, "cancelled")
+
+    def on_gone(self, reader: Reader) -> None:
+        """See `TurnService.on_gone`."""
+        for waiting in self._loading.values():
+            if reader in waiting:
+                waiting.remove(reader)
+        turn = self._of_reader.pop(reader, None)
+        if turn is None:
+            return
+        turn.readers.pop(reader, None)
+        if turn.is_over:
+            self._leave_memory(turn)
+        elif not turn.readers and self._is_current(turn):
+            loop = asyncio.get_running_loop()
+            turn.grace = loop.call_later(self._grace_s, self._abandon, turn)
+
+    def keep(self, turn: Turn) -> None:
+        """Hand what was written to the store; readers get it when it is kept."""
+        offset, data = turn.handed, turn.log.written_from(turn.handed)
+        turn.handed += len(data)
+
+        def on_stored(error: StoreError | None) -> None:
+            if error is None:
+                self._release(turn, offset + len(data))
+            else:
+                self._on_not_stored(turn, error)
+
+        try:
+            turn.record = turn.record or self._create(turn)
+            put = self._store.close_turn if turn.is_over else self._store.append
+            put(turn.record, offset, data, on_stored=on_stored)
+        except StoreError as error:
+            self._on_not_stored(turn, error)
+
+    def forget(self, turn: Turn, code: str, message: str) -> None:
+        """Drop a turn as if it had never been asked; its readers get the reason."""
+        self._turns.pop(turn.request.turn_id, None)
+        self._end_grace(turn)
+        for reader in list(turn.readers):
+            self._of_reader.pop(reader, None)
+            reader.reject(code, message)
+        turn.readers.clear()
+
+    def _create(self, turn: Turn) -> TurnRecord:
+        return self._store.create(
+            PRINCIPAL,
+            turn.request.turn_id,
+            turn.secret_hash,
+            turn.request.body,
+            turn.body_hash,
+        )
+
+    def _admit(self, reader: Reader, turn: Turn) -> None:
+        request = reader.request
+        if not hmac.compare_digest(hash_of(request.secret), turn.secret_hash):
+            reader.reject("unknown_turn", UNKNOWN_TURN)
+        elif request.body and hash_of(request.body) != turn.body_hash:
+            reader.reject(
+                "turn_conflict",
+                "This turn id was used for another request: make a new id for each turn.",
+            )
+        elif request.offset > turn.log.length:
+            reader.reject(
+                "bad_offset",
+                f"The turn has {turn.log.length} bytes, and byte {request.offset} was asked: "
+                "resume at an offset that was received.",
+            )
+        else:
+            self._end_grace(turn)
+            if request.is_owner:
+                self._replace_owners(turn)
+            turn.readers[reader] = None
+            self._of_reader[reader] = turn
+            reader.accept(turn.log)
+
+    def _replace_owners(self, turn: Turn) -> None:
+        """Let go of the owner's earlier readers: it has come back over another connection."""
+        for reader in [reader for reader in turn.readers if reader.request.is_owner]:
+            del turn.readers[reader]
+            self._of_reader.pop(reader, None)
+            reader.reject("replaced", REPLACED)
+
+    async def _load(self, turn_id: bytes) -> None:
+        """Bring a turn back from the store for the readers that wait for it."""
+        try:
+            stored = await self._store.load(PRINCIPAL, turn_id)
+            turn = None
+            if stored is not None:
+                turn = Turn(self, Request(turn_id, stored.body), stored=stored)
+        except EloquentError as error:
+            logger.error("turn %s cannot be brought back: %s", turn_id.hex(), error)
+            for reader in self._loading.pop(turn_id):
+                reader.reject("unavailable", f"The turn cannot be read: {error}")
+            return
+        readers = self._loading.pop(turn_id)
+        if turn is None:
+            for reader in readers:
+                reader.reject("unknown_turn", UNKNOWN_TURN)
+            return
+        self._turns[turn_id] = turn
+        if not turn.is_over:
+            turn.end_early("error", Failure("interrupted", INTERRUPTED))
+        for reader in readers:
+            self._admit(reader, turn)
+        self._leave_memory(turn)
+
+    async def _generate(self, turn: Turn) -> None:
+        try:
+            await self._handler(turn)
+        except Exception:
+            # The boundary of the application: a fault in one turn ends that turn, says so in the
+            # log for the operator, and hurts no other.
+            logger.exception("turn %s failed", turn.name)
+        if self._is_current(turn) and not turn.is_over:
+            if turn.log.written:
+                turn.end_early("error", Failure("internal_error", FAULT))
+            else:
+                turn.reject("internal_error", FAULT)
+
+    def _abandon(self, turn: Turn) -> None:
+        logger.info("turn %s: nobody reads it any more", turn.name)
+        self._stop(turn, "cancelled")
+
+    def _stop(self, turn: Turn, reason: str, failure: Failure | None = None) -> None:
+        """End a turn before its time, unless it is over."""
+        if turn.is_over or not self._is_current(turn):
+            return
+        if turn.task is not None:
+            turn.task.cancel()
+        turn.end_early(reason, failure)
+
+    def _release(self, turn: Turn, offset: int) -> None:
+        turn.log.release(offset)
+        for reader in list(turn.readers):
+            reader.log_grew()
+        self._leave_memory(turn)
+
+    def _on_not_stored(self, turn: Turn, error: StoreError) -> None:
+        if self._is_current(turn):
+            logger.error("turn %s cannot be stored: %s", turn.name, error)
+            if turn.task is not None:
+                turn.task.cancel()
+            self.forget(turn, "not_stored", f"The server cannot keep the answer: {error}")
+
+    def _leave_memory(self, turn: Turn) -> None:
+        """Drop an ended turn that nobody reads, once the store has all of it."""
+        if turn.log.end is not None and not turn.readers and self._is_current(turn):
+            del self._turns[turn.request.turn_id]
+            self._end_grace(turn)
+
+    def _is_current(self, turn: Turn) -> bool:
+        return self._turns.get(turn.request.turn_id) is turn
+
+    def _end_grace(self, turn: Turn) -> None:
+        if turn.grace is not None:
+            turn.grace.cancel()
+            turn.grace = None
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def hash_of(data: bytes) -> bytes:
+    """Return the SHA-256 of a secret or a body, as the store keeps it."""
+    return hashlib.sha256(data).digest()
