@@ -196,7 +196,6 @@ class VirtualLoop(StreamLoop):
     sock_recvfrom_into = _refused("A real socket", NO_SOCKETS)
     sock_sendall = _refused("A real socket", NO_SOCKETS)
     sock_sendto = _refused("A real socket", NO_SOCKETS)
-    sock_sendfile = _refused("A real socket", NO_SOCKETS)
     sock_connect = _refused("A real socket", NO_SOCKETS)
     sock_accept = _refused("A real socket", NO_SOCKETS)
 

@@ -133,6 +133,17 @@ class StreamLoop(TimeLoop):
             await server.start_serving()
         return server
 
+    async def sock_sendfile(self, sock: Any, *_: Any, **__: Any) -> int:
+        """Send asyncio, which asks this of its transports first, to its own way of sending files.
+
+        Raises:
+            NotVirtualError: the socket is a real one.
+            asyncio.SendfileNotAvailableError: always, else.
+        """
+        if not isinstance(sock, VirtualSocket):
+            _refuse_real(sock)
+        raise asyncio.SendfileNotAvailableError("a virtual socket has no kernel to send files")
+
     def _stream_info(
         self, host: str | None, port: int | str | None, family: int, flags: int = 0
     ) -> AddrInfo:

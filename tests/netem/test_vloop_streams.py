@@ -11,6 +11,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -547,3 +548,25 @@ def test_many_connections_at_once_are_accepted_in_order() -> None:
         assert answers == [b"%d" % index for index in range(50)]
 
     run(main(), network)
+
+
+def test_files_are_sent_and_debugging_changes_nothing(tmp_path: Path) -> None:
+    network = network_with()
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 1000)
+
+    async def main() -> float:
+        async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with path.open("rb") as file:
+                await asyncio.get_running_loop().sendfile(writer.transport, file)
+            writer.close()
+
+        async with serving(network, send):
+            reader, writer = await asyncio.open_connection("server", 80)
+            assert await reader.read() == path.read_bytes()
+            writer.close()
+        return now()
+
+    in_debug_mode = run(main(), network, debug=True)
+    network = network_with()
+    assert run(main(), network, debug=False) == in_debug_mode
