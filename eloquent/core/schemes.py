@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 
-from eloquent.core.log import TokenLog
+from eloquent.core.log import Log
 from eloquent.core.path import Path
 from eloquent.core.sender import NOW, Sender
 from eloquent.core.wire import Bundle, bundle_header_size
@@ -33,7 +33,7 @@ class EloquentSender(Sender):
     on, and only what is lost goes out again, so that the cost stays linear.
     """
 
-    def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
+    def __init__(self, turn: int, log: Log, path: Path) -> None:
         super().__init__(turn, log, path)
         self._repeat_at = 0.0
         self._tail_repeats = 0
@@ -89,7 +89,7 @@ class QueuedSender(EloquentSender):
     whose contents are stale before they leave.
     """
 
-    def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
+    def __init__(self, turn: int, log: Log, path: Path) -> None:
         super().__init__(turn, log, path)
         self._queue: deque[Bundle] = deque()
 
@@ -127,7 +127,7 @@ class RetransmitSender(Sender):
     With `copies=2` each bundle leaves twice, back to back: the paper's "send every packet twice".
     """
 
-    def __init__(self, turn: int, log: TokenLog, path: Path, *, copies: int = 1) -> None:
+    def __init__(self, turn: int, log: Log, path: Path, *, copies: int = 1) -> None:
         super().__init__(turn, log, path)
         self._copies = copies
         self._pending_copies: deque[tuple[int, int]] = deque()
@@ -161,11 +161,11 @@ class RetransmitSender(Sender):
 class DuplicateSender(RetransmitSender):
     """`RetransmitSender` with every packet sent twice."""
 
-    def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
+    def __init__(self, turn: int, log: Log, path: Path) -> None:
         super().__init__(turn, log, path, copies=2)
 
 
-SenderFactory = Callable[[int, TokenLog, Path], Sender]
+SenderFactory = Callable[[int, Log, Path], Sender]
 
 SCHEMES: dict[str, SenderFactory] = {
     "eloquent": EloquentSender,

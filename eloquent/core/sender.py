@@ -8,7 +8,7 @@ into the next bundle, and when. The connection asks for a bundle only when it ca
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from eloquent.core.log import TokenLog
+from eloquent.core.log import Log
 from eloquent.core.path import Path
 from eloquent.core.ranges import RangeSet
 from eloquent.core.wire import Bundle, Report, bundle_header_size
@@ -42,7 +42,7 @@ class Sender(ABC):
     all that was ever sent; `_resend` holds sent bytes, not seen, that no bundle in flight carries.
     """
 
-    def __init__(self, turn: int, log: TokenLog, path: Path) -> None:
+    def __init__(self, turn: int, log: Log, path: Path) -> None:
         self._turn = turn
         self._log = log
         self._path = path
@@ -58,7 +58,7 @@ class Sender(ABC):
         self._confirm_tries = 0
 
     @property
-    def log(self) -> TokenLog:
+    def log(self) -> Log:
         """The log that is being sent."""
         return self._log
 
@@ -74,6 +74,11 @@ class Sender(ABC):
             return False
         is_given_up = self._mark == self._log.length and self._confirm_tries > CONFIRM_TRIES
         return self._reported == self._log.length or is_given_up
+
+    def start_at(self, offset: int) -> None:
+        """Leave out the bytes below `offset`, which the reader has; before the first bundle."""
+        self._seen.add(0, offset)
+        self._mark = self._reported = self._sent_end = offset
 
     def log_grew(self, now: float) -> None:  # noqa: B027  (only a scheme that queues needs it)
         """Tell the sender, at time `now` in seconds, that events were appended to the log."""
