@@ -131,6 +131,7 @@ def transport(
     json: Path | None = None,
     markdown: Path | None = None,
     cache: Path | None = None,
+    traces: Path = Path("../shared/traces"),
 ) -> None:
     """Hold the transport to its bounds in virtual time; exit with 1 if it misses one.
 
@@ -140,9 +141,10 @@ def transport(
     ----------
     part
         The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
-        schemes, for every loss, round trip and rate. `wire`: bytes per token. `outages`: how soon
-        after the link's return the reader is up to date. `fairness`: two token flows beside a bulk
-        flow, and fifty on a thin link. `cancel`: how soon the server knows.
+        schemes, for every loss, round trip and rate. `traces`: the same over handovers and recorded
+        cellular links. `wire`: bytes per token. `outages`: how soon after the link's return the
+        reader is up to date. `fairness`: two token flows beside a bulk flow, and fifty on a thin
+        link. `cancel`: how soon the server knows.
     seeds
         How many seeds, from 0 on.
     schemes
@@ -156,14 +158,17 @@ def transport(
     cache
         Remember the figures of every run in this file, and take from it those of runs on the same
         code (a hash of the transport's).
+    traces
+        The folder with the recordings, in mahimahi's format; what is not there is skipped.
     """
-    from eloquent_netem.lab.transport import PARTS, Options
+    from eloquent_netem.lab.transport import Options, make_parts
     from eloquent_netem.lab.transport import transport as run
 
-    unknown = set(part) - set(PARTS)
+    parts = make_parts(traces)
+    unknown = set(part) - set(parts)
     if unknown:
         raise ConfigurationError(
-            f"There is no part {sorted(unknown)[0]!r}: choose from {', '.join(PARTS)}."
+            f"There is no part {sorted(unknown)[0]!r}: choose from {', '.join(parts)}."
         )
     if seeds < 1 or jobs < 1:
         raise ConfigurationError("--seeds and --jobs must be at least 1.")
@@ -178,7 +183,7 @@ def transport(
         markdown=markdown,
         cache=cache,
     )
-    sys.exit(run(part or tuple(PARTS), options))
+    sys.exit(run([parts[name] for name in part or parts], options))
 
 
 def _check_writable(path: Path) -> None:

@@ -46,11 +46,14 @@ class _End:
         return min((time for time in times if time is not None), default=None)
 
     def act(self, now: float) -> None:
-        for packet in self._inbound.poll(now):
+        packets = self._inbound.poll(now)
+        for packet in packets:
             self._connection.receive(packet.data, self._peer_address, now, quic_ecn.Ecn(packet.ecn))
         timer = self._connection.next_time()
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)
+        elif not packets:
+            return  # A packet went on within the link.
         while (event := self._connection.next_event()) is not None:
             self._on_event(event, now)
         self.flush(now)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from eloquent_netem.lab.findings import (
 )
 from eloquent_netem.lab.grid import grid_jobs, grid_report
 from eloquent_netem.lab.outages import outage_jobs, outage_report
+from eloquent_netem.lab.traces import trace_jobs, trace_report
 from eloquent_netem.lab.wire import wire_jobs, wire_report
 
 EXIT_MISSED = 1
@@ -43,16 +45,17 @@ class Part:
     report: Callable[[Results], Report]
 
 
-PARTS = {
-    part.name: part
-    for part in (
+def make_parts(traces: Path) -> dict[str, Part]:
+    """Return all parts, in the order in which they run; `traces` is the folder of recordings."""
+    parts = (
         Part("grid", grid_jobs, grid_report),
+        Part("traces", partial(trace_jobs, folder=traces), partial(trace_report, folder=traces)),
         Part("wire", wire_jobs, wire_report),
         Part("outages", outage_jobs, outage_report),
         Part("fairness", fairness_jobs, fairness_report),
         Part("cancel", cancel_jobs, cancel_report),
     )
-}
+    return {part.name: part for part in parts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,7 @@ class Options:
     cache: Path | None = None
 
 
-def transport(parts: Sequence[str], options: Options) -> int:
+def transport(parts: Sequence[Part], options: Options) -> int:
     """Run parts, print their findings, write the files; return the exit code.
 
     It is 0 if all bounds are met, 1 if one is missed, 130 after Ctrl-C, which keeps what is done.
@@ -78,18 +81,17 @@ def transport(parts: Sequence[str], options: Options) -> int:
     rows: list[dict[str, Any]] = []
     is_complete = True
     begun_s = time.monotonic()
-    for name in parts:
-        part = PARTS[name]
+    for part in parts:
         jobs = [
             job
             for job in part.jobs(options.seeds)
             if not options.schemes or job.scheme in options.schemes
         ]
-        progress = Progress(sys.stderr, name)
+        progress = Progress(sys.stderr, part.name)
         results = run_jobs(jobs, workers=options.workers, cache=cache, progress=progress)
         progress.end()
         reports.append(part.report(results))
-        rows += _rows(name, results)
+        rows += _rows(part.name, results)
         is_complete = results.is_complete
         _write(options, reports, rows, took_s=time.monotonic() - begun_s, is_complete=is_complete)
         for failure in list(results.failures.values())[:MISSED_SHOWN]:
