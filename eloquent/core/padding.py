@@ -4,6 +4,9 @@ A bundle's size is the sum of a few tokens' lengths, and a sequence of such sums
 an answer (Whisper Leak, arXiv 2511.03675). `docs/design.md`, "Padding", has what remains visible.
 """
 
+import math
+from collections import deque
+
 SMALLEST_BYTES = 112
 """The smallest size. With 4-byte tokens, 30 a second and 100 ms of round trip a bundle's packet has
 60 bytes, so this leaves room for longer tokens and costs 53 bytes a token."""
@@ -11,13 +14,26 @@ SMALLEST_BYTES = 112
 HOLD_S = 2.0
 "A size stays in use at least this long after it was last needed, and at most twice as long."
 
+FLIGHT_RTTS = 1.25
+"A bundle carries the tokens of this many round trips: it takes as long to hear that one arrived."
+
+SLOT_S = 0.01
+"Packets closer together than this carry the same tokens: one repeats the other."
+
+HEADER_BYTES = 35
+TOKEN_BYTES = 8
+SPREAD_BYTES = 10
+"""`n` tokens and their headers take less than `HEADER_BYTES + TOKEN_BYTES * n + SPREAD_BYTES *
+sqrt(n)` in nearly all packets: in English text a token's event has 7 bytes, give or take 3."""
+
 
 class Padding:
     """Chooses the sizes of one connection's packets.
 
-    Sizes are `SMALLEST_BYTES` times a power of two. A step up is seen, so it must be rare: the size
-    in use falls only after `hold_s` seconds in which nothing needed it. When it may fall is a
-    matter of time alone. A full packet bounds what comes out in the caller's hands.
+    Sizes are `SMALLEST_BYTES` times a power of two. The least is what long tokens would need, as
+    many as there are packets in flight: that number shows anyway. So it is rare that the content
+    asks for more; a size once needed is then held for `hold_s`, so that steps are few. When it may
+    fall is a matter of time alone.
     """
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
@@ -27,14 +43,28 @@ class Padding:
         self._before = SMALLEST_BYTES
         "The largest size needed in the span before."
         self._in_span = SMALLEST_BYTES
+        self._sent_at: deque[float] = deque()
+        "When packets left, those within `SLOT_S` of another left out."
 
-    def padded_size(self, size: int, now: float) -> int:
-        """Return the bytes to which a packet of `size` bytes, sent at `now`, must be padded."""
+    def padded_size(self, size: int, now: float, rtt_s: float) -> int:
+        """Return the bytes to which a packet of `size` bytes, sent at `now`, must be padded.
+
+        It may be more than a packet holds; then a full one is meant.
+        """
         span = int(now // self._hold_s)
         if span != self._span:
             self._before = self._in_span if span == self._span + 1 else SMALLEST_BYTES
             self._in_span = SMALLEST_BYTES
             self._span = span
-        while self._in_span < size:
+        tokens = self._packets_in_flight(now, rtt_s)
+        wanted = HEADER_BYTES + TOKEN_BYTES * tokens + SPREAD_BYTES * math.sqrt(tokens)
+        while self._in_span < max(size, wanted):
             self._in_span *= 2
         return max(self._before, self._in_span)
+
+    def _packets_in_flight(self, now: float, rtt_s: float) -> int:
+        if not self._sent_at or now - self._sent_at[-1] >= SLOT_S:
+            self._sent_at.append(now)
+        while self._sent_at[0] < now - FLIGHT_RTTS * rtt_s:
+            self._sent_at.popleft()
+        return len(self._sent_at)

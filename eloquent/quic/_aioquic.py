@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from aioquic.buffer import size_uint_var
+from aioquic.buffer import Buffer, size_uint_var  # type: ignore[attr-defined]
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.connection import QuicConnection, QuicNetworkPath
+from aioquic.quic.connection import QuicConnection, QuicNetworkPath, QuicReceiveContext
+from aioquic.quic.events import DatagramFrameReceived
 from aioquic.quic.packet import QuicFrameType
 from aioquic.quic.packet_builder import (
     QuicDeliveryState,
@@ -23,6 +24,7 @@ from aioquic.quic.packet_builder import (
 from cryptography import x509
 
 from eloquent.core.padding import Padding
+from eloquent.quic.qlog import describe_frame
 
 MAX_DATAGRAM_FRAME_BYTES = 65535
 "What we announce as `max_datagram_frame_size` (RFC 9221 section 3): any size."
@@ -188,16 +190,27 @@ class LateBoundConnection(QuicConnection):
         if self._quic_logger is not None and builder.quic_logger_frames is not None:
             builder.quic_logger_frames.append(
                 self._quic_logger.encode_datagram_frame(length=len(payload))
+                | describe_frame(payload)
             )
         self._pad(builder)
         return True
+
+    def _handle_datagram_frame(
+        self, context: QuicReceiveContext, frame_type: int, buf: Buffer
+    ) -> None:
+        """Take a datagram; with a qlog, say there what it is."""
+        super()._handle_datagram_frame(context, frame_type, buf)
+        if context.quic_logger_frames is not None:
+            received = self._events[-1]
+            assert isinstance(received, DatagramFrameReceived)
+            context.quic_logger_frames[-1].update(describe_frame(received.data))
 
     def _pad(self, builder: QuicPacketBuilder) -> None:
         """Add PADDING frames, one byte each (RFC 9000 section 19.1), as far as there is room."""
         if self._padding is None:
             return
         size = self._packet_size()
-        missing = self._padding.padded_size(size, self._source_now) - size
+        missing = self._padding.padded_size(size, self._source_now, self.srtt_s) - size
         missing = min(missing, builder.remaining_buffer_space, builder.remaining_flight_space)
         if missing > 0:
             builder.start_frame(QuicFrameType.PADDING).push_bytes(bytes(missing - 1))

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eloquent.core.padding import HOLD_S, SMALLEST_BYTES, Padding
+from eloquent.core.padding import HOLD_S, SLOT_S, SMALLEST_BYTES, Padding
 
 SIZES = st.integers(1, 1200)
+RTT_S = 0.1
 STEPS = st.lists(st.tuples(SIZES, st.floats(0, 3 * HOLD_S)), min_size=1, max_size=60)
 
 
@@ -14,7 +15,7 @@ STEPS = st.lists(st.tuples(SIZES, st.floats(0, 3 * HOLD_S)), min_size=1, max_siz
     ("size", "padded"), [(1, 112), (112, 112), (113, 224), (224, 224), (225, 448), (1200, 1792)]
 )
 def test_a_size_goes_up_to_the_next_step(size: int, padded: int) -> None:
-    assert Padding().padded_size(size, 0.0) == padded
+    assert Padding().padded_size(size, 0.0, RTT_S) == padded
 
 
 @given(STEPS)
@@ -22,20 +23,20 @@ def test_sizes_are_large_enough_and_from_the_few_steps(steps: list[tuple[int, fl
     padding, now = Padding(), 0.0
     for size, wait_s in steps:
         now += wait_s
-        padded = padding.padded_size(size, now)
+        padded = padding.padded_size(size, now, RTT_S)
         assert padded >= size
-        assert padded in {SMALLEST_BYTES << step for step in range(5)}
+        assert padded in {SMALLEST_BYTES << step for step in range(6)}
 
 
 @given(STEPS)
 def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) -> None:
     """Held for one span at least, forgotten after two, and never more than was needed."""
-    padding, now = Padding(), 0.0
+    padding, forgetful, now = Padding(), Padding(hold_s=1e-9), 0.0
     alone: list[tuple[float, int]] = []
     for size, wait_s in steps:
         now += wait_s
-        padded = padding.padded_size(size, now)
-        alone.append((now, Padding().padded_size(size, now)))
+        padded = padding.padded_size(size, now, RTT_S)
+        alone.append((now, forgetful.padded_size(size, now, RTT_S)))
         # The margin is for sums of floats at the very edge of a span.
         must = [needed for time, needed in alone if now - time < HOLD_S - 1e-9]
         may = [needed for time, needed in alone if now - time <= 2 * HOLD_S + 1e-9]
@@ -45,12 +46,42 @@ def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) ->
 @given(st.lists(st.integers(1, SMALLEST_BYTES), min_size=1))
 def test_small_packets_look_alike(sizes: list[int]) -> None:
     padding = Padding()
-    padded = {padding.padded_size(size, index / 30) for index, size in enumerate(sizes)}
+    padded = {padding.padded_size(size, index / 30, RTT_S) for index, size in enumerate(sizes)}
     assert padded == {SMALLEST_BYTES}
 
 
 def test_after_a_pause_nothing_is_held() -> None:
     padding = Padding()
-    assert padding.padded_size(1000, 0.0) == 1792
-    assert padding.padded_size(10, HOLD_S) == 1792
-    assert padding.padded_size(10, 2 * HOLD_S) == SMALLEST_BYTES
+    assert padding.padded_size(1000, 0.0, RTT_S) == 1792
+    assert padding.padded_size(10, HOLD_S, RTT_S) == 1792
+    assert padding.padded_size(10, 2 * HOLD_S, RTT_S) == SMALLEST_BYTES
+
+
+def steady(count: int, gap_s: float, rtt_s: float, size: int = 40) -> list[int]:
+    padding = Padding()
+    return [padding.padded_size(size, index * gap_s, rtt_s) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "rtt_s", "padded"),
+    [(30, 0.02, 112), (30, 0.1, 112), (10, 0.3, 112), (30, 0.3, 224), (100, 0.3, 448)],
+)
+def test_the_least_size_follows_from_the_packets_in_flight(
+    rate: int, rtt_s: float, padded: int
+) -> None:
+    assert steady(200, 1 / rate, rtt_s)[-50:] == [padded] * 50
+
+
+def test_repeats_do_not_count_as_tokens() -> None:
+    padding, times = (
+        Padding(),
+        [index / 30 + repeat for index in range(60) for repeat in (0, 0.003)],
+    )
+    assert {padding.padded_size(60, time, RTT_S) for time in times} == {SMALLEST_BYTES}
+
+
+def test_at_any_rate_the_packets_that_are_remembered_are_bounded() -> None:
+    padding = Padding()
+    for index in range(10_000):
+        padding.padded_size(40, index * 1e-4, RTT_S)
+    assert len(padding._sent_at) <= 1.25 * RTT_S / SLOT_S + 1
