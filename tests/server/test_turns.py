@@ -1,0 +1,406 @@
+"""The hub: turns that outlive their readers. The store is real, the readers write down all."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from eloquent.core.events import End, Event, EventDecoder, Failure, TextDelta
+from eloquent.core.log import Log
+from eloquent.core.wire import Request
+from eloquent_server.store import TokenStore
+from eloquent_server.turns import Turn, TurnHandler, TurnHub
+
+BODY = b'{"messages": []}'
+DEADLINE_S = 20.0
+"Ends a hang; decides nothing."
+
+
+class Notes:
+    """A `Reader` that reads everything at once, as a perfect link would."""
+
+    def __init__(
+        self,
+        turn_id: bytes,
+        secret: bytes,
+        *,
+        body: bytes = BODY,
+        offset: int = 0,
+        is_owner: bool = True,
+    ) -> None:
+        self.request = Request(turn_id, body, secret, offset, is_owner)
+        self.rejected: tuple[str, str] | None = None
+        self.events: list[Event] = []
+        self._log: Log | None = None
+        self._decoder = EventDecoder(offset)
+        self.offset = offset
+        self.news = asyncio.Event()
+
+    def accept(self, log: Log) -> None:
+        self._log = log
+        self.log_grew()
+
+    def log_grew(self) -> None:
+        assert self._log is not None
+        assert self.rejected is None
+        data = self._log.read(self.offset, self._log.length)
+        self.events += self._decoder.feed(data)
+        self.offset += len(data)
+        self.news.set()
+
+    def reject(self, code: str, message: str) -> None:
+        assert self.rejected is None
+        self.rejected = (code, message)
+        self.news.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
+
+    @property
+    def is_over(self) -> bool:
+        return self.rejected is not None or bool(self.events and isinstance(self.events[-1], End))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                self.news.clear()
+                await self.news.wait()
+
+    async def finished(self) -> list[Event]:
+        await self.until(lambda: self.is_over)
+        return self.events
+
+
+class Script:
+    """A handler that says a word each time it is let go on; it counts how often it was asked."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+        self.asked = 0
+        self.gate = asyncio.Semaphore(0)
+        self.ended = asyncio.Event()
+
+    async def __call__(self, turn: Turn) -> None:
+        self.asked += 1
+        try:
+            for word in self.words:
+                await self.gate.acquire()
+                turn.append(TextDelta(word))
+            await self.gate.acquire()
+            turn.close("stop", model="m", prompt_tokens=1, completion_tokens=len(self.words))
+        finally:
+            self.ended.set()
+
+    def go(self, steps: int = 100) -> None:
+        for _ in range(steps):
+            self.gate.release()
+
+
+def names() -> tuple[bytes, bytes]:
+    return secrets.token_bytes(16), secrets.token_bytes(16)
+
+
+@asynccontextmanager
+async def hub_with(
+    handler: TurnHandler, path: Path | None = None, *, grace_s: float = 60.0
+) -> AsyncIterator[TurnHub]:
+    hub = TurnHub(handler, TokenStore.open(path), grace_s=grace_s)
+    try:
+        yield hub
+    finally:
+        await hub.close()
+
+
+async def test_an_answer_is_read_whole_and_leaves_the_memory() -> None:
+    script = Script("to ", "be")
+    async with hub_with(script) as hub:
+        reader = Notes(*names())
+        hub.on_request(reader)
+        script.go()
+        *deltas, end = await reader.finished()
+        assert deltas == [TextDelta("to "), TextDelta("be")]
+        assert isinstance(end, End)
+        assert (end.finish_reason, end.completion_tokens) == ("stop", 2)
+        hub.on_gone(reader)
+        assert (hub.generating, hub.readers) == (0, 0)
+
+
+async def test_the_same_request_twice_is_generated_once() -> None:
+    script = Script("once")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        first, second = Notes(turn_id, secret), Notes(turn_id, secret, is_owner=False)
+        hub.on_request(first)
+        hub.on_request(second)
+        script.go()
+        await asyncio.gather(first.finished(), second.finished())
+        assert first.text == second.text == "once"
+        late = Notes(turn_id, secret)
+        hub.on_gone(first)
+        hub.on_gone(second)
+        hub.on_request(late)  # brought back from the store
+        await late.finished()
+        assert late.text == "once"
+        assert script.asked == 1
+
+
+async def test_a_reader_that_comes_back_gets_the_rest_and_nothing_twice() -> None:
+    script = Script("one ", "two ", "three")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        first = Notes(turn_id, secret)
+        hub.on_request(first)
+        script.go(1)
+        await first.until(lambda: first.text == "one ")
+        hub.on_gone(first)
+        script.go()
+        second = Notes(turn_id, secret, body=b"", offset=first.offset)
+        hub.on_request(second)
+        await second.finished()
+        assert second.text == "two three"
+        assert script.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"secret": bytes(16)}, "unknown_turn"),
+        ({"turn_id": bytes(16)}, "unknown_turn"),
+        ({"body": b'{"messages": [1]}'}, "turn_conflict"),
+        ({"offset": 1000}, "bad_offset"),
+        ({"turn_id": bytes(16), "body": BODY, "offset": 6}, "unknown_turn"),
+    ],
+    ids=["secret", "id", "body", "offset", "id of a lost turn"],
+)
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "stored"])
+async def test_who_may_not_read_is_told_why(
+    change: dict[str, bytes | int], code: str, is_running: bool
+) -> None:
+    script = Script("word")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        owner = Notes(turn_id, secret)
+        hub.on_request(owner)
+        if not is_running:
+            script.go()
+            await owner.finished()
+            hub.on_gone(owner)
+        options = {"turn_id": turn_id, "secret": secret, "body": b"", **change}
+        other = Notes(**options)  # type: ignore[arg-type]
+        hub.on_request(other)
+        await other.finished()
+        assert other.rejected is not None
+        assert other.rejected[0] == code
+        assert owner.rejected is None
+        await asyncio.sleep(0)
+        assert script.asked == 1
+
+
+async def test_only_the_owner_s_cancel_stops_the_generation() -> None:
+    script = Script("so far", " and on")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        owner, guest = Notes(turn_id, secret), Notes(turn_id, secret, body=b"", is_owner=False)
+        hub.on_request(owner)
+        hub.on_request(guest)
+        script.go(1)
+        await guest.until(lambda: guest.text == "so far")
+        leaving = Notes(turn_id, secret, body=b"", is_owner=False)
+        hub.on_request(leaving)
+        hub.on_cancel(leaving)
+        hub.on_gone(leaving)
+        assert hub.generating == 1
+        hub.on_cancel(owner)
+        hub.on_gone(owner)
+        end = (await guest.finished())[-1]
+        assert isinstance(end, End)
+        assert end.finish_reason == "cancelled"
+        await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+        assert hub.generating == 0
+
+
+async def test_an_owner_that_comes_back_takes_the_place_of_its_old_reader() -> None:
+    script = Script("a", "b")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        old = Notes(turn_id, secret)
+        hub.on_request(old)
+        script.go(1)
+        await old.until(lambda: old.text == "a")
+        new = Notes(turn_id, secret, body=b"", offset=old.offset)
+        hub.on_request(new)
+        assert old.rejected is not None
+        assert old.rejected[0] == "replaced"
+        hub.on_gone(old)
+        script.go()
+        await new.finished()
+        assert new.text == "b"
+
+
+async def test_a_turn_that_nobody_reads_is_given_up_after_the_grace_time() -> None:
+    script = Script("unheard")
+    async with hub_with(script, grace_s=0.01) as hub:
+        turn_id, secret = names()
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        script.go(1)
+        await reader.until(lambda: reader.text == "unheard")
+        hub.on_gone(reader)
+        await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+        late = Notes(turn_id, secret, body=b"")
+        hub.on_request(late)
+        end = (await late.finished())[-1]
+        assert isinstance(end, End)
+        assert (late.text, end.finish_reason) == ("unheard", "cancelled")
+
+
+async def test_a_reader_within_the_grace_time_keeps_the_turn_alive() -> None:
+    script = Script("still ", "here")
+    async with hub_with(script, grace_s=0.05) as hub:
+        turn_id, secret = names()
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        hub.on_gone(reader)
+        back = Notes(turn_id, secret, body=b"")
+        hub.on_request(back)
+        await asyncio.sleep(0.1)
+        script.go()
+        await back.finished()
+        assert back.text == "still here"
+
+
+async def fail_at_once(turn: Turn) -> None:
+    raise ZeroDivisionError("a fault")
+
+
+async def fail_later(turn: Turn) -> None:
+    turn.append(TextDelta("half"))
+    raise ZeroDivisionError("a fault")
+
+
+async def forget_to_close(turn: Turn) -> None:
+    turn.append(TextDelta("half"))
+
+
+async def decline(turn: Turn) -> None:
+    turn.reject("unknown_model", "No such model.")
+
+
+async def test_a_fault_before_the_first_event_declines_and_frees_the_id() -> None:
+    async with hub_with(fail_at_once) as hub:
+        for _ in range(2):
+            reader = Notes(bytes(16), bytes(16))
+            hub.on_request(reader)
+            await reader.finished()
+            assert reader.rejected is not None
+            assert reader.rejected[0] == "internal_error"
+
+
+@pytest.mark.parametrize("handler", [fail_later, forget_to_close])
+async def test_a_fault_in_mid_answer_is_in_the_log_for_later_readers_too(
+    handler: TurnHandler,
+) -> None:
+    async with hub_with(handler) as hub:
+        turn_id, secret = names()
+        for _ in range(2):
+            reader = Notes(turn_id, secret)
+            hub.on_request(reader)
+            text, failure, end = await reader.finished()
+            assert text == TextDelta("half")
+            assert isinstance(failure, Failure)
+            assert failure.code == "internal_error"
+            assert isinstance(end, End)
+            assert end.finish_reason == "error"
+            hub.on_gone(reader)
+
+
+async def test_a_declined_turn_may_be_asked_again() -> None:
+    async with hub_with(decline) as hub:
+        for _ in range(2):
+            reader = Notes(bytes(16), bytes(16))
+            hub.on_request(reader)
+            await reader.finished()
+            assert reader.rejected == ("unknown_model", "No such model.")
+        assert hub.generating == 0
+
+
+async def test_readers_of_a_stopping_server_are_told_and_new_ones_declined() -> None:
+    script = Script("so far")
+    async with hub_with(script) as hub:
+        reader = Notes(*names())
+        hub.on_request(reader)
+        script.go(1)
+        await reader.until(lambda: reader.text == "so far")
+        await hub.close()
+        *_, failure, end = await reader.finished()
+        assert isinstance(failure, Failure)
+        assert (failure.code, end.finish_reason) == ("unavailable", "error")  # type: ignore[union-attr]
+        late = Notes(*names())
+        hub.on_request(late)
+        assert late.rejected is not None
+        assert late.rejected[0] == "unavailable"
+
+
+async def test_a_turn_outlives_its_server(tmp_path: Path) -> None:
+    path = tmp_path / "turns.sqlite"
+    turn_id, secret = names()
+    script = Script("kept ", "for ", "later")
+    async with hub_with(script, path) as hub:
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        script.go()
+        await reader.finished()
+    async with hub_with(Script(), path) as hub:
+        for offset in (0, reader.offset // 2 and 7, reader.offset):
+            again = Notes(turn_id, secret, body=b"", offset=offset)
+            hub.on_request(again)
+            if offset < reader.offset:
+                await again.finished()
+                assert again.text == "kept for later"[len("kept ") if offset else 0 :]
+            else:
+                await asyncio.sleep(0)
+                assert again.rejected is None
+            hub.on_gone(again)
+
+
+async def test_a_turn_cut_off_with_its_server_ends_with_what_was_stored(tmp_path: Path) -> None:
+    path = tmp_path / "turns.sqlite"
+    turn_id, secret = names()
+    script = Script("stored ", "never said")
+    store = TokenStore.open(path)
+    hub = TurnHub(script, store)
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    script.go(1)
+    await reader.until(lambda: reader.text == "stored ")
+    await store.close()  # as if the process had gone: nothing is written any more
+    script.go()
+    await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+    other = Script("anew")
+    other.go()
+    async with hub_with(other, path) as restarted:
+        again = Notes(turn_id, secret, body=b"", offset=reader.offset)
+        restarted.on_request(again)
+        failure, end = await again.finished()
+        assert isinstance(failure, Failure)
+        assert isinstance(end, End)
+        assert (failure.code, end.finish_reason) == ("interrupted", "error")
+        assert other.asked == 0
+
+
+async def test_what_cannot_be_stored_is_not_sent(tmp_path: Path) -> None:
+    script = Script("said", "x" * 200)
+    hub = TurnHub(script, TokenStore.open(tmp_path / "t", max_turn_bytes=100))
+    reader = Notes(*names())
+    hub.on_request(reader)
+    script.go()
+    await reader.finished()
+    assert reader.rejected is not None
+    assert reader.rejected[0] == "not_stored"
+    assert reader.text in ("", "said")
+    assert hub.generating == 0
+    await hub.close()
