@@ -27,6 +27,7 @@ from eloquent.quic.connection import (
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import MakeMarking
+from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.serving import TurnService
@@ -115,8 +116,10 @@ class Listener:
         *,
         padding: bool,
         make_marking: MakeMarking | None,
+        qlog: QlogDirectory | None,
     ) -> None:
         self._configuration = server_configuration(certificate)
+        self._configuration.quic_logger = qlog
         self._make_sender = make_sender
         self._padding = padding
         self._make_marking = make_marking
@@ -228,11 +231,13 @@ async def listen(
     make_sender: SenderFactory = EloquentSender,
     padding: bool = True,
     make_marking: MakeMarking | None = None,
+    qlog: QlogDirectory | None = None,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
 
     `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
     policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
+    `qlog` is where each connection's log goes.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -243,7 +248,7 @@ async def listen(
             "free one."
         )
     listener = Listener(
-        certificate, service, make_sender, padding=padding, make_marking=make_marking
+        certificate, service, make_sender, padding=padding, make_marking=make_marking, qlog=qlog
     )
     try:
         await open_udp(listener, local=(host, port))

@@ -4,9 +4,9 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from eloquent.url import DEFAULT_PORT
 from eloquent_server import models as model_store
@@ -24,6 +24,7 @@ def serve(
     padding: bool = True,
     state: Path | None = None,
     durable: bool = False,
+    qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
     exit_with_parent: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -54,6 +55,9 @@ def serve(
         restart. Without it both end with the server.
     durable
         Wait for the disk at each commit, so that the turns in --state survive a loss of power.
+    qlog
+        Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes, times,
+        and no text.
     exit_with_parent
         Stop when standard input closes.
     verbose
@@ -78,6 +82,7 @@ def serve(
                 padding=padding,
                 state=state,
                 durable=durable,
+                qlog=qlog,
                 exit_with_parent=exit_with_parent,
             )
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from eloquent.core.schemes import scheme
 from eloquent.quic.listen import listen
+from eloquent.quic.qlog import QlogDirectory
 from eloquent.url import ServerUrl
 from eloquent_server import models
 from eloquent_server.backends import echo
@@ -53,6 +54,7 @@ class ServerOptions:
     padding: bool
     state: Path | None
     durable: bool
+    qlog: Path | None
     exit_with_parent: bool
 
 
@@ -70,6 +72,7 @@ async def run_server(options: ServerOptions) -> None:
     if options.exit_with_parent:
         _watch_parent(loop, stop)
     make_sender = scheme(options.scheme)
+    qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
     loading = asyncio.ensure_future(asyncio.to_thread(load_backend, options.model, options.device))
@@ -91,6 +94,7 @@ async def run_server(options: ServerOptions) -> None:
             service=hub,
             make_sender=make_sender,
             padding=options.padding,
+            qlog=qlog,
         )
         stack.push_async_callback(listener.close)
         stack.push_async_callback(hub.close)
