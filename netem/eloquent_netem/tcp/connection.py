@@ -92,7 +92,7 @@ class TcpConnection:
         self._early = bytearray()
         self._out: list[TcpPacket] = []
         self._echo_ms = 0
-        self._syns = 0
+        self._syns = self._syn_timeouts = 0
         self._syn_sent_s = 0.0
         self._syn_at_s: float | None = None
         self._syn_rto_s = RTO_INITIAL_S
@@ -250,9 +250,10 @@ class TcpConnection:
             return
         if self._syn_at_s is not None and self._syn_at_s <= now:
             retries = SYN_RETRIES + LINEAR_SYNS if self._is_client else SYN_ACK_RETRIES
-            if self._syns > retries:
+            if self._syn_timeouts >= retries:
                 self._end(errno.ETIMEDOUT)
                 return
+            self._syn_timeouts += 1
             if self._syns > LINEAR_SYNS or not self._is_client:
                 self._syn_rto_s = min(2 * self._syn_rto_s, RTO_MAX_S)
             self._send_syn(now)
