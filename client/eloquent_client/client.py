@@ -4,12 +4,15 @@ import asyncio
 import json
 import secrets
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import EloquentError
-from eloquent.quic.connect import CONNECT_TIMEOUT_S
+from eloquent.quic.connect import CONNECT_TIMEOUT_S, connect
+from eloquent.quic.qlog import QlogDirectory
 from eloquent.session.session import OnState, Session
 from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl, parse_url
@@ -39,18 +42,21 @@ class Client:
         timeout_s: float = ANSWER_TIMEOUT_S,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         on_link_state: OnState = lambda state: None,
+        qlog_dir: Path | None = None,
     ) -> None:
         """`timeout_s` bounds a turn in all, `connect_timeout_s` the handshake; both in seconds.
 
-        `on_link_state` is called with each new state of the link.
+        `on_link_state` is called with each new state of the link. `qlog_dir` is a directory for a
+        log of each connection: packets, sizes and times, and no text.
 
         Raises:
-            ConfigurationError: `url` is no server URL.
+            ConfigurationError: `url` is no server URL, or nothing can be written to `qlog_dir`.
         """
         self._url = parse_url(url) if isinstance(url, str) else url
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._on_link_state = on_link_state
+        self._qlog = None if qlog_dir is None else QlogDirectory(qlog_dir)
         self._session: Session | None = None
 
     @property
@@ -147,6 +153,7 @@ class Client:
                 self._url,
                 connect_timeout_s=self._connect_timeout_s,
                 on_state=self._on_link_state,
+                connector=partial(connect, qlog=self._qlog),
             )
         return self._session
 

@@ -18,6 +18,7 @@ from eloquent.quic.connection import (
 )
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
+from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.url import ServerUrl
 
@@ -27,13 +28,13 @@ CONNECT_TIMEOUT_S = 5.0
 class QuicLink:
     """A `Link` over QUIC."""
 
-    def __init__(self, url: ServerUrl, user: LinkUser) -> None:
+    def __init__(self, url: ServerUrl, user: LinkUser, qlog: QlogDirectory | None = None) -> None:
         self._url = url
         self._user = user
         self._transport: UdpTransport | None = None
-        self._connection = ClientConnection(
-            client_configuration(url.host, pin=url.pin), pin=url.pin
-        )
+        configuration = client_configuration(url.host, pin=url.pin)
+        configuration.quic_logger = qlog
+        self._connection = ClientConnection(configuration, pin=url.pin)
         self._driver = Driver(self._connection, self._send, self._on_event)
         self._address: Address = None
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -172,14 +173,20 @@ class QuicLink:
             self._transport.close()
 
 
-async def connect(url: ServerUrl, user: LinkUser, timeout_s: float = CONNECT_TIMEOUT_S) -> QuicLink:
-    """Connect to a server.
+async def connect(
+    url: ServerUrl,
+    user: LinkUser,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    *,
+    qlog: QlogDirectory | None = None,
+) -> QuicLink:
+    """Connect to a server; the connection's log goes to `qlog`.
 
     Raises:
         ConnectionFailedError: the name is unknown, no server answers within `timeout_s` seconds,
             or it is not the one that the URL's pin names (`ServerRefusedError`).
     """
-    link = QuicLink(url, user)
+    link = QuicLink(url, user, qlog)
     try:
         transport = await open_udp(link, remote=(url.host, url.port))
     except (OSError, UnicodeError) as error:
