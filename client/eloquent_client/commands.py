@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import sys
 from importlib.util import find_spec
 from json import dumps
@@ -13,7 +14,7 @@ from cyclopts import Parameter
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
-from eloquent_client.errors import LocalServerError
+from eloquent_client.errors import APIConnectionError, LocalServerError
 from eloquent_client.local import local_client
 from eloquent_client.printable import printable
 from eloquent_client.stream import MessageStream
@@ -46,7 +47,8 @@ def ask(
         temperature: 0 always takes the likeliest token; up to 2 is more varied.
         seed: The same seed and question give the same answer on the same machine.
         json: Print one JSON object once the answer is complete: the text and how it arrived.
-            Times are in milliseconds; `duplicates` and `missing` are bytes of the answer.
+            `turn` is its name for `eloquent resume`; times are in milliseconds; `duplicates` and
+            `missing` are bytes of the answer.
     """
     # What goes wrong is raised; without a handler Python would print QUIC's log beside it.
     logging.getLogger().addHandler(logging.NullHandler())
@@ -67,6 +69,28 @@ def ask(
         # Whoever read our output is gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
+
+
+def resume(name: str, *, url: str, offset: int = 0, watch: bool = False) -> None:
+    """Go on with an answer that was asked before, here or elsewhere, and print the rest of it.
+
+    Args:
+        name: The turn's name as `eloquent ask` gave it when its connection failed, or with
+            `--json`: its id and its secret, with a colon between.
+        url: The server that was asked.
+        offset: Where to go on, as `eloquent ask` gave it; 0 is the whole answer.
+        watch: Only look on: ending this command does not stop the answer.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())
+    match = re.fullmatch(r"([0-9a-f]{32}):([0-9a-f]{32})", name)
+    if match is None:
+        raise ConfigurationError(
+            f"{name!r} is no turn's name: it has 32 hexadecimal digits, a colon, and 32 more, as "
+            "`eloquent ask` printed it."
+        )
+    if offset < 0:
+        raise ConfigurationError(f"The offset is {offset}: it counts bytes, from 0 on.")
+    asyncio.run(_resume(parse_url(url), match[1], match[2], offset, is_owner=not watch))
 
 
 def chat(
@@ -128,13 +152,34 @@ async def _ask(
     client = Client(url) if url is not None else local_client(model, on_progress=_print_progress)
     try:
         async with client as connected, connected.stream(**body) as stream:
-            if as_json:
-                await _print_json(stream)
-            else:
-                await _print_text(stream)
+            try:
+                if as_json:
+                    await _print_json(stream)
+                else:
+                    await _print_text(stream)
+            except APIConnectionError as error:
+                if url is None:
+                    raise
+                raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
     except LocalServerError as error:
         # What the server said has been printed as it said it.
         raise LocalServerError(error.message) from error
+
+
+def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
+    return (
+        f"To go on later: eloquent resume {stream.turn_id}:{stream.secret} "
+        f"--offset {stream.offset} --url '{url}'"
+    )
+
+
+async def _resume(
+    url: ServerUrl, turn_id: str, secret: str, offset: int, *, is_owner: bool
+) -> None:
+    async with Client(url) as client:
+        stream = client.resume(turn_id, secret, offset=offset, is_owner=is_owner)
+        async with stream:
+            await _print_text(stream)
 
 
 async def _print_text(stream: MessageStream) -> None:
@@ -155,6 +200,7 @@ async def _print_json(stream: MessageStream) -> None:
     message = await stream.get_final_message()
     stats = stream.stats
     answer = {
+        "turn": f"{stream.turn_id}:{stream.secret}",
         "text": message.text,
         "finish_reason": message.finish_reason,
         "model": message.model,
