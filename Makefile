@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
 
-.PHONY: chat test check format results bench-netem clean help
+.PHONY: chat test check format results bench-netem bench-transport clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +35,11 @@ results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
 bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (three minutes; needs root or user namespaces).
 	$(BIN)/eloquent netem fidelity
 	$(BIN)/eloquent lab speed
+
+bench-transport: $(INSTALLED) ## Hold the transport to its bounds (20 minutes on two cores; goes on where it was stopped).
+	@mkdir -p build
+	$(BIN)/eloquent lab transport --seeds 20 --cache build/transport.jsonl \
+		--json build/transport.json --markdown build/transport.md
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
