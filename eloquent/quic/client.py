@@ -7,6 +7,7 @@ from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
 from eloquent.core.receiver import Receiver
+from eloquent.core.turns import TurnFailed, TurnProgress
 from eloquent.core.wire import (
     MAX_REPLY_BYTES,
     Bundle,
@@ -26,8 +27,6 @@ from eloquent.quic.connection import (
     Address,
     Connected,
     Connection,
-    TurnFailed,
-    TurnProgress,
     base_configuration,
 )
 from eloquent.quic.ecn import Ecn

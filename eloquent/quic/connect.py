@@ -4,18 +4,12 @@ import asyncio
 
 from eloquent.core.path import Path
 from eloquent.core.receiver import Receiver
+from eloquent.core.turns import TurnFailed, TurnProgress
 from eloquent.core.wire import Request
 from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
 from eloquent.link import LinkUser, Rung
 from eloquent.quic.client import ClientConnection, client_configuration
-from eloquent.quic.connection import (
-    Address,
-    Connected,
-    ConnectionEnded,
-    ConnectionEvent,
-    TurnFailed,
-    TurnProgress,
-)
+from eloquent.quic.connection import Address, Connected, ConnectionEnded, ConnectionEvent
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.qlog import QlogDirectory

@@ -13,10 +13,10 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.events import Event
 from eloquent.core.path import Path
-from eloquent.core.wire import ALPN, Frame, Request, decode_frame
-from eloquent.errors import EloquentError, WireError
+from eloquent.core.turns import TurnEvent
+from eloquent.core.wire import ALPN, Frame, decode_frame
+from eloquent.errors import WireError
 from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
 from eloquent.quic._ecn import EcnConnection
 from eloquent.quic.ecn import Ecn
@@ -58,44 +58,6 @@ class ConnectionEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnRequested:
-    """A client asks for a turn (server)."""
-
-    turn: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class TurnCancelled:
-    """The reader wants no more of a turn (server)."""
-
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReaderDone:
-    """The reader of a turn has the whole log, or was too slow (server)."""
-
-    turn: int
-
-
-@dataclass(frozen=True, slots=True)
-class TurnProgress:
-    """More of an answer, in order and once (client)."""
-
-    turn: int
-    events: tuple[Event, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TurnFailed:
-    """A turn has ended without its End event (client)."""
-
-    turn: int
-    error: EloquentError
-
-
-@dataclass(frozen=True, slots=True)
 class ConnectionIdChanged:
     """A connection id of ours came into use or went out of it (for the endpoint's routing)."""
 
@@ -103,16 +65,7 @@ class ConnectionIdChanged:
     is_issued: bool
 
 
-ConnectionEvent = (
-    Connected
-    | ConnectionIdChanged
-    | ConnectionEnded
-    | TurnRequested
-    | TurnCancelled
-    | ReaderDone
-    | TurnProgress
-    | TurnFailed
-)
+ConnectionEvent = Connected | ConnectionIdChanged | ConnectionEnded | TurnEvent
 
 
 def base_configuration(*, is_client: bool) -> QuicConfiguration:

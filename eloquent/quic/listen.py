@@ -12,18 +12,11 @@ from aioquic.quic.packet import (
 
 from eloquent.core.log import Log
 from eloquent.core.schemes import EloquentSender, SenderFactory
+from eloquent.core.turns import ReaderDone, TurnCancelled, TurnRequested
 from eloquent.core.wire import Request
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.connection import (
-    Address,
-    ConnectionEnded,
-    ConnectionEvent,
-    ConnectionIdChanged,
-    ReaderDone,
-    TurnCancelled,
-    TurnRequested,
-)
+from eloquent.quic.connection import Address, ConnectionEnded, ConnectionEvent, ConnectionIdChanged
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import MakeMarking

@@ -11,6 +11,14 @@ from eloquent.core.log import Log, LogWindow
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
+from eloquent.core.turns import (
+    SLOW_READER,
+    SLOW_READER_S,
+    TOO_LARGE,
+    ReaderDone,
+    TurnCancelled,
+    TurnRequested,
+)
 from eloquent.core.wire import (
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
@@ -26,22 +34,10 @@ from eloquent.core.wire import (
 )
 from eloquent.errors import WireError
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.connection import (
-    STREAM_REFUSED,
-    Connection,
-    ReaderDone,
-    TurnCancelled,
-    TurnRequested,
-    base_configuration,
-)
+from eloquent.quic.connection import STREAM_REFUSED, Connection, base_configuration
 
 MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
 "A request's body and what stands before it, with room for longer varints than needed."
-
-SLOW_READER_S = 60.0
-"A reader that takes nothing for so long, with its window full, is told to come back later."
-
-TOO_LARGE = f"The request is larger than {MAX_REQUEST_BODY_BYTES} bytes: shorten it."
 
 
 def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
@@ -144,8 +140,7 @@ class ServerConnection(Connection):
             self.reject(
                 turn,
                 "slow_reader",
-                f"Nothing of the answer was read for {SLOW_READER_S:.0f} s: resume it when there "
-                "is somebody to read it.",
+                SLOW_READER,
             )
             self._events.append(ReaderDone(turn))
         super().handle_timer(now)

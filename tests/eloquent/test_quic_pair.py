@@ -9,6 +9,7 @@ import pytest
 from eloquent.core.events import End, TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import scheme
+from eloquent.core.turns import TurnCancelled, TurnFailed, TurnProgress, TurnRequested
 from eloquent.core.wire import (
     MAX_REQUEST_BODY_BYTES,
     Report,
@@ -23,10 +24,6 @@ from eloquent.quic.connection import (
     Connected,
     ConnectionEnded,
     ConnectionEvent,
-    TurnCancelled,
-    TurnFailed,
-    TurnProgress,
-    TurnRequested,
 )
 from eloquent.quic.server import MAX_STREAM_BYTES
 from eloquent_netem.lab.pair import QuicPair

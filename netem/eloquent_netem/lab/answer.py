@@ -6,15 +6,8 @@ from dataclasses import dataclass
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import scheme as find_scheme
-from eloquent.quic.connection import (
-    Connected,
-    ConnectionEnded,
-    ConnectionEvent,
-    TurnCancelled,
-    TurnFailed,
-    TurnProgress,
-    TurnRequested,
-)
+from eloquent.core.turns import TurnCancelled, TurnFailed, TurnProgress, TurnRequested
+from eloquent.quic.connection import Connected, ConnectionEnded, ConnectionEvent
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import EloquentSender
-from eloquent.quic.connection import Connected, ConnectionEvent, TurnProgress, TurnRequested
+from eloquent.core.turns import TurnProgress, TurnRequested
+from eloquent.quic.connection import Connected, ConnectionEvent
 from eloquent_netem.lab.answer import LIMIT_S, START_S
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link, stage_rng
