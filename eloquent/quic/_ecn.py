@@ -22,7 +22,7 @@ from aioquic.tls import Epoch
 from eloquent.quic._aioquic import LateBoundConnection
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, EcnValidation
 from eloquent.quic.marking import MarkingPolicy, SentPacket
-from eloquent.quic.prague import Prague
+from eloquent.quic.prague import Prague, PraguePacer
 
 COUNTS_BYTES = 3 * UINT_VAR_MAX_SIZE
 
@@ -47,6 +47,7 @@ class EcnConnection(LateBoundConnection):
         self._arrived: dict[QuicPacketSpace, EcnCounts] = {}
         self._codepoints: list[Ecn] = []
         self._acked_at = 0.0
+        self._usual_pacer = self._loss._pacer
         if marking is not None:
             self._use_prague()
 
@@ -204,14 +205,20 @@ class EcnConnection(LateBoundConnection):
                 marked=growth.ect1 + growth.ce if growth is not None else 0,
                 congested=growth.ce if growth is not None else 0,
             )
+            self._loss._pacer.update_rate(control.congestion_window, self._loss._rtt_smoothed)
         if self._validation.state is EcnState.FAILED and not was_failed:
             logger.info(
                 "ECN is off for this path: %s. Packets go unmarked from here on.",
                 self._validation.failure,
             )
             if isinstance(control, Prague):
-                self._loss._cc = control.inner
+                self._loss._cc, self._loss._pacer = control.inner, self._usual_pacer
 
     def _use_prague(self) -> None:
         if not isinstance(self._loss._cc, Prague):
-            self._loss._cc = Prague(self._loss._cc, max_datagram_size=self._max_datagram_size)
+            full = self._max_datagram_size
+            control = Prague(self._loss._cc, max_datagram_size=full)
+            self._loss._cc = control
+            self._loss._pacer = PraguePacer(  # type: ignore[assignment]
+                control, max_datagram_size=full, packet_size=self._packet_size
+            )

@@ -65,8 +65,8 @@ def nothing() -> Datagrams:
 
 
 def always() -> Datagrams:
-    """Return a source that fills every packet there may be."""
-    return Datagrams(iter(lambda: 0.0, None))
+    """Return a source that fills every packet there may be, from 0.5 s on."""
+    return Datagrams(iter(lambda: 0.5, None))
 
 
 def every(interval_s: float, *, start_s: float = 1.0, count: int = 10**9) -> Datagrams:
