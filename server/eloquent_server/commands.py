@@ -22,6 +22,7 @@ def serve(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     scheme: str = "eloquent",
     padding: bool = True,
+    ecn: str = "off",
     state: Path | None = None,
     durable: bool = False,
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
@@ -50,6 +51,9 @@ def serve(
         `duplicate`, `retransmit`).
     padding
         Pad packets so that their sizes do not tell the lengths of tokens, which tell the topic.
+    ecn
+        How packets are marked: `off`, or `l4s`, for the low-latency queue of L4S routers (RFC
+        9330), where the path carries the marks; `classic` behaves like `l4s` and marks nothing.
     state
         Directory for the certificate and the turns, so that readers can resume an answer after a
         restart. Without it both end with the server.
@@ -80,6 +84,7 @@ def serve(
                 device=device,
                 scheme=scheme,
                 padding=padding,
+                ecn=ecn,
                 state=state,
                 durable=durable,
                 qlog=qlog,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from eloquent.core.schemes import scheme
 from eloquent.quic.listen import listen
+from eloquent.quic.marking import marking
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.url import ServerUrl
 from eloquent_server import models
@@ -52,6 +53,7 @@ class ServerOptions:
     device: str
     scheme: str
     padding: bool
+    ecn: str
     state: Path | None
     durable: bool
     qlog: Path | None
@@ -72,6 +74,7 @@ async def run_server(options: ServerOptions) -> None:
     if options.exit_with_parent:
         _watch_parent(loop, stop)
     make_sender = scheme(options.scheme)
+    make_marking = marking(options.ecn)
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
@@ -94,6 +97,7 @@ async def run_server(options: ServerOptions) -> None:
             service=hub,
             make_sender=make_sender,
             padding=options.padding,
+            make_marking=make_marking,
             qlog=qlog,
         )
         stack.push_async_callback(listener.close)
