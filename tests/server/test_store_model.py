@@ -167,8 +167,8 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self, is_crash: bool) -> None:
         old = self.path
         if is_crash:
-            # What a killed process leaves: the files as they are once all is stored.
-            self.load(("local", bytes(16)))
+            # What a killed process leaves: the files as they are, once the thread is done.
+            self.loop.run_until_complete(self.store._read(lambda _: None))
             self.path = self.folder / f"{int(old.stem) + 1}.db"
             for suffix in ("", "-wal"):
                 shutil.copy(f"{old}{suffix}", f"{self.path}{suffix}")
