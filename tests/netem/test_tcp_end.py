@@ -233,6 +233,13 @@ def test_who_waits_for_the_other_half_alone_does_not_wait_for_ever() -> None:
     assert case.server.phase is Phase.CLOSE_WAIT
 
 
+def test_the_wait_begins_when_the_application_goes() -> None:
+    case = Case()
+    case.at(0, case.client.shutdown)
+    case.at(100, case.client.close)
+    assert case.run(lambda: case.client.phase is Phase.CLOSED) == 100 + TIME_WAIT_S
+
+
 def test_a_syn_that_nobody_answers_is_given_up_after_131_s() -> None:
     # Linux with tcp_syn_retries = 6 and tcp_syn_linear_timeouts = 4.
     case = Case(up=NEVER)

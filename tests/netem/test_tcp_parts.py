@@ -10,7 +10,7 @@ from eloquent_netem.tcp.congestion import Reno, make_controller
 from eloquent_netem.tcp.connection import TcpConnection
 from eloquent_netem.tcp.cubic import BETA, SCALE, Cubic
 from eloquent_netem.tcp.errors import SegmentError, TcpError
-from eloquent_netem.tcp.receiver import Receiver
+from eloquent_netem.tcp.receiver import BUFFER_BYTES, Receiver
 from eloquent_netem.tcp.recovery import TRANSITIONS, Cause, State
 from eloquent_netem.tcp.rtt import RttEstimator
 from eloquent_netem.tcp.segment import (
@@ -24,6 +24,7 @@ from eloquent_netem.tcp.segment import (
     from_packet,
     to_packet,
 )
+from eloquent_netem.tcp.sender import Sender
 
 NUMBERS = st.integers(0, 1 << 40)
 
@@ -265,3 +266,36 @@ def test_every_state_can_be_left_for_open_and_a_timeout_strikes_in_each() -> Non
         assert TRANSITIONS[state, Cause.TIMEOUT] is State.LOSS
         if state is not State.OPEN:
             assert State.OPEN in {to for (of, _), to in TRANSITIONS.items() if of is state}
+
+
+def test_a_window_opens_for_a_full_segment_or_not_at_all() -> None:
+    receiver = Receiver(0, RttEstimator(), has_ecn=False, has_window=True)
+    receiver.ack_sent()
+    assert receiver.window() == BUFFER_BYTES
+    receiver.receive(Segment(0, 0, ACK, 0, 0, (), bytes(BUFFER_BYTES)), Ecn.NOT_ECT, 1.0)
+    receiver.ack_sent()
+    assert receiver.window() == 0
+    receiver.read(MSS_BYTES - 1)
+    assert (receiver.window(), receiver.is_ack_due) == (0, False)
+    receiver.read(1)
+    assert receiver.is_ack_due
+    assert receiver.window() == MSS_BYTES
+
+
+def test_a_tail_probe_does_not_pass_a_closed_window() -> None:
+    sent: list[tuple[int, int, bool]] = []
+    sender = Sender(
+        start=1,
+        controller=make_controller("cubic"),
+        rtt=RttEstimator(),
+        transmit=lambda segment, is_repeat, _: sent.append((segment.start, segment.end, is_repeat)),
+        probe_window=lambda _: None,
+    )
+    sender.window_end = 1 + 1.5 * MSS_BYTES
+    sender.write(bytes(4 * MSS_BYTES), 0.0)
+    half = MSS_BYTES // 2
+    assert sent == [(1, 1 + MSS_BYTES, False), (1 + MSS_BYTES, 1 + MSS_BYTES + half, False)]
+    due_s = sender.next_time()
+    assert due_s is not None
+    sender.handle_timer(due_s)
+    assert (sender.probes, sent[-1]) == (1, (1 + MSS_BYTES, 1 + MSS_BYTES + half, True))

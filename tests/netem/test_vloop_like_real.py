@@ -71,6 +71,22 @@ async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.transport.abort()
 
 
+async def write_and_reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"some")
+    await asyncio.sleep(0.05)
+    await reset(reader, writer)
+
+
+async def read_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await asyncio.sleep(0.2)
+    reader._transport.resume_reading()  # type: ignore[attr-defined]
+    data = await reader.readexactly(4)
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    return data
+
+
 async def leave_unread(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     reader._transport.pause_reading()  # type: ignore[attr-defined]
     await asyncio.sleep(0.05)
@@ -101,6 +117,7 @@ async def write_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
         (read, reset),
         (leave_unread, write_and_wait),
         (hang_up, write_on),
+        (write_and_reset, read_late),
         (hang_up, read),
     ],
     ids=lambda side: side.__name__,

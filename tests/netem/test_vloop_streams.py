@@ -31,12 +31,12 @@ from virtual_hosts import (
 from eloquent_netem.capture import Captured, Fate, PcapWriter
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import DropList, IndependentLoss, NoLoss, Outages
-from eloquent_netem.packet import Packet
+from eloquent_netem.packet import Ecn, Packet
 from eloquent_netem.queues import DropTail
 from eloquent_netem.rate import FixedRate
 from eloquent_netem.tcp.connection import SEND_BUFFER_BYTES
 from eloquent_netem.tcp.receiver import BUFFER_BYTES
-from eloquent_netem.tcp.segment import TcpPacket
+from eloquent_netem.tcp.segment import SYN, Segment, TcpPacket, to_packet
 from eloquent_netem.vloop import VirtualNetwork, run
 from eloquent_netem.vloop_network import to_ip
 
@@ -570,3 +570,112 @@ def test_files_are_sent_and_debugging_changes_nothing(tmp_path: Path) -> None:
     in_debug_mode = run(main(), network, debug=True)
     network = network_with()
     assert run(main(), network, debug=False) == in_debug_mode
+
+
+def test_the_send_buffer_takes_so_much_and_no_more() -> None:
+    network = network_with()
+
+    async def main() -> None:
+        async with serving(network, echo):
+            _, writer = await asyncio.open_connection("server", 80)
+            sock = writer.get_extra_info("socket")._sock
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == SEND_BUFFER_BYTES
+            assert sock.send(bytes(50_000)) == 50_000
+            assert sock.is_writable
+            assert sock.send(bytes(50_000)) == SEND_BUFFER_BYTES - 50_000
+            assert not sock.is_writable
+            with pytest.raises(BlockingIOError):
+                sock.send(b"more")
+            writer.close()
+
+    run(main(), network)
+
+
+def test_a_reset_that_is_lost_is_sent_again_when_something_comes() -> None:
+    # The port still listens, but the connection is gone.
+    downs = DropList([1])
+    network = VirtualNetwork.between(
+        Link(delay_s=UP_S, seed=1, name="up"),
+        Link(delay_s=DOWN_S, seed=1, name="down", loss=downs),
+    )
+
+    async def main() -> None:
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+            writer.close()
+
+        async with serving(network, reset):
+            reader, writer = await asyncio.open_connection("server", 80)
+            await asyncio.sleep(1)
+            assert not reader.at_eof()
+            writer.write(b"hello?")
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            assert now() == pytest.approx(1 + 2 * RTT_S)
+            writer.close()
+
+    run(main(), network)
+
+
+def test_who_is_not_accepted_waits_in_the_backlog_and_is_reset_with_it() -> None:
+    network = network_with()
+
+    async def main() -> None:
+        with network.on("server"):
+            listening = asyncio.get_running_loop()._table.open(socket.AF_INET)  # type: ignore[attr-defined]
+            listening.bind(("0.0.0.0", 80))
+            listening.listen(1)
+        connected = [await asyncio.open_connection("server", 80) for _ in range(2)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(60):
+                await asyncio.open_connection("server", 80)
+        listening.close()
+        for reader, writer in connected:
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            writer.close()
+
+    run(main(), network)
+
+
+def test_a_server_that_closes_during_the_handshake_resets() -> None:
+    network = network_with()
+
+    async def main() -> None:
+        async with serving(network, echo):
+            connecting = asyncio.create_task(asyncio.open_connection("server", 80))
+            await asyncio.sleep(UP_S + 0.01)
+        reader, writer = await connecting
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+    run(main(), network)
+
+
+def test_a_port_is_free_again_when_its_connection_has_waited() -> None:
+    network = network_with()
+
+    async def main() -> None:
+        async with serving(network, echo):
+            for _ in range(3):
+                reader, writer = await asyncio.open_connection(
+                    "server", 80, local_addr=("client", 5000)
+                )
+                writer.write_eof()
+                assert await reader.read() == b""
+                writer.close()
+                with pytest.raises(OSError, match="in use"):
+                    await asyncio.open_connection("server", 80, local_addr=("client", 5000))
+                await asyncio.sleep(61)
+
+    run(main(), network)
+
+
+def test_a_mark_is_in_the_captured_header() -> None:
+    segment = Segment(0, 0, SYN, 0, 0)
+    packet = to_packet(segment, source=("192.0.2.1", 1), destination=("192.0.2.2", 2))
+    packet.ecn = Ecn.CE
+    assert to_ip("up", packet)[1] == Ecn.CE
+    assert to_ip("up", packet)[2:] == packet.data[2:]
