@@ -4,15 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eloquent.core.padding import HOLD_S, SLOT_S, SMALLEST_BYTES, Padding
+from eloquent.core.padding import HOLD_S, SIZES, SLOT_S, Padding
 
-SIZES = st.integers(1, 1200)
+PACKETS = st.integers(1, 1200)
 RTT_S = 0.1
-STEPS = st.lists(st.tuples(SIZES, st.floats(0, 3 * HOLD_S)), min_size=1, max_size=60)
+STEPS = st.lists(st.tuples(PACKETS, st.floats(0, 3 * HOLD_S)), min_size=1, max_size=60)
 
 
 @pytest.mark.parametrize(
-    ("size", "padded"), [(1, 112), (112, 112), (113, 224), (224, 224), (225, 448), (1200, 1792)]
+    ("size", "padded"),
+    [(1, 112), (112, 112), (113, 160), (160, 160), (161, 224), (1200, 1280), (1400, 1280)],
 )
 def test_a_size_goes_up_to_the_next_step(size: int, padded: int) -> None:
     assert Padding().padded_size(size, 0.0, RTT_S) == padded
@@ -25,7 +26,7 @@ def test_sizes_are_large_enough_and_from_the_few_steps(steps: list[tuple[int, fl
         now += wait_s
         padded = padding.padded_size(size, now, RTT_S)
         assert padded >= size
-        assert padded in {SMALLEST_BYTES << step for step in range(6)}
+        assert padded in SIZES
 
 
 @given(STEPS)
@@ -43,18 +44,18 @@ def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) ->
         assert max(must) <= padded <= max(may)
 
 
-@given(st.lists(st.integers(1, SMALLEST_BYTES), min_size=1))
+@given(st.lists(st.integers(1, SIZES[0]), min_size=1))
 def test_small_packets_look_alike(sizes: list[int]) -> None:
     padding = Padding()
     padded = {padding.padded_size(size, index / 30, RTT_S) for index, size in enumerate(sizes)}
-    assert padded == {SMALLEST_BYTES}
+    assert padded == {SIZES[0]}
 
 
 def test_after_a_pause_nothing_is_held() -> None:
     padding = Padding()
-    assert padding.padded_size(1000, 0.0, RTT_S) == 1792
-    assert padding.padded_size(10, HOLD_S, RTT_S) == 1792
-    assert padding.padded_size(10, 2 * HOLD_S, RTT_S) == SMALLEST_BYTES
+    assert padding.padded_size(1000, 0.0, RTT_S) == 1280
+    assert padding.padded_size(10, HOLD_S, RTT_S) == 1280
+    assert padding.padded_size(10, 2 * HOLD_S, RTT_S) == SIZES[0]
 
 
 def steady(count: int, gap_s: float, rtt_s: float, size: int = 40) -> list[int]:
@@ -64,7 +65,7 @@ def steady(count: int, gap_s: float, rtt_s: float, size: int = 40) -> list[int]:
 
 @pytest.mark.parametrize(
     ("rate", "rtt_s", "padded"),
-    [(30, 0.02, 112), (30, 0.1, 112), (10, 0.3, 112), (30, 0.3, 224), (100, 0.3, 448)],
+    [(30, 0.02, 112), (30, 0.1, 112), (10, 0.3, 112), (30, 0.3, 160), (100, 0.3, 448)],
 )
 def test_the_least_size_follows_from_the_packets_in_flight(
     rate: int, rtt_s: float, padded: int
@@ -77,11 +78,11 @@ def test_repeats_do_not_count_as_tokens() -> None:
         Padding(),
         [index / 30 + repeat for index in range(60) for repeat in (0, 0.003)],
     )
-    assert {padding.padded_size(60, time, RTT_S) for time in times} == {SMALLEST_BYTES}
+    assert {padding.padded_size(60, time, RTT_S) for time in times} == {SIZES[0]}
 
 
 def test_at_any_rate_the_packets_that_are_remembered_are_bounded() -> None:
     padding = Padding()
     for index in range(10_000):
         padding.padded_size(40, index * 1e-4, RTT_S)
-    assert len(padding._sent_at) <= 1.25 * RTT_S / SLOT_S + 1
+    assert len(padding._sent_at) <= 1.1 * RTT_S / SLOT_S + 1

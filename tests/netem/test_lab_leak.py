@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eloquent.core.padding import SMALLEST_BYTES
+from eloquent.core.padding import SIZES
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.leak_commands import leak as leak_command
 from eloquent_netem.lab.leak_run import Listening, Sighting, overhear
@@ -116,8 +116,8 @@ def test_bare_packets_tell_the_lengths_of_tokens_and_padded_ones_do_not() -> Non
     assert padded[0].times_s == padded[1].times_s
     # In the last packet the stream's confirmation has the log's length, as one byte or as two.
     assert padded[0].sizes[:-1] == padded[1].sizes[:-1]
-    with_tokens = [size for size in padded[0].sizes if size > SMALLEST_BYTES]
-    assert with_tokens.count(SMALLEST_BYTES + IP_UDP_HEADER_BYTES) >= 58
+    with_tokens = [size for size in padded[0].sizes if size > SIZES[0]]
+    assert with_tokens.count(SIZES[0] + IP_UDP_HEADER_BYTES) >= 58
 
 
 def test_padding_takes_the_topic_away(tokenizer: Tokenizer) -> None:
