@@ -9,6 +9,7 @@ import pytest
 from eloquent_netem.lab.cancel import CancelCase, cancel_jobs, cancel_report
 from eloquent_netem.lab.cases import Cache, Figures, Job, Results, run_jobs
 from eloquent_netem.lab.findings import Finding, Report
+from eloquent_netem.lab.liveness import LivenessCase, liveness_jobs, liveness_report
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.outages import OutageCase, outage_cases, outage_jobs, outage_report
 from eloquent_netem.lab.traces import (
@@ -93,6 +94,30 @@ def test_under_loss_the_95th_percentile_of_many_cancels_counts() -> None:
         results.figures[job] = {"cancel_s": 0.31 if is_late else 0.02}
     missed = [finding.where for finding in cancel_report(results).findings if not finding.is_met]
     assert missed == ["100 ms, 20 % loss: 310 ms"]
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.2])
+def test_the_client_notices_a_dead_link(loss: float) -> None:
+    found = LivenessCase(0.1, loss, dies=True).run("eloquent", 0)
+    assert 0.5 < found["client_detected_s"] < 2.5
+
+
+def test_false_alarms_are_counted_by_the_hour_and_the_slowest_detection_counts() -> None:
+    results = Results()
+    for job in liveness_jobs(range(2)):
+        assert isinstance(job.case, LivenessCase)
+        is_bad = job.case.rtt_s == 0.3 and job.seed == 1
+        results.figures[job] = {
+            "client_alarms": 3.0 if is_bad else 0.0,
+            "client_detected_s": 2.1 if is_bad and job.case.loss else 1.9,
+            "up_packets_per_s": 3.0,
+            "down_packets_per_s": 3.0,
+        }
+    missed = [one for one in liveness_report(results).findings if not one.is_met]
+    assert [(one.where, one.figure) for one in missed] == [
+        ("300 ms, 20 % loss", 1.5),
+        ("300 ms, 20 % loss", 2.1),
+    ]
 
 
 def test_the_oracle_waits_out_a_handover_and_for_the_rate() -> None:
@@ -190,5 +215,5 @@ def test_ctrl_c_keeps_what_is_done() -> None:
 
 
 def test_all_parts_have_their_names(tmp_path: Path) -> None:
-    names = ["grid", "traces", "wire", "outages", "fairness", "cancel"]
+    names = ["grid", "traces", "wire", "outages", "fairness", "cancel", "liveness"]
     assert list(make_parts(tmp_path)) == names

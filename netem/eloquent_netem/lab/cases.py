@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -122,7 +123,7 @@ def run_jobs(
         progress(f"{len(results.figures)} of {len(jobs)} runs are known from the cache.")
     if not open_jobs:
         return results
-    with ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
         futures: Mapping[Future[Figures | str], Job] = {
             pool.submit(_attempt, job): job for job in open_jobs
         }
@@ -142,9 +143,10 @@ def run_jobs(
     return results
 
 
-def _ignore_interrupts() -> None:
-    """Let the parent alone answer Ctrl-C."""
+def _start_worker() -> None:
+    """Let the parent alone answer Ctrl-C; what endpoints log of broken networks is expected."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)
 
 
 def _attempt(job: Job) -> Figures | str:

@@ -24,6 +24,7 @@ from eloquent_netem.lab.findings import (
     to_json,
 )
 from eloquent_netem.lab.grid import grid_jobs, grid_report
+from eloquent_netem.lab.liveness import liveness_jobs, liveness_report
 from eloquent_netem.lab.outages import outage_jobs, outage_report
 from eloquent_netem.lab.traces import trace_jobs, trace_report
 from eloquent_netem.lab.wire import wire_jobs, wire_report
@@ -54,6 +55,7 @@ def make_parts(traces: Path) -> dict[str, Part]:
         Part("outages", outage_jobs, outage_report),
         Part("fairness", fairness_jobs, fairness_report),
         Part("cancel", cancel_jobs, cancel_report),
+        Part("liveness", liveness_jobs, liveness_report),
     )
     return {part.name: part for part in parts}
 
