@@ -7,15 +7,18 @@ import re
 import sys
 from importlib.util import find_spec
 from json import dumps
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from eloquent.core.pacer import PaceMode, Pacer
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
 from eloquent_client.errors import APIConnectionError, LocalServerError
 from eloquent_client.local import local_client
+from eloquent_client.pacing import paced_text
 from eloquent_client.printable import printable
 from eloquent_client.stream import MessageStream
 
@@ -33,6 +36,8 @@ def ask(
     temperature: float | None = None,
     seed: int | None = None,
     json: bool = False,
+    pace: PaceMode = "off",
+    qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
 ) -> None:
     """Ask one question and print the answer as it comes.
 
@@ -49,6 +54,10 @@ def ask(
         json: Print one JSON object once the answer is complete: the text and how it arrived.
             `turn` is its name for `eloquent resume`; times are in milliseconds; `duplicates` and
             `missing` are bytes of the answer.
+        pace: How text appears: `off`, as it comes; `smooth`, evenly; `reading`, no faster than one
+            reads. Nothing is held for more than half a second.
+        qlog: Directory for a log of the connection in qlog's format (`.sqlog`): packets, sizes,
+            times, and no text.
     """
     # What goes wrong is raised; without a handler Python would print QUIC's log beside it.
     logging.getLogger().addHandler(logging.NullHandler())
@@ -64,7 +73,7 @@ def ask(
         "seed": seed,
     }
     try:
-        asyncio.run(_ask(server_url, model, body, as_json=json))
+        asyncio.run(_ask(server_url, model, body, as_json=json, pace=pace, qlog_dir=qlog))
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,6 +107,8 @@ def chat(
     url: str | None = None,
     model: str | None = None,
     system: str | None = None,
+    pace: PaceMode = "off",
+    qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
 ) -> None:
     """Chat in the terminal.
 
@@ -106,6 +117,10 @@ def chat(
             machine for as long as the chat runs.
         model: The model to ask. Without a URL: the model to start (see `eloquent serve --help`).
         system: Instructions that stand before every conversation.
+        pace: How text appears: `off`, as it comes; `smooth`, evenly; `reading`, no faster than one
+            reads. Nothing is held for more than half a second.
+        qlog: Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes,
+            times, and no text.
     """
     if find_spec("textual") is None:
         raise ConfigurationError(
@@ -120,7 +135,7 @@ def chat(
     from eloquent_client.tui.run import run_chat
 
     server_url = None if url is None else parse_url(url)
-    asyncio.run(run_chat(server_url, model=model, system=system))
+    asyncio.run(run_chat(server_url, model=model, system=system, pace=pace, qlog_dir=qlog))
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -147,16 +162,26 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 async def _ask(
-    url: ServerUrl | None, model: str | None, body: dict[str, Any], *, as_json: bool
+    url: ServerUrl | None,
+    model: str | None,
+    body: dict[str, Any],
+    *,
+    as_json: bool,
+    pace: PaceMode,
+    qlog_dir: Path | None,
 ) -> None:
-    client = Client(url) if url is not None else local_client(model, on_progress=_print_progress)
+    client = (
+        Client(url, qlog_dir=qlog_dir)
+        if url is not None
+        else local_client(model, on_progress=_print_progress, qlog_dir=qlog_dir)
+    )
     try:
         async with client as connected, connected.stream(**body) as stream:
             try:
                 if as_json:
                     await _print_json(stream)
                 else:
-                    await _print_text(stream)
+                    await _print_text(stream, pace)
             except APIConnectionError as error:
                 if url is None:
                     raise
@@ -182,11 +207,11 @@ async def _resume(
             await _print_text(stream)
 
 
-async def _print_text(stream: MessageStream) -> None:
+async def _print_text(stream: MessageStream, pace: PaceMode = "off") -> None:
     is_terminal = sys.stdout.isatty()
     last = ""
     try:
-        async for text in stream.text_stream:
+        async for text in paced_text(stream, Pacer(pace)):
             last = printable(text) if is_terminal else text
             sys.stdout.write(last)
             sys.stdout.flush()

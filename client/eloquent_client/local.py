@@ -7,6 +7,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
@@ -49,9 +50,12 @@ async def local_server(
 
 @asynccontextmanager
 async def local_client(
-    model: str | None = None, *, on_progress: OnProgress = lambda line: None
+    model: str | None = None,
+    *,
+    on_progress: OnProgress = lambda line: None,
+    qlog_dir: Path | None = None,
 ) -> AsyncIterator[Client]:
-    """Run a server as `local_server` does, and give a client of it.
+    """Run a server as `local_server` does, and give a client of it; `qlog_dir` as in `Client`.
 
     If the server ends before the block does, the client's turns fail at once with
     `LocalServerError`, those that run and those asked later.
@@ -63,7 +67,10 @@ async def local_client(
     async def watch(client: Client, ending: Ending) -> None:
         client.fail(await ending("while it was in use: run the command anew"))
 
-    async with _running(model, on_progress) as (url, ending), Client(url) as client:
+    async with (
+        _running(model, on_progress) as (url, ending),
+        Client(url, qlog_dir=qlog_dir) as client,
+    ):
         watching = asyncio.create_task(watch(client, ending))
         try:
             yield client

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable
 
-from eloquent.core.events import Event
+from eloquent.core.events import Event, Failure, TextDelta
 from eloquent.core.pacer import Pacer
+from eloquent_client.errors import status_error
 
 
 async def paced(events: AsyncIterable[Event], pacer: Pacer) -> AsyncGenerator[Event, None]:
@@ -36,3 +37,16 @@ async def paced(events: AsyncIterable[Event], pacer: Pacer) -> AsyncGenerator[Ev
             raise error
     finally:
         arrival.cancel()
+
+
+async def paced_text(events: AsyncIterable[Event], pacer: Pacer) -> AsyncGenerator[str, None]:
+    """Give out the text of an answer's `events` at the pace of `pacer`.
+
+    Raises:
+        APIStatusError: the server failed in mid-answer; what had come was given out.
+    """
+    async for event in paced(events, pacer):
+        if isinstance(event, TextDelta):
+            yield event.text
+        elif isinstance(event, Failure):
+            raise status_error(event.code, event.message)

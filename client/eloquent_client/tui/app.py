@@ -7,6 +7,7 @@ from textual import work
 from textual.app import App
 from textual.binding import Binding, BindingType
 
+from eloquent.core.pacer import PaceMode
 from eloquent.errors import EloquentError
 from eloquent_client.client import Client
 from eloquent_client.tui.chat import ChatScreen
@@ -31,12 +32,14 @@ class ChatApp(App[None]):
         *,
         model: str | None = None,
         system: str | None = None,
+        pace: PaceMode = "off",
     ) -> None:
         super().__init__()
         self._starting = starting
         self._progress = progress
         self._model = model
         self._system = system
+        self._pace: PaceMode = pace
 
     def on_mount(self) -> None:
         """Begin; see Textual's `Mount`."""
@@ -52,5 +55,5 @@ class ChatApp(App[None]):
         except EloquentError:
             self.exit()
             return
-        screen = ChatScreen(client, model=self._model, system=self._system)
+        screen = ChatScreen(client, model=self._model, system=self._system, pace=self._pace)
         await (self.switch_screen(screen) if is_loading else self.push_screen(screen))

@@ -1,6 +1,7 @@
 """The chat screen: sends what the user writes, shows what comes, and how it came."""
 
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import ClassVar
 
@@ -11,10 +12,12 @@ from textual.screen import Screen
 from textual.widgets import Footer
 from textual.worker import Worker, WorkerCancelled
 
-from eloquent.core.events import End, Failure, TextDelta
+from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.core.pacer import PaceMode, Pacer
 from eloquent.errors import EloquentError
 from eloquent_client.client import Client
 from eloquent_client.errors import APIConnectionError, status_error
+from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
 from eloquent_client.tui.status import LinkState, Status, StatusBar
 from eloquent_client.tui.widgets import Conversation, Notice, Prompt, Question, Reply
@@ -34,12 +37,18 @@ class ChatScreen(Screen[None]):
     ]
 
     def __init__(
-        self, client: Client, *, model: str | None = None, system: str | None = None
+        self,
+        client: Client,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        pace: PaceMode = "off",
     ) -> None:
         super().__init__()
         self._client = client
         self._model = model
         self._system = system
+        self._pace: PaceMode = pace
         self._messages: list[dict[str, str]] = []
         self._answering: Worker[None] | None = None
         self._stream: MessageStream | None = None
@@ -138,10 +147,8 @@ class ChatScreen(Screen[None]):
     async def _receive(self, stream: MessageStream, reply: Reply) -> EloquentError | None:
         """Show the answer as it comes; return what the server says went wrong with it."""
         failure: EloquentError | None = None
-        async for event in stream:
-            self._heard_s = time.monotonic()
+        async for event in paced(self._heard(stream), Pacer(self._pace)):
             if isinstance(event, TextDelta):
-                self._tokens += 1
                 await reply.write(event.text)
             elif isinstance(event, Failure):
                 failure = status_error(event.code, event.message)
@@ -152,6 +159,13 @@ class ChatScreen(Screen[None]):
                         Notice("The answer ends here because it reached its limit of tokens.")
                     )
         return failure
+
+    async def _heard(self, stream: MessageStream) -> AsyncIterator[Event]:
+        """Note what comes when it comes; the pacer may show it later, in other pieces."""
+        async for event in stream:
+            self._heard_s = time.monotonic()
+            self._tokens += isinstance(event, TextDelta)
+            yield event
 
     def _request_messages(self) -> list[dict[str, str]]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]

@@ -4,14 +4,23 @@ import asyncio
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
+from eloquent.core.pacer import PaceMode
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
 from eloquent_client.local import local_client
 from eloquent_client.tui.app import ChatApp
 
 
-async def run_chat(url: ServerUrl | None, *, model: str | None, system: str | None) -> None:
+async def run_chat(
+    url: ServerUrl | None,
+    *,
+    model: str | None,
+    system: str | None,
+    pace: PaceMode = "off",
+    qlog_dir: Path | None = None,
+) -> None:
     """Chat until the user quits; without `url` with a server of one's own that runs `model`.
 
     Raises:
@@ -19,9 +28,9 @@ async def run_chat(url: ServerUrl | None, *, model: str | None, system: str | No
     """
     progress: asyncio.Queue[str] = asyncio.Queue()
     async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_start(stack, url, model, progress.put_nowait))
+        starting = asyncio.create_task(_start(stack, url, model, progress.put_nowait, qlog_dir))
         asked_model = None if url is None else model
-        app = ChatApp(starting, progress, model=asked_model, system=system)
+        app = ChatApp(starting, progress, model=asked_model, system=system, pace=pace)
         try:
             await app.run_async()
         finally:
@@ -38,7 +47,9 @@ async def _start(
     url: ServerUrl | None,
     model: str | None,
     on_progress: Callable[[str], None],
+    qlog_dir: Path | None,
 ) -> Client:
     if url is None:
-        return await stack.enter_async_context(local_client(model, on_progress=on_progress))
-    return await stack.enter_async_context(Client(url))
+        own = local_client(model, on_progress=on_progress, qlog_dir=qlog_dir)
+        return await stack.enter_async_context(own)
+    return await stack.enter_async_context(Client(url, qlog_dir=qlog_dir))
