@@ -26,6 +26,9 @@ EVENT_HEADER_BYTES = 2
 TCP_SCHEMES = {"tcp": "cubic", "tcp-reno": "reno"}
 "Schemes that run over the TCP model, and their congestion control."
 
+PADDED_SCHEMES = ("eloquent", "eloquent-queued")
+"Ours are padded, as by default; those they are compared with are not, which is in their favour."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabPath:
@@ -70,7 +73,7 @@ class AnswerRun:
         tokens: int,
         tokens_per_s: float,
         token_chars: int = TOKEN_TEXT_CHARS,
-        padding: bool = True,
+        padding: bool | None = None,
     ) -> None:
         self._path = path
         self._tokens = tokens
@@ -92,7 +95,7 @@ class AnswerRun:
             make_sender=find_scheme(scheme),
             on_client_event=self._on_client_event,
             on_server_event=self._on_server_event,
-            padding=padding,
+            padding=scheme in PADDED_SCHEMES if padding is None else padding,
         )
 
     def next_time(self) -> float | None:
@@ -180,12 +183,12 @@ def send_answer(
     tokens: int,
     tokens_per_s: float,
     token_chars: int = TOKEN_TEXT_CHARS,
-    padding: bool = True,
+    padding: bool | None = None,
 ) -> Answer:
     """Send one answer in virtual time, over QUIC or the TCP model.
 
     With TCP a token is as long as its event in the log, without framing or TLS: in TCP's favour.
-    `padding` is that of our bundles.
+    `padding` None is that of `PADDED_SCHEMES`.
 
     Raises:
         DeliveryError: the text did not arrive whole, in order and once.

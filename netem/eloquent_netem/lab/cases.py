@@ -17,6 +17,9 @@ from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.sim import StuckError
 from eloquent_netem.tcp import TcpError
 
+SHARED_MODULES = ("answer", "grid", "measures", "pair", "shared", "stalls")
+"What the runs of several parts are made of, in this folder."
+
 Figures = dict[str, float]
 "What a run found, by name; the names end in their units."
 
@@ -63,14 +66,13 @@ class Results:
 class Cache:
     """Figures of earlier runs, in a file with a JSON object a line.
 
-    A run is known by its case, scheme and seed, and by a hash of the code that it measured: the
-    transport's, or the TCP model's.
+    A run is known by its case, scheme and seed, and by a hash of the code that it depends on.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, Figures] = {}
-        self._codes: dict[bool, str] = {}
+        self._codes: dict[tuple[str, bool], str] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
@@ -87,19 +89,24 @@ class Cache:
                 file.write(json.dumps({"key": self._key(job), "figures": figures}) + "\n")
 
     def _key(self, job: Job) -> str:
-        is_tcp = job.scheme in TCP_SCHEMES
-        if is_tcp not in self._codes:
-            self._codes[is_tcp] = _code_hash(is_tcp=is_tcp)
-        text = f"{self._codes[is_tcp]}/{job.case!r}/{job.scheme}/{job.seed}"
+        kind = (type(job.case).__module__, job.scheme in TCP_SCHEMES)
+        if kind not in self._codes:
+            self._codes[kind] = _code_hash(kind[0], is_tcp=kind[1])
+        text = f"{self._codes[kind]}/{job.case!r}/{job.scheme}/{job.seed}"
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _code_hash(*, is_tcp: bool) -> str:
-    package = eloquent_netem.tcp if is_tcp else eloquent
-    root = Path(package.__path__[0])
+def _code_hash(module: str, *, is_tcp: bool) -> str:
+    """Hash the code that a run depends on: the transport, netem, and of the lab what it runs."""
+    netem = Path(eloquent_netem.tcp.__path__[0]).parent
+    files = [path for path in netem.rglob("*.py") if path.parent.name != "lab"]
+    files += [netem / "lab" / f"{name}.py" for name in (*SHARED_MODULES, module.split(".")[-1])]
+    if not is_tcp:
+        files += Path(eloquent.__path__[0]).rglob("*.py")
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(set(files)):
+        if path.exists():  # A test's case is not of the lab.
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

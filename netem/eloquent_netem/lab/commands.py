@@ -158,7 +158,7 @@ def transport(
         Write the findings and tables to this file.
     cache
         Remember the figures of every run in this file, and take from it those of runs on the same
-        code (a hash of the transport's).
+        code (a hash of it).
     traces
         The folder with the recordings, in mahimahi's format; what is not there is skipped.
     """

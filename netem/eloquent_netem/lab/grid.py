@@ -138,7 +138,8 @@ def grid_report(results: Results) -> Report:
     """Judge the grid."""
     report = stall_report("grid", grid_cases(), results)
     report.notes = (
-        f"{TOKENS} tokens of 10 bytes in each answer; loss both ways, independent or in bursts of "
+        f"{TOKENS} tokens of 10 bytes in each answer; ours is padded, those of the others are "
+        "not, which is in their favour; loss both ways, independent or in bursts of "
         f"{1000 * BURST_S:g} ms, which are a function of time. *Excess* is a ratio minus the "
         "oracle's for the same tokens; *ratio* compares our excess with another scheme's in the "
         f"cell, both at least {100 * RATIO_FLOOR:g} percentage points."

@@ -30,9 +30,10 @@ beyond 200 ms after the rendering before. ± is half a 95 % confidence interval 
 *Against* compares with `retransmit` what lies above the `oracle` of the same seed (strict, means);
 *worst seed* is that of the 200 ms ratio; *better seeds* counts those on which the strict and the
 200 ms ratio are below `retransmit`'s. Token delays are means over the seeds. Downlink bytes include
-IP, UDP or TCP, and QUIC; acknowledgements and handshake repeats count. `tcp` is a model of Linux's
-TCP with CUBIC, without TLS, held to the kernel by its tests. `oracle` is the link's own bound:
-no sender can do better (0 under independent loss)."""
+IP, UDP or TCP, and QUIC; acknowledgements and handshake repeats count. `eloquent` and
+`eloquent-queued` are padded, the others are not, which is in their favour. `tcp` is a model of
+Linux's TCP with CUBIC, without TLS, held to the kernel by its tests. `oracle` is the link's own
+bound: no sender can do better (0 under independent loss)."""
 
 HEADER = (
     "| scheme | strict % | against | 200 ms % | worst seed | better seeds | p50 ms | p99 ms | "
