@@ -100,7 +100,8 @@ def _code_hash(module: str, *, is_tcp: bool) -> str:
     """Hash the code that a run depends on: the transport, netem, and of the lab what it runs."""
     netem = Path(eloquent_netem.tcp.__path__[0]).parent
     files = [path for path in netem.rglob("*.py") if path.parent.name != "lab"]
-    files += [netem / "lab" / f"{name}.py" for name in (*SHARED_MODULES, module.split(".")[-1])]
+    names = (*SHARED_MODULES, module.rpartition(".")[2])
+    files += [netem / "lab" / f"{name}.py" for name in names]
     if not is_tcp:
         files += Path(eloquent.__path__[0]).rglob("*.py")
     digest = hashlib.blake2b(digest_size=12)

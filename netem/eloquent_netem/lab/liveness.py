@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from eloquent.core.log import TokenLog
 from eloquent.quic.certificate import make_certificate
-from eloquent.quic.listen import listen
 from eloquent.serving import Reader
-from eloquent.session.session import Session
-from eloquent.session.states import LinkState
-from eloquent.url import ServerUrl
 from eloquent_netem.lab.cases import Figures, Job, Results
 from eloquent_netem.lab.findings import Finding, Report, Sheet, mean_half
 from eloquent_netem.link import Link, stage_rng
@@ -97,6 +93,11 @@ class LivenessCase:
 
 async def _watch(network: VirtualNetwork, length_s: float) -> list[float]:
     """Keep a silent turn open; return when the client took the link for dead, in seconds."""
+    from eloquent.quic.listen import listen
+    from eloquent.session.session import Session
+    from eloquent.session.states import LinkState
+    from eloquent.url import ServerUrl
+
     loop = asyncio.get_running_loop()
     silent_at: list[float] = []
 
