@@ -4,6 +4,11 @@ import inspect
 
 import pytest
 from aioquic.quic.connection import QuicConnection
+from aioquic.quic.packet import (
+    NON_ACK_ELICITING_FRAME_TYPES,
+    NON_IN_FLIGHT_FRAME_TYPES,
+    QuicFrameType,
+)
 from aioquic.quic.packet_builder import QuicPacketBuilder
 
 from eloquent.quic._aioquic import LateBoundConnection
@@ -86,6 +91,19 @@ def test_the_overridden_methods_have_the_signatures_that_we_know() -> None:
 def test_delivery_handlers_are_told_acknowledgement_and_loss() -> None:
     parameters = inspect.signature(QuicPacketBuilder.start_frame).parameters
     assert {"capacity", "handler", "handler_args"} <= set(parameters)
+
+
+def test_padding_is_in_flight_and_asks_for_no_acknowledgement() -> None:
+    assert QuicFrameType.PADDING in NON_ACK_ELICITING_FRAME_TYPES
+    assert QuicFrameType.PADDING not in NON_IN_FLIGHT_FRAME_TYPES
+
+
+def test_a_received_datagram_is_logged_last_and_its_event_follows_at_once() -> None:
+    found = list(inspect.signature(QuicConnection._handle_datagram_frame).parameters)
+    assert found == ["self", "context", "frame_type", "buf"]
+    source = quic_source("_handle_datagram_frame")
+    assert source.count("quic_logger_frames.append(") == 1, source
+    assert source.endswith("self._events.append(events.DatagramFrameReceived(data=data))\n"), source
 
 
 def test_the_pacer_is_fed_the_way_that_ours_expects() -> None:
