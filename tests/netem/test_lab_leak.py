@@ -127,6 +127,7 @@ def test_padding_takes_the_topic_away(tokenizer: Tokenizer) -> None:
     assert not bare.listening.padding
     assert bare.best.auroc > 0.8
     assert padded.best.auroc < 0.7
+    assert padded.length_auroc > 0.9, "the number of packets stays"
     assert padded.sizes < bare.sizes / 3
     table = leak.render(leaks)
     assert "30 answers of 6 topics" in table

@@ -10,7 +10,9 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-from eloquent_netem.lab.leak_attack import Verdict, judge
+import numpy as np
+
+from eloquent_netem.lab.leak_attack import Verdict, auroc, judge
 from eloquent_netem.lab.leak_run import Listening, Sighting, overhear
 from eloquent_netem.lab.leak_text import Tokenizer, load_topics, make_answer
 
@@ -34,6 +36,8 @@ class Leak:
     "Distinct packet sizes among all answers."
     bytes_per_token: float
     "On the downlink, headers included."
+    length_auroc: float
+    "How well the number of packets tells the longer half of the answers: padding does not hide it."
 
     @property
     def best(self) -> Verdict:
@@ -78,6 +82,7 @@ def measure(
                         topics=len(topics),
                         sizes=len({size for sighting in sightings for size in sighting.sizes}),
                         bytes_per_token=_bytes_per_token(sightings, said),
+                        length_auroc=_length_auroc(sightings, said),
                     )
                 )
     return leaks
@@ -89,9 +94,15 @@ def _bytes_per_token(sightings: Sequence[Sighting], said: Sequence[Sequence[str]
     )
 
 
+def _length_auroc(sightings: Sequence[Sighting], said: Sequence[Sequence[str]]) -> float:
+    lengths = np.array([len(tokens) for tokens in said])
+    packets = np.array([float(len(sighting.sizes)) for sighting in sightings])
+    return auroc(packets, lengths > np.median(lengths))
+
+
 HEADER = (
-    "| round trip | packets | AUROC | AUPRC | topic named | sizes | downlink bytes/token |\n"
-    "|---|---|---|---|---|---|---|"
+    "| round trip | packets | topic: AUROC | AUPRC | named | length: AUROC | sizes | "
+    "downlink bytes/token |\n|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -101,8 +112,8 @@ def render(leaks: Sequence[Leak]) -> str:
     rows = [
         f"| {1000 * leak.listening.rtt_s:g} ms | {'padded' if leak.listening.padding else 'bare'} "
         f"| {leak.best.auroc:.3f} ({leak.best.auroc_low:.3f} to {leak.best.auroc_high:.3f}) "
-        f"| {leak.best.auprc:.3f} | {100 * leak.best.accuracy:.1f} % | {leak.sizes} "
-        f"| {leak.bytes_per_token:.0f} |"
+        f"| {leak.best.auprc:.3f} | {100 * leak.best.accuracy:.1f} % | {leak.length_auroc:.3f} "
+        f"| {leak.sizes} | {leak.bytes_per_token:.0f} |"
         for leak in leaks
     ]
     guess = 1 / first.topics
