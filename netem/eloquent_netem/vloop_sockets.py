@@ -212,10 +212,12 @@ class VirtualSocket:
         connection = endpoint.connection
         if connection.readable:
             return self._stack.read(endpoint, limit)
+        if connection.is_read_over:
+            return b""
         error = self._pending_error()
         if error is not None:
             raise os_error(error)
-        if connection.is_read_over or connection.error is not None:
+        if connection.error is not None:
             return b""
         raise os_error(errno.EAGAIN)
 

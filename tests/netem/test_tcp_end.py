@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eloquent_netem.capture import CLIENT, SERVER
 from eloquent_netem.link import Link
 from eloquent_netem.loss import DropList
 from eloquent_netem.packet import Packet
 from eloquent_netem.sim import StuckError, simulate
 from eloquent_netem.tcp import TcpError, TcpPair
+from eloquent_netem.tcp.connection import answer_to_stray
 from eloquent_netem.tcp.phases import PHASES, SYNCHRONISED, Arrival, Phase
-from eloquent_netem.tcp.segment import FIN, MSS_BYTES, RST, Segment, from_packet
+from eloquent_netem.tcp.segment import FIN, MSS_BYTES, RST, Segment, from_packet, to_packet
 
 RTT_S = 0.05
 START_S = 1.0
@@ -224,6 +226,23 @@ def test_what_comes_for_an_application_that_is_gone_is_reset() -> None:
     case.at(1, lambda now: case.server.write(b"too late", now))
     assert case.run(lambda: case.server.phase is Phase.CLOSED) == 1 + RTT_S
     assert case.server.error == errno.EPIPE
+
+
+def test_a_reset_after_the_end_is_no_error() -> None:
+    # The server has forgotten the connection when a late copy of a segment comes.
+    case = Case()
+    case.at(1, case.client.shutdown)
+    case.at(2, case.server.close)
+    case.run(lambda: case.server.phase is Phase.CLOSED)
+    assert case.client.phase is Phase.TIME_WAIT
+    late = to_packet(case.up.seen[1][1], source=CLIENT, destination=SERVER)
+    late_answer = answer_to_stray(late)
+    assert late_answer is not None
+    case.client.receive(late_answer, case.now)
+    assert case.client.phase is Phase.TIME_WAIT
+    reset = Segment(case.down.seen[-1][1].end, 0, RST, 0, 0)
+    case.client.receive(to_packet(reset, source=SERVER, destination=CLIENT), case.now)
+    assert (case.client.phase, case.client.error) == (Phase.CLOSED, None)
 
 
 def test_who_waits_for_the_other_half_alone_does_not_wait_for_ever() -> None:

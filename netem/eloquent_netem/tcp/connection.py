@@ -46,6 +46,9 @@ SEND_BUFFER_BYTES = 87040
 SEND_BUFFER_MAX_BYTES = 4 << 20
 "What a connection begins with, and what it grows to with its window (`tcp_sndbuf_expand`)."
 
+RESET_ERRORS = {Phase.CLOSE_WAIT: errno.EPIPE, Phase.TIME_WAIT: None}
+"What a reset means to the application, if not ECONNRESET: in the end all has come already."
+
 FIRST = 0
 "Both ends' initial sequence number."
 
@@ -294,8 +297,7 @@ class TcpConnection:
                 self._end(errno.ECONNREFUSED)
         elif self._receiver is not None and self.phase is not Phase.CLOSED:
             if segment.seq == self._receiver.next:
-                is_half = self.phase is Phase.CLOSE_WAIT
-                self._end(errno.EPIPE if is_half else errno.ECONNRESET)
+                self._end(RESET_ERRORS.get(self.phase, errno.ECONNRESET))
             elif segment.seq > self._receiver.next:
                 self._send(ACK, seq=self.sender.board.nxt, now=now)
 

@@ -362,7 +362,8 @@ class Sender:
         self.board.collapse(segment, self._mss)
         self._note_resume(now)
         self.board.resent(segment, now)
-        if not is_probe:
+        if not is_probe and not segment.is_repeated:
+            # It may be so already: a spurious reduction was undone, and then a timeout struck.
             segment.is_repeated = True
             self.board.repeated += 1
         self.recovery.repeated(now, is_probe=is_probe)
