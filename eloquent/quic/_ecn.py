@@ -20,7 +20,7 @@ from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.tls import Epoch
 
 from eloquent.quic._aioquic import LateBoundConnection
-from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, EcnValidation
+from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, EcnValidation, tag
 from eloquent.quic.marking import MarkingPolicy, SentPacket
 from eloquent.quic.prague import Prague, PraguePacer
 
@@ -152,6 +152,7 @@ class EcnConnection(LateBoundConnection):
                     codepoint = Ecn.NOT_ECT
             sent = SentPacket(packet.packet_number, now, packet.sent_bytes, codepoint)
             packet.delivery_handlers.append((self._on_packet_delivery, (validation, sent)))
+            tag(packet, codepoint)
             self._codepoints.append(codepoint)
 
     def _validate_anew(self, path: QuicNetworkPath) -> None:

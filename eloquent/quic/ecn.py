@@ -22,6 +22,7 @@ that are older than the last ones.
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
+from typing import Any
 
 TEST_PACKETS = 10
 "So many packets are marked before an acknowledgement must have said that marks get through."
@@ -63,6 +64,20 @@ class EcnCounts:
     def since(self, earlier: "EcnCounts") -> "EcnCounts":
         """Return the growth since `earlier`."""
         return EcnCounts(self.ect0 - earlier.ect0, self.ect1 - earlier.ect1, self.ce - earlier.ce)
+
+
+def tag(packet: Any, codepoint: Ecn) -> None:
+    """Note a sent packet's codepoint on it, for `codepoint_of`."""
+    packet.codepoint = codepoint
+
+
+def codepoint_of(packet: Any) -> Ecn:
+    """Return the codepoint that a packet left with.
+
+    Loss detection needs it: two queues reorder, so only a later packet of the *same* codepoint
+    tells, by being acknowledged, that an earlier one may be lost.
+    """
+    return getattr(packet, "codepoint", Ecn.NOT_ECT)
 
 
 class EcnState(Enum):

@@ -9,18 +9,23 @@ from aioquic.quic.packet import (
     NON_IN_FLIGHT_FRAME_TYPES,
     QuicFrameType,
 )
-from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
+from aioquic.quic.recovery import QuicPacketSpace
 
 from eloquent.quic._aioquic import LateBoundConnection
 from eloquent.quic.client import client_configuration
 
 USED_ATTRIBUTES = (
     "_datagrams_pending",
+    "_handshake_confirmed",
+    "_local_ack_delay_exponent",
     "_loss",
+    "_max_datagram_size",
+    "_network_paths",
     "_quic_logger",
     "_remote_max_datagram_frame_size",
 )
-USED_RECOVERY_ATTRIBUTES = ("_pacer", "_rtt_initial", "_rtt_initialized", "_rtt_smoothed")
+USED_RECOVERY_ATTRIBUTES = ("_cc", "_pacer", "_rtt_initial", "_rtt_initialized", "_rtt_smoothed")
 USED_BUILDER_PARTS = (
     "remaining_buffer_space",
     "remaining_flight_space",
@@ -82,10 +87,42 @@ def test_the_overridden_methods_have_the_signatures_that_we_know() -> None:
         "_write_datagram_frame": ["self", "builder", "data", "frame_type"],
         "_write_application": ["self", "builder", "network_path", "now"],
         "datagrams_to_send": ["self", "now"],
+        "_payload_received": ["self", "context", "plain", "crypto_frame_required"],
+        "_write_ack_frame": ["self", "builder", "space", "now"],
+        "_flush_builder": ["self", "builder", "network_path", "peer_cid", "now"],
+        "_handle_ack_frame": ["self", "context", "frame_type", "buf"],
     }
     for method, parameters in known.items():
         found = list(inspect.signature(getattr(QuicConnection, method)).parameters)
         assert found == parameters, f"aioquic changed {method}: {found}"
+
+
+def test_an_ack_is_written_the_way_that_we_write_one_with_counts() -> None:
+    source = quic_source("_write_ack_frame")
+    for used in (
+        "ack_delay = now - space.largest_received_time",
+        "int(ack_delay * 1000000) >> self._local_ack_delay_exponent",
+        "capacity=ACK_FRAME_CAPACITY",
+        "handler=self._on_ack_delivery",
+        "handler_args=(space, space.largest_received_packet)",
+        "space.ack_at = None",
+        "if ranges > 1 and builder.packet_number % 8 == 0:",
+    ):
+        assert used in source, f"aioquic's _write_ack_frame has no {used!r} any more"
+
+
+def test_counts_of_an_ack_are_read_past_and_dropped() -> None:
+    source = quic_source("_handle_ack_frame")
+    assert source.count("buf.pull_uint_var()") == 3, "aioquic reads ACK_ECN in another way"
+    assert "pull_ack_frame(buf)" in source
+
+
+def test_sent_packets_are_kept_in_order_with_what_ecn_reads_of_them() -> None:
+    space = QuicPacketSpace()
+    assert space.sent_packets == {}
+    assert space.largest_acked_packet == 0
+    packet = inspect.signature(QuicSentPacket).parameters
+    assert {"packet_number", "sent_bytes", "delivery_handlers"} <= set(packet)
 
 
 def test_delivery_handlers_are_told_acknowledgement_and_loss() -> None:
