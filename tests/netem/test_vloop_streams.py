@@ -679,3 +679,55 @@ def test_a_mark_is_in_the_captured_header() -> None:
     packet.ecn = Ecn.CE
     assert to_ip("up", packet)[1] == Ecn.CE
     assert to_ip("up", packet)[2:] == packet.data[2:]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_link_that_does_everything_wrong_breaks_no_stream(seed: int) -> None:
+    # Loss, jitter that reorders, copies, and readers that pause; both ends write and read at once.
+    links = [
+        Link(
+            delay_s=0.05,
+            seed=seed,
+            name=name,
+            loss=IndependentLoss(0.1, stage_rng(seed, name, "loss")),
+            jitter_s=0.03,
+            reorders=True,
+            duplicates=0.2,
+        )
+        for name in ("up", "down")
+    ]
+    network = VirtualNetwork.between(*links)
+
+    async def talk(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes
+    ) -> bytes:
+        rng = stage_rng(seed, data[:2].hex(), "application")
+
+        async def send() -> None:
+            for start in range(0, len(data), 7000):
+                writer.write(data[start : start + 7000])
+                await writer.drain()
+            writer.write_eof()
+
+        sending = asyncio.create_task(send())
+        received = bytearray()
+        while chunk := await reader.read(5000):
+            received += chunk
+            if rng.random() < 0.1:
+                await asyncio.sleep(10 * rng.random())
+        await sending
+        writer.close()
+        return bytes(received)
+
+    async def main() -> None:
+        question, answer = (stage_rng(seed, name, "data").randbytes(150_000) for name in "qa")
+        received: list[bytes] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            received.append(await talk(reader, writer, answer))
+
+        async with serving(network, serve):
+            received.append(await talk(*await asyncio.open_connection("server", 80), question))
+        assert sorted(received) == sorted((question, answer))
+
+    run(main(), network)
