@@ -112,8 +112,7 @@ class AnswerRun:
         else:
             self._token_at = None
             self._log.close("stop", model="lab", prompt_tokens=0, completion_tokens=index + 1)
-        self.pair.server.log_grew(self.turn, now)
-        self.pair.flush(now)
+        self.pair.log_grew(self.turn, now)
 
     def answer(self) -> Answer:
         """Return what was measured, once `is_done`.

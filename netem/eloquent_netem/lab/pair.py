@@ -40,16 +40,20 @@ class _End:
         self._inbound = inbound
         self._outbound = outbound
         self._on_event = on_event
+        self._timer: float | None = None
+        "The connection's: it changes only when something happens to the connection."
 
     def next_time(self) -> float | None:
-        times = (self._inbound.next_time(), self._connection.next_time())
-        return min((time for time in times if time is not None), default=None)
+        arrival = self._inbound.next_time()
+        if arrival is None or self._timer is None:
+            return self._timer if arrival is None else arrival
+        return min(arrival, self._timer)
 
     def act(self, now: float) -> None:
         packets = self._inbound.poll(now)
         for packet in packets:
             self._connection.receive(packet.data, self._peer_address, now, quic_ecn.Ecn(packet.ecn))
-        timer = self._connection.next_time()
+        timer = self._connection.next_time() if packets else self._timer
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)
         elif not packets:
@@ -61,6 +65,11 @@ class _End:
     def flush(self, now: float) -> None:
         for payload, _, ecn in self._connection.send(now):
             self._outbound.send(now, udp_packet(payload, Ecn(ecn)))
+        self.look()
+
+    def look(self) -> None:
+        """Take note of the connection's timer, after a call to it from outside."""
+        self._timer = self._connection.next_time()
 
 
 class QuicPair:
@@ -113,6 +122,11 @@ class QuicPair:
         self.client.connect(SERVER_ADDRESS, now)
         self._client_end.flush(now)
 
+    def log_grew(self, turn: int, now: float) -> None:
+        """Tell the server that the turn's log has more, and send it."""
+        self.server.log_grew(turn, now)
+        self._server_end.flush(now)
+
     def flush(self, now: float) -> None:
         """Send what either end has to say."""
         self._client_end.flush(now)
@@ -127,3 +141,4 @@ class QuicPair:
     def accept(self, turn: int, log: TokenLog) -> None:
         """Answer a turn with `log`."""
         self.server.accept(turn, log)
+        self._server_end.look()
