@@ -68,6 +68,7 @@ async def test_a_full_disk_ends_the_turns_that_were_being_stored(path: Path) -> 
     # There is room again: other turns go on, and what failed left nothing half done.
     await pragma(store, "max_page_count = 1000000")
     assert store.find("local", fresh.turn_id) is None
+    assert store.size == record.size + idle.size
     assert await stored(store.append, create(store, 3), 0, b"again") is None
     assert await stored(store.append, idle, 0, b"idle") is None
     found = await store.load("local", record.turn_id)
@@ -97,6 +98,18 @@ async def test_a_turn_that_failed_can_be_deleted(path: Path) -> None:
     await store.close()
     store = TokenStore.open(path)
     assert store.unfinished() == []
+    await store.close()
+
+
+async def test_a_tombstone_that_could_not_be_removed_is_not_in_the_way(path: Path) -> None:
+    times = iter([0.0] * 4)
+    store = TokenStore.open(path, tombstone_ttl_s=1.0, now=lambda: next(times, 2.0))
+    assert await store.delete("local", create(store, 1).turn_id)
+    await pragma(store, "query_only = 1")
+    store.expire()
+    await store._read(lambda _: None)  # or both would be one transaction
+    await pragma(store, "query_only = 0")
+    assert await stored(store.append, create(store, 1), 0, b"anew") is None
     await store.close()
 
 
