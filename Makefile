@@ -36,10 +36,10 @@ bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bound
 	$(BIN)/eloquent netem fidelity
 	$(BIN)/eloquent lab speed
 
-bench-transport: $(INSTALLED) ## Hold the transport to its bounds (20 minutes on two cores; goes on where it was stopped).
+bench-transport: $(INSTALLED) ## Hold the transport to its bounds, make docs/results-transport.md anew (20 minutes on two cores; goes on where it was stopped).
 	@mkdir -p build
 	$(BIN)/eloquent lab transport --seeds 20 --cache build/transport.jsonl \
-		--json build/transport.json --markdown build/transport.md
+		--json build/transport.json --markdown docs/results-transport.md
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
