@@ -2,12 +2,10 @@
 
 import asyncio
 import hashlib
-import resource
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,9 +131,10 @@ async def test_a_fault_of_our_own_is_reported_and_the_thread_lives(path: Path) -
 
 def test_a_disk_that_refuses_to_write(path: Path) -> None:
     script = """
-import asyncio, sys
+import asyncio, resource, sys
 from pathlib import Path
 from eloquent_server.store import TokenStore
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 async def main():
     store = TokenStore.open(Path(sys.argv[1]))
     record = store.create("local", bytes(16), bytes(32), b"body", bytes(32))
@@ -158,7 +157,6 @@ asyncio.run(main())
         text=True,
         check=False,
         timeout=DEADLINE_S,
-        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     first, second = done.stdout.splitlines()
     assert first.startswith("StoreError The disk of")
