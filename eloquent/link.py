@@ -21,6 +21,9 @@ class Rung(Enum):
 class LinkUser(Protocol):
     """Who uses a link; its methods are called on the event loop."""
 
+    def on_early(self, link: "Link") -> None:
+        """The link is still being made and takes requests already: only resumes (0-RTT)."""
+
     def on_progress(self, link: "Link", turn: int, events: Sequence[Event]) -> None:
         """More of a turn's log has come: events in order, once; maybe none."""
 
@@ -60,6 +63,9 @@ class Link(Protocol):
 
     def probe(self) -> None:
         """Send something that the server answers."""
+
+    async def migrate(self) -> bool:
+        """Go on from the address that this machine has now; False: this link cannot."""
 
     async def close(self) -> None:
         """End the connection."""

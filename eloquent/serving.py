@@ -17,6 +17,13 @@ class Reader(Protocol):
     def request(self) -> Request:
         """What was asked."""
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has come from the reader's machine for so long that its link is dead.
+
+        Apart from whether the application there reads: see `eloquent.core.liveness`.
+        """
+
     def accept(self, log: Log) -> None:
         """Send `log` from the request's offset on, as it is and as it grows."""
 

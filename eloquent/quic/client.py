@@ -6,6 +6,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
+from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress
 from eloquent.core.wire import (
@@ -22,7 +23,6 @@ from eloquent.errors import ConnectionFailedError, EloquentError, RequestError, 
 from eloquent.quic.certificate import certificate_pin
 from eloquent.quic.connection import (
     CLOSE_BAD_CERTIFICATE,
-    KEEPALIVE_S,
     STREAM_CANCELLED,
     Address,
     Connected,
@@ -107,8 +107,14 @@ class ClientConnection(Connection):
         return turn in self._receivers
 
     def probe(self) -> None:
-        """Send something soon that the server answers."""
-        self._quic.send_ping(0)
+        """Send something soon that the server answers, whatever the congestion window says."""
+        self._quic.send_probe()
+
+    def migrate(self) -> None:
+        """Go on from a new local address, which the server learns from the next packet."""
+        for receiver in self._receivers.values():
+            receiver.report_again()
+        self._quic.migrate()
 
     def has_datagram(self, now: float) -> bool:
         """See `DatagramSource`."""

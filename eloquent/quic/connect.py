@@ -80,6 +80,22 @@ class QuicLink:
         self._connection.probe()
         self._driver.pump()
 
+    async def migrate(self) -> bool:
+        """See `Link.migrate`; a new socket gets the machine's new address (RFC 9000 section 9)."""
+        before = self._transport
+        try:
+            await open_udp(self, remote=(self._address[0], self._address[1]))
+        except OSError:
+            return False
+        if before is not None:
+            before.close()
+        if self._is_over:
+            self._end()
+            return False
+        self._connection.migrate()
+        self._driver.pump()
+        return True
+
     async def close(self) -> None:
         """See `Link.close`."""
         self._connection.close("the client is done")

@@ -18,15 +18,14 @@ from eloquent.core.turns import TurnEvent
 from eloquent.core.wire import ALPN, Frame, decode_frame
 from eloquent.errors import WireError
 from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
-from eloquent.quic._ecn import EcnConnection
+from eloquent.quic._roaming import RoamingConnection
 from eloquent.quic.ecn import Ecn
 
 Address = Any
 "A socket address, as the socket's family has it."
 
-IDLE_TIMEOUT_S = 60.0
-KEEPALIVE_S = 15.0
-"A client that hears nothing sends a PING this often, well within the idle timeout."
+IDLE_TIMEOUT_S = 180.0
+"A connection of which nothing was heard for so long is over; minutes without a link do not end it."
 
 TIMER_SLACK_S = 1e-6
 """QUIC's timers are served this much late. aioquic sets its loss timer to `sent + delay` and then
@@ -86,14 +85,14 @@ class Connection(ABC):
     """
 
     def __init__(self, configuration: QuicConfiguration, **options: Any) -> None:
-        self._quic = EcnConnection(configuration=configuration, source=self, **options)
+        self._quic = RoamingConnection(configuration=configuration, source=self, **options)
         self._path = Path(srtt_s=configuration.initial_rtt)
         self._events: deque[ConnectionEvent] = deque()
         self._is_ended = False
         self._sent_at = float("-inf")
 
     @property
-    def quic(self) -> EcnConnection:
+    def quic(self) -> RoamingConnection:
         """The QUIC connection underneath, for endpoints (connection ids) and measurements."""
         return self._quic
 

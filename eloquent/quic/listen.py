@@ -1,5 +1,6 @@
 """The server's endpoint: one UDP socket, many connections, each with its readers."""
 
+import asyncio
 import errno
 import logging
 
@@ -21,6 +22,7 @@ from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import MakeMarking
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.quic.reset import ResetKey, ResetLimit
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.serving import TurnService
@@ -45,6 +47,11 @@ class QuicReader:
     def request(self) -> Request:
         """See `Reader.request`."""
         return self._request
+
+    @property
+    def is_silent(self) -> bool:
+        """See `Reader.is_silent`."""
+        return self._peer.connection.is_silent(self._peer.driver.now())
 
     def accept(self, log: Log) -> None:
         """See `Reader.accept`."""
@@ -116,6 +123,8 @@ class Listener:
         self._make_sender = make_sender
         self._padding = padding
         self._make_marking = make_marking
+        self._reset_key = ResetKey.of(certificate.private_key)
+        self._reset_limit = ResetLimit()
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
         self._transport: UdpTransport | None = None
@@ -192,10 +201,18 @@ class Listener:
                 peer = self._new_peer(header.destination_cid)
         if peer is not None:
             peer.driver.receive(data, addr, ecn)
+        elif header.packet_type is QuicPacketType.ONE_RTT:
+            self._reset(header.destination_cid, len(data), addr)
 
     def error_received(self, exc: OSError) -> None:
         """See `UdpProtocol`; a reader that is gone shows in its idle timeout."""
         logger.debug("socket error: %s", exc)
+
+    def _reset(self, connection_id: bytes, received_bytes: int, addr: Address) -> None:
+        """Tell whoever sent a packet of a connection that is not known, or not any more."""
+        reset = self._reset_key.reset(connection_id, received_bytes)
+        if reset is not None and self._reset_limit.allows(asyncio.get_running_loop().time()):
+            self.send(reset, addr)
 
     def _new_peer(self, destination_cid: bytes) -> _Peer | None:
         if len(self._peers) >= MAX_CONNECTIONS:
@@ -207,6 +224,7 @@ class Listener:
             padding=self._padding,
             marking=self._make_marking() if self._make_marking is not None else None,
             original_destination_connection_id=destination_cid,
+            reset_key=self._reset_key,
         )
         peer = _Peer(self, connection)
         self._peers[peer] = None

@@ -7,6 +7,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
+from eloquent.core.liveness import DEAD_AFTER_S, SERVER_PROBE_AFTER_S, SERVER_PROBE_EVERY_S
 from eloquent.core.log import Log, LogWindow
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
@@ -34,10 +35,16 @@ from eloquent.core.wire import (
 )
 from eloquent.errors import WireError
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.connection import STREAM_REFUSED, Connection, base_configuration
+from eloquent.quic.connection import STREAM_REFUSED, Address, Connection, base_configuration
+from eloquent.quic.ecn import Ecn
 
 MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
 "A request's body and what stands before it, with room for longer varints than needed."
+
+REQUEST_DEADLINE_S = 10.0
+"A request has to be whole so long after its first bytes."
+
+TOO_LATE = f"The request was not whole within {REQUEST_DEADLINE_S:.0f} s: ask again."
 
 
 def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
@@ -88,6 +95,19 @@ class ServerConnection(Connection):
         self._readers: dict[int, _Reader] = {}
         self._order: deque[int] = deque()
         self._highest_turn = -1
+        self._asked_at: dict[int, float] = {}
+        "When the first part of a request came that is not whole yet."
+        self._heard_at = float("-inf")
+        self._probed_at = float("-inf")
+
+    def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
+        """See `Connection.receive`."""
+        self._heard_at = now
+        super().receive(data, address, now, ecn)
+
+    def is_silent(self, now: float) -> bool:
+        """Return whether turns are open and the client was not heard for `DEAD_AFTER_S`."""
+        return bool(self._readers) and now >= self._heard_at + DEAD_AFTER_S
 
     def accept(self, turn: int, log: Log, offset: int = 0) -> None:
         """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled."""
@@ -143,6 +163,14 @@ class ServerConnection(Connection):
                 SLOW_READER,
             )
             self._events.append(ReaderDone(turn))
+        for turn in [t for t, at in self._asked_at.items() if at + REQUEST_DEADLINE_S <= now]:
+            self._forget_request(turn)
+            self._quic.stop_stream(turn * 4, STREAM_REFUSED)
+            self.reject(turn, "request_timeout", TOO_LATE)
+        probe_time = self._probe_time()
+        if probe_time is not None and probe_time <= now:
+            self._probed_at = now
+            self._quic.send_probe()
         super().handle_timer(now)
 
     def sender(self, turn: int) -> Sender | None:
@@ -183,7 +211,14 @@ class ServerConnection(Connection):
         readers = self._readers.values()
         times = [reader.sender.next_time() for reader in readers]
         times += [None if r.full_at is None else r.full_at + SLOW_READER_S for r in readers]
+        times += [at + REQUEST_DEADLINE_S for at in self._asked_at.values()]
+        times.append(self._probe_time())
         return [time for time in times if time is not None]
+
+    def _probe_time(self) -> float | None:
+        """Return when to ask the client for a sign of life; None: it is dead, or not needed."""
+        time = max(self._heard_at + SERVER_PROBE_AFTER_S, self._probed_at + SERVER_PROBE_EVERY_S)
+        return time if self._readers and time < self._heard_at + DEAD_AFTER_S else None
 
     def _on_frame(self, frame: Frame, now: float) -> None:
         if not isinstance(frame, Report):
@@ -213,7 +248,7 @@ class ServerConnection(Connection):
         if isinstance(event, quic_events.StreamDataReceived):
             self._on_request_data(turn, event)
             return
-        is_cut_short = self._requests.pop(turn, None) is not None
+        is_cut_short = self._forget_request(turn)
         is_cancelled = isinstance(event, quic_events.StopSendingReceived)
         if is_cut_short or is_cancelled:
             self._given_up.add(turn)
@@ -225,13 +260,14 @@ class ServerConnection(Connection):
         if turn in self._given_up:
             return
         collected = self._requests.setdefault(turn, bytearray())
+        self._asked_at.setdefault(turn, self._heard_at)
         collected += event.data
         if len(collected) > MAX_STREAM_BYTES:
-            del self._requests[turn]
+            self._forget_request(turn)
             self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
             self.reject(turn, "request_too_large", TOO_LARGE)
         elif event.end_stream:
-            del self._requests[turn]
+            self._forget_request(turn)
             try:
                 request = decode_request(bytes(collected))
             except UnsupportedVersionError as error:
@@ -245,6 +281,11 @@ class ServerConnection(Connection):
                     self._early.append(TurnRequested(turn, request))
                 else:
                     self._events.append(TurnRequested(turn, request))
+
+    def _forget_request(self, turn: int) -> bool:
+        """Collect no more of a request; return whether a part of it had come."""
+        self._asked_at.pop(turn, None)
+        return self._requests.pop(turn, None) is not None
 
     def _move_window(self, report: Report, reader: _Reader, now: float) -> None:
         limit = report.contiguous - report.unread + READER_WINDOW_BYTES

@@ -6,20 +6,27 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from eloquent.core.events import Event
+from eloquent.core.liveness import (
+    DEAD_AFTER_S,
+    PROBE_AFTER_S,
+    PROBE_EVERY_S,
+    TRY_RTTS,
+    TRY_S,
+)
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
+from eloquent.session.routes import Machine, this_machine
 from eloquent.session.states import (
-    DEAD_AFTER_S,
     NEXT,
-    PROBE_AFTER_S,
-    PROBE_EVERY_S,
+    OFFLINE_LOOK_S,
     REFUSED_FOR_S,
     RETRY_FIRST_S,
     RETRY_GROWTH,
     RETRY_MAX_S,
+    WOKE_S,
     LinkState,
 )
 from eloquent.session.turn import ClientTurn
@@ -45,14 +52,21 @@ class Session:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         on_state: OnState = lambda state: None,
         connector: Connector = connect_quic,
+        machine: Machine | None = None,
     ) -> None:
-        """`connect_timeout_s` bounds each attempt to connect, in seconds."""
+        """`connect_timeout_s` bounds each attempt to connect, in seconds.
+
+        `machine` tells of routes and sleep; None: the one that this runs on.
+        """
         self._url = url
         self._connect_timeout_s = connect_timeout_s
         self._on_state = on_state
         self._connect = connector
+        self._machine = machine
         self._state = LinkState.IDLE
         self._link: Link | None = None
+        self._early: Link | None = None
+        "A link that is still being made, on which turns were resumed already."
         self._numbers: dict[ClientTurn, int] = {}
         "The turns that are open, with their numbers on the link; -1: not asked there yet."
         self._failure: EloquentError | None = None
@@ -63,6 +77,16 @@ class Session:
         "The open turns that a server has been asked: they wait for it to come back."
         self._expecting_s = 0.0
         "Since when packets are to be expected: the link's first, or the first open turn's."
+        self._tried_s = float("-inf")
+        "When the network had changed, or the machine woke up, and the link was tried."
+        self._changes = 0
+        "How often the network may have changed."
+        self._looked = 0
+        "How often it had when it was last looked at."
+        self._changed = asyncio.Event()
+        self._source: str | None = None
+        "The way to the server when it was last looked at."
+        self._slept_s = 0.0
 
     @property
     def state(self) -> LinkState:
@@ -138,6 +162,14 @@ class Session:
 
     # What links say (`LinkUser`).
 
+    def on_early(self, link: Link) -> None:
+        """See `LinkUser.on_early`."""
+        if self._link is None and self._early is None:
+            self._early = link
+            for turn in self._numbers:
+                if not turn.request.body:
+                    self._ask(link, turn)
+
     def on_progress(self, link: Link, turn: int, events: Sequence[Event]) -> None:
         """See `LinkUser.on_progress`."""
         found = self._find(link, turn)
@@ -163,7 +195,7 @@ class Session:
     # Turns.
 
     def _find(self, link: Link, number: int) -> ClientTurn | None:
-        if link is not self._link:
+        if link is not self._link and link is not self._early:
             return None
         return next((turn for turn, other in self._numbers.items() if other == number), None)
 
@@ -212,88 +244,165 @@ class Session:
 
     async def _work(self) -> None:
         """Make a link whenever one is needed, and watch the one there is."""
-        while self._failure is None and (self._numbers or self._waiting or self._link):
-            self._news.clear()
-            if self._link is not None:
-                await self._watch(self._link)
-            elif self._numbers or self._waiting:
-                await self._make_link()
+        machine = self._machine = self._machine or this_machine()
+        self._look(machine)
+        noting = asyncio.ensure_future(self._note_changes(machine))
+        try:
+            while self._failure is None and (self._numbers or self._waiting or self._link):
+                self._news.clear()
+                if self._link is not None:
+                    await self._watch(self._link, machine)
+                elif self._numbers or self._waiting:
+                    await self._make_link(machine)
+        finally:
+            noting.cancel()
+            await asyncio.wait((noting,))
         if self._failure is not None and self._link is not None:
             await self._link.close()
             self._link = None
         if self._state is not LinkState.CLOSED:
             self._set_state(LinkState.IDLE)
 
-    async def _watch(self, link: Link) -> None:
+    async def _watch(self, link: Link, machine: Machine) -> None:
         """Wait until there is news, or it is time to ask the server for a sign of life."""
+        await self._follow_machine(link, machine)
+        if self._source is None and link.heard_s < self._tried_s:
+            self._set_state(LinkState.OFFLINE)
+            await self._wait_for_news(OFFLINE_LOOK_S)
+            return
+        self._set_state(LinkState.UP)
         if not self._numbers:
             await self._news.wait()
             return
-        silent_s = _now() - max(link.heard_s, self._expecting_s)
-        if silent_s >= DEAD_AFTER_S:
-            await self._replace(link)
+        is_tried = self._tried_s > link.heard_s
+        silent_s = _now() - max(link.heard_s, self._expecting_s, self._tried_s)
+        try_s = TRY_S + TRY_RTTS * link.srtt_s if is_tried else DEAD_AFTER_S
+        dead_after_s = min(try_s, DEAD_AFTER_S)
+        if silent_s >= dead_after_s:
+            await self._replace(link, machine)
             return
-        wait_s = PROBE_AFTER_S - silent_s
+        wait_s = 0.0 if is_tried else PROBE_AFTER_S - silent_s
         if wait_s <= 0:
             link.probe()
-            wait_s = min(PROBE_EVERY_S, DEAD_AFTER_S - silent_s)
+            wait_s = min(PROBE_EVERY_S, dead_after_s - silent_s)
+        due_s = _now() + wait_s
         await self._wait_for_news(wait_s)
+        if _now() - due_s > WOKE_S:  # this process was stopped: what is silent was not asked
+            self._tried_s = _now()
 
-    async def _replace(self, silent: Link) -> None:
+    async def _replace(self, silent: Link, machine: Machine) -> None:
         """Make another link beside one that is silent; the first to say something is used."""
         self._set_state(LinkState.SILENT)
         silent_since = silent.heard_s
-        making = asyncio.ensure_future(self._find_link())
+        making = asyncio.ensure_future(self._find_link(machine))
         try:
             while silent is self._link and silent.heard_s == silent_since and not making.done():
+                await self._follow_machine(silent, machine)
                 silent.probe()
                 await asyncio.wait((making,), timeout=PROBE_EVERY_S)
         finally:
             new = await _result_or_stop(making)
-        if silent is self._link:
-            if new is None:
-                self._set_state(LinkState.UP)
-                return
-            for number in self._numbers.values():
-                silent.detach_turn(number)
-            await silent.close()
         if new is not None:
-            self._use(new)
+            await self.switch(new)
+        elif silent is self._link:
+            self._set_state(LinkState.UP)
 
-    async def _make_link(self) -> None:
+    async def switch(self, link: Link) -> None:
+        """Go on over another link and close the one before."""
+        if self._state is LinkState.CLOSED or self._failure is not None:
+            await link.close()
+            return
+        before = self._link
+        if before is not None:
+            for number in self._numbers.values():
+                before.detach_turn(number)
+        self._use(link)
+        if before is not None:
+            await before.close()
+
+    async def _make_link(self, machine: Machine) -> None:
         self._set_state(LinkState.RECONNECTING if self._asked else LinkState.CONNECTING)
-        link = await self._find_link()
+        link = await self._find_link(machine)
         if link is not None:
             self._use(link)
 
-    async def _find_link(self) -> Link | None:
+    async def _find_link(self, machine: Machine) -> Link | None:
         """Try to connect as long as it makes sense; None: it makes no sense, and all were told."""
         wait_s = RETRY_FIRST_S
         refused_since: float | None = None
+        state = self._state
         while self._numbers or self._waiting:
+            changes = self._changes
             try:
                 return await self._connect(self._url, self, self._connect_timeout_s)
             except EloquentError as error:
+                self._forget_early()
                 is_refusal = isinstance(error, ServerRefusedError)
                 refused_since = (refused_since or _now()) if is_refusal else None
                 is_gone = refused_since is not None and _now() - refused_since >= REFUSED_FOR_S
                 self._give_up(
                     error, self._numbers if is_gone else self._numbers.keys() - self._asked
                 )
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
+            if machine.source_for(self._url.host) is None and (self._numbers or self._waiting):
+                self._set_state(LinkState.OFFLINE)
+                await self._wait_for_change(changes, None)
+                self._set_state(state)
+                wait_s = RETRY_FIRST_S
+            elif await self._wait_for_change(changes, wait_s):
+                wait_s = RETRY_FIRST_S
+            else:
+                wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
         return None
 
     def _use(self, link: Link) -> None:
+        early, self._early = self._early, None
         self._link = link
         self._expecting_s = _now()
         self._set_state(LinkState.UP)
-        for turn in list(self._numbers):
-            self._ask(link, turn)
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        for turn, number in list(self._numbers.items()):
+            if link is not early or number < 0:
+                self._ask(link, turn)
+
+    def _forget_early(self) -> None:
+        if self._early is not None:
+            self._early = None
+            self._numbers = dict.fromkeys(self._numbers, -1)
+
+    # The machine.
+
+    async def _note_changes(self, machine: Machine) -> None:
+        async for _ in machine.changes():
+            self._changes += 1
+            self._changed.set()
+            self._changed.clear()
+            self._news.set()
+
+    async def _wait_for_change(self, changes: int, timeout_s: float | None) -> bool:
+        """Wait until the network changed more often than `changes`; return whether it did."""
+        if self._changes == changes:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+        return self._changes != changes
+
+    def _look(self, machine: Machine) -> bool:
+        """Look at the way to the server; return whether it has changed, or the machine slept."""
+        self._looked = self._changes
+        before = self._source, self._slept_s
+        self._source, self._slept_s = machine.source_for(self._url.host), machine.slept_s()
+        return self._source != before[0] or self._slept_s - before[1] > WOKE_S
+
+    async def _follow_machine(self, link: Link, machine: Machine) -> None:
+        """After a change of the way to the server, or a sleep: go on from here, and ask at once."""
+        if self._looked == self._changes and machine.slept_s() - self._slept_s <= WOKE_S:
+            return
+        source = self._source
+        if not self._look(machine):
+            return
+        self._tried_s = _now()
+        if self._source is None:
+            return
+        if self._source == source or await link.migrate():
+            link.probe()
 
     async def _wait_for_news(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -304,6 +413,11 @@ class Session:
             assert state in NEXT[self._state], (self._state, state)
             self._state = state
             self._on_state(state)
+        if state is LinkState.UP:
+            waiting, self._waiting = self._waiting, []
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
 
 
 async def _result_or_stop(making: "asyncio.Future[Link | None]") -> Link | None:

@@ -2,18 +2,16 @@
 
 from enum import Enum
 
-PROBE_AFTER_S = 0.5
-PROBE_EVERY_S = 0.2
-"""While a turn is open and nothing has come for `PROBE_AFTER_S`, the server is asked every
-`PROBE_EVERY_S`: each packet that comes shows that the link lives, whatever the model does."""
-
-DEAD_AFTER_S = 1.8
-"A link that says nothing for so long, and was asked, is dead."
-
 RETRY_FIRST_S = 0.25
 RETRY_MAX_S = 5.0
 RETRY_GROWTH = 2.0
 "A failed attempt to reconnect is followed by the next after these waits, each twice the last."
+
+WOKE_S = 1.0
+"A wait that took so much longer than it should, or so much sleep of the machine, is a waking up."
+
+OFFLINE_LOOK_S = 1.0
+"Without a way to the server the link is looked at this often: what is heard proves there is one."
 
 REFUSED_FOR_S = 5.0
 "When only refusals have come for so long, the server is gone, and its turns fail."

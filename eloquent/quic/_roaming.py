@@ -1,0 +1,116 @@
+"""What a connection needs to outlive its path: migration, probes, stateless reset, packet sizes.
+
+Touches aioquic's internals (checked with 1.7.2; `tests/eloquent/test_aioquic_internals.py` names
+what a release changes).
+"""
+
+import hmac
+from typing import Any
+
+from aioquic.quic.connection import END_STATES
+from aioquic.quic.events import ConnectionTerminated
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
+from aioquic.quic.packet_builder import QuicPacketBuilder
+
+from eloquent.quic._ecn import EcnConnection
+from eloquent.quic.ecn import Ecn
+from eloquent.quic.reset import MIN_RESET_BYTES, TOKEN_BYTES, ResetKey
+
+INITIAL_WINDOW_PACKETS = 10
+"What may be in flight on a new path (RFC 9002 section 7.2)."
+
+MIGRATION_PACKET_BYTES = 1200
+"""The first packet from a new address: until the server has validated the address it may send
+three times what came from there (RFC 9000 section 8.1), which this makes enough for a backlog."""
+
+RESET_REASON = "the server does not know the connection any more (stateless reset)"
+
+
+class RoamingConnection(EcnConnection):
+    """A connection that goes on when addresses change, and ends at once when the peer forgot it.
+
+    `reset_key` makes the tokens by which a server that forgot its connections can say so
+    (RFC 9000 section 10.3); without one they are random.
+    """
+
+    def __init__(self, *, reset_key: ResetKey | None = None, **options: Any) -> None:
+        self._reset_key = reset_key
+        super().__init__(**options)
+        self._is_ping_padded = False
+        if reset_key is not None:
+            first = self._host_cids[0]
+            first.stateless_reset_token = reset_key.token(first.cid)
+
+    # Probes and migration.
+
+    def send_probe(self) -> None:
+        """Send a PING with the next packet, even if the congestion window is full."""
+        self._send_probe()
+
+    def migrate(self) -> None:
+        """Let the next packet leave under a new connection id, as from a new address (client)."""
+        self.change_connection_id()
+        self._on_new_path()
+        self._is_ping_padded = True
+        self._send_probe()
+
+    def receive_datagram(self, data: bytes, addr: Any, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
+        """See `EcnConnection.receive_datagram`."""
+        if self._is_client and self._is_reset(data):
+            self._end_by_reset()
+            return
+        before = self._network_paths[0] if self._network_paths else None
+        super().receive_datagram(data, addr, now, ecn)
+        after = self._network_paths[0] if self._network_paths else None
+        if before is not None and after is not None and after.addr[0] != before.addr[0]:
+            self._on_new_path()  # a mere change of port is a NAT's (RFC 9000 section 9.4)
+
+    def _on_new_path(self) -> None:
+        """Begin anew with what was learned of the path (RFC 9000 section 9.4)."""
+        loss = self._loss
+        loss._rtt_initial = self.srtt_s
+        loss._rtt_initialized = False
+        loss._rtt_min = float("inf")
+        loss._pto_count = 0
+        window = INITIAL_WINDOW_PACKETS * self._max_datagram_size
+        loss._cc.congestion_window = max(window, loss._cc.bytes_in_flight + window)
+
+    def _write_ping_frame(
+        self, builder: QuicPacketBuilder, uids: list[int] | None = None, comment: str = ""
+    ) -> None:
+        super()._write_ping_frame(builder, uids or [], comment)
+        if self._is_ping_padded:
+            self._is_ping_padded = False
+            room = min(builder.remaining_buffer_space, builder.remaining_flight_space)
+            missing = min(MIGRATION_PACKET_BYTES - self._packet_size(), room) - 1
+            if missing > 0:
+                builder.start_frame(QuicFrameType.PADDING).push_bytes(bytes(missing))
+
+    # Stateless reset.
+
+    def _replenish_connection_ids(self) -> None:
+        super()._replenish_connection_ids()
+        if self._reset_key is not None:
+            for connection_id in self._host_cids:
+                if not connection_id.was_sent:
+                    connection_id.stateless_reset_token = self._reset_key.token(connection_id.cid)
+
+    def _is_reset(self, data: bytes) -> bool:
+        """Return whether the peer says that it does not know this connection (section 10.3.1)."""
+        token = self._peer_cid.stateless_reset_token
+        return (
+            len(token) == TOKEN_BYTES
+            and len(data) >= MIN_RESET_BYTES
+            and not data[0] & 0x80
+            and hmac.compare_digest(data[-TOKEN_BYTES:], token)
+        )
+
+    def _end_by_reset(self) -> None:
+        if self._state in END_STATES:
+            return
+        self._close_event = ConnectionTerminated(
+            error_code=QuicErrorCode.NO_ERROR,
+            frame_type=QuicFrameType.PADDING,
+            reason_phrase=RESET_REASON,
+        )
+        self._close_end()
