@@ -10,10 +10,11 @@ from cyclopts import App, Parameter
 
 from eloquent.core.schemes import SCHEMES, scheme
 from eloquent.errors import ConfigurationError
-from eloquent_netem.lab.leak_commands import leak
+from eloquent_netem.lab.leak_commands import leak, pace
 
 lab = App(name="lab", help="Measure the transport on emulated networks.")
 lab.command(leak)
+lab.command(pace)
 
 
 @lab.command

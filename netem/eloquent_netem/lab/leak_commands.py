@@ -1,4 +1,4 @@
-"""The subcommand `eloquent lab leak`."""
+"""The subcommands `eloquent lab leak` and `eloquent lab pace`."""
 
 import json as json_format
 import sys
@@ -67,3 +67,23 @@ def leak(
     print(render(leaks))  # noqa: T201
     if json is not None:
         json.write_text(json_format.dumps(to_json(leaks, sys.argv[1:]), indent=1) + "\n")
+
+
+def pace(*, seeds: int = 20, tokens: int = 400) -> None:
+    """Show what the pacer makes of answers under loss, and what delay it adds.
+
+    Both real QUIC ends run, in virtual time; the pacer then shows the tokens, of 4 characters each,
+    as they arrived (a minute).
+
+    Parameters
+    ----------
+    seeds
+        How many seeds, from 0 on.
+    tokens
+        Tokens of each answer.
+    """
+    if seeds < 1 or tokens < 2:
+        raise ConfigurationError("--seeds must be at least 1 and --tokens at least 2.")
+    from eloquent_netem.lab.pace import table
+
+    print(table(seeds, tokens))  # noqa: T201
