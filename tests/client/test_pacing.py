@@ -1,13 +1,23 @@
-"""The pacer on an event loop: order, ends, failures, cancellation."""
+"""The pacer on an event loop and in `ask` and `chat`; the connection's log of `ask`."""
 
 import asyncio
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from loopback import DEADLINE_S, StartServer, saying
 
-from eloquent.core.events import End, Event, TextDelta
+from eloquent.core.events import End, Event, Failure, TextDelta
 from eloquent.core.pacer import Pacer
-from eloquent_client.pacing import paced
+from eloquent_client import Client, ServerFaultError
+from eloquent_client.pacing import paced, paced_text
+from eloquent_client.tui.app import ChatApp
+from eloquent_client.tui.status import StatusBar
+from eloquent_client.tui.widgets import Prompt, Reply
 
 END = End("stop", "m", 1, 2, 3, bytes(16))
 
@@ -83,3 +93,62 @@ async def test_closing_it_ends_the_source() -> None:
 
 async def test_an_empty_source() -> None:
     assert await text_of(paced(telling(), Pacer("smooth"))) == ""
+
+
+async def test_a_failure_in_mid_answer_comes_after_the_text_before_it() -> None:
+    source = telling(TextDelta("Hello"), Failure("engine_error", "It broke."))
+    pieces = paced_text(source, Pacer("reading", chars_per_s=0.001, max_delay_s=1e9))
+    assert [await anext(pieces), await anext(pieces)] == ["H", "ello"]
+    with pytest.raises(ServerFaultError, match="It broke"):
+        await anext(pieces)
+
+
+async def ask(*arguments: str, **environment: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "eloquent", "ask", *arguments),
+        stdin=DEVNULL,
+        stdout=PIPE,
+        env=os.environ | environment,
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+@pytest.mark.parametrize("pace", ["off", "smooth", "reading"])
+async def test_ask_at_any_pace(start_server: StartServer, pace: str) -> None:
+    server = await start_server(saying("Hello ", "the", "re 👋🏽"))
+    assert await ask("Hi", "--pace", pace, "--url", str(server.url)) == "Hello there 👋🏽\n"
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+async def test_ask_with_qlog(start_server: StartServer, tmp_path: Path, by_option: bool) -> None:
+    server = await start_server(saying("Zebras ", "wander"))
+    where = ("--qlog", str(tmp_path / "q")), {"ELOQUENT_QLOG": str(tmp_path / "q")}
+    options: tuple[str, ...] = where[0] if by_option else ()
+    environment = {} if by_option else where[1]
+    assert "Zebras" in await ask("Whither?", *options, "--url", str(server.url), **environment)
+    (file,) = (tmp_path / "q").iterdir()
+    assert file.name.endswith("_client.sqlog")
+    content = file.read_bytes()
+    records = [json.loads(record) for record in content.split(b"\x1e")[1:]]
+    assert records[0]["qlog_format"] == "JSON-SEQ"
+    assert b'"frame_type": "bundle"' in content
+    assert not [word for word in (b"Zebras", b"wander", b"Whither") if word in content]
+
+
+async def test_the_chat_shows_all_of_a_paced_answer(start_server: StartServer) -> None:
+    server = await start_server(saying("Hello ", "**you**"))
+    async with Client(server.url, connect_timeout_s=DEADLINE_S) as client:
+        starting: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+        starting.set_result(client)
+        app = ChatApp(starting, asyncio.Queue(), pace="smooth")
+        async with app.run_test(size=(120, 30)) as pilot, asyncio.timeout(DEADLINE_S):
+            while not app.screen.query(Prompt):
+                await pilot.pause(0.01)
+            await pilot.press(*"one", "enter")
+            while [reply.source for reply in app.screen.query(Reply)] != ["Hello **you**"]:
+                await pilot.pause(0.01)
+            while "2 tokens" not in str(app.screen.query_one(StatusBar).content):
+                await pilot.pause(0.01)
