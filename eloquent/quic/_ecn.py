@@ -216,10 +216,13 @@ class EcnConnection(LateBoundConnection):
                 self._loss._cc, self._loss._pacer = control.inner, self._usual_pacer
 
     def _use_prague(self) -> None:
-        if not isinstance(self._loss._cc, Prague):
-            full = self._max_datagram_size
-            control = Prague(self._loss._cc, max_datagram_size=full)
-            self._loss._cc = control
-            self._loss._pacer = PraguePacer(  # type: ignore[assignment]
-                control, max_datagram_size=full, packet_size=self._packet_size
-            )
+        """Put Prague, new to the path, on the controller that the configuration names."""
+        full = self._max_datagram_size
+        usual = self._loss._cc
+        control = Prague(
+            usual.inner if isinstance(usual, Prague) else usual, max_datagram_size=full
+        )
+        self._loss._cc = control
+        self._loss._pacer = PraguePacer(  # type: ignore[assignment]
+            control, max_datagram_size=full, packet_size=self._packet_size
+        )

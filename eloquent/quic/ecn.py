@@ -90,20 +90,22 @@ class EcnState(Enum):
 
 
 class EcnValidation:
-    """Whether one path carries marks; `carried` marked packets of an earlier path may be under way.
+    """Whether one path carries marks.
+
+    `carried` is None for a connection's first path. Later, so many marked packets of the path
+    before may be under way, and the peer's counts go on from where they are: its first report is
+    where ours begin.
 
     For each ACK frame: `on_acked` for each marked packet that it newly acknowledges, then
     `on_ack_frame`.
     """
 
-    def __init__(self, *, carried: int = 0) -> None:
+    def __init__(self, *, carried: int | None = None) -> None:
         self.state = EcnState.TESTING
         self.failure = ""
         "Why it failed, for a person."
-        self._carried = carried
-        # On a path after the first the peer's counts go on from where they are: its first report
-        # is where ours begin.
-        self._last: EcnCounts | None = None if carried else EcnCounts()
+        self._carried = carried or 0
+        self._last = EcnCounts() if carried is None else None
         self._base = EcnCounts()
         self._sent = EcnCounts()
         self._new = EcnCounts()

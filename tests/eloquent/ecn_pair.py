@@ -94,10 +94,10 @@ class End:
         self.delays_s: list[float] = []
         "How long each datagram was in the inbound link."
         self._source = source
-        self._peer = peer
+        self.peer = peer
         self._inbound = inbound
         self._outbound = outbound
-        self._rewrite = rewrite
+        self.rewrite = rewrite
         self._flushed_at = float("-inf")
 
     def next_time(self) -> float | None:
@@ -113,11 +113,11 @@ class End:
             if packet.flow != netem.SUBJECT:
                 continue
             self.delays_s.append(now - packet.entered_s)
-            ecn = Ecn(self._rewrite(now, packet.ecn))
+            ecn = Ecn(self.rewrite(now, packet.ecn))
             if isinstance(self.quic, EcnConnection):
-                self.quic.receive_datagram(packet.data, self._peer, now, ecn)
+                self.quic.receive_datagram(packet.data, self.peer, now, ecn)
             else:
-                self.quic.receive_datagram(packet.data, self._peer, now)
+                self.quic.receive_datagram(packet.data, self.peer, now)
         timer = self.quic.get_timer()
         if timer is not None and timer <= now:
             self.quic.handle_timer(now)

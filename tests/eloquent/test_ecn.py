@@ -97,6 +97,13 @@ def test_counts_that_go_back_fail() -> None:
     assert validation.state is EcnState.FAILED
 
 
+def test_counts_that_go_back_fail_though_their_sum_grows() -> None:
+    validation = sent(8)
+    ack(validation, 4, EcnCounts(ect1=2, ce=2))
+    ack(validation, 2, EcnCounts(ect1=6, ce=1))
+    assert validation.state is EcnState.FAILED
+
+
 @pytest.mark.parametrize("counts", [None, EcnCounts(), EcnCounts(ect1=1)])
 def test_an_ack_that_does_not_raise_the_largest_is_not_judged(counts: EcnCounts | None) -> None:
     validation = sent(8)
@@ -114,9 +121,10 @@ def test_a_lost_ack_leaves_counts_that_are_ahead() -> None:
     assert validation.state is EcnState.CAPABLE
 
 
-def test_an_ack_of_unmarked_packets_needs_no_counts_at_first() -> None:
+@pytest.mark.parametrize("counts", [None, EcnCounts()])
+def test_an_ack_of_unmarked_packets_says_nothing(counts: EcnCounts | None) -> None:
     validation = sent(2)
-    ack(validation, 0, None)
+    ack(validation, 0, counts)
     assert validation.state is EcnState.TESTING
 
 
@@ -142,6 +150,13 @@ def test_the_first_report_on_a_later_path_is_where_counting_begins() -> None:
     ack(validation, 0, EcnCounts(ect1=500, ect0=7))
     assert validation.state is EcnState.TESTING
     ack(validation, 4, EcnCounts(ect1=507, ect0=7))  # three of them had been under way
+    assert validation.state is EcnState.CAPABLE
+
+
+def test_a_later_path_with_nothing_under_way_begins_at_the_first_report_too() -> None:
+    validation = sent(4, validation=EcnValidation(carried=0))
+    ack(validation, 1, EcnCounts(ect1=501))
+    ack(validation, 3, EcnCounts(ect1=504))
     assert validation.state is EcnState.CAPABLE
 
 

@@ -3,15 +3,17 @@
 import logging
 
 import pytest
+from aioquic.quic.connection import QuicNetworkPath, QuicReceiveContext
+from aioquic.tls import Epoch
 
 from eloquent.quic._aioquic import LateBoundConnection
-from eloquent.quic.ecn import Ecn, EcnCounts, EcnState
-from eloquent.quic.marking import all_c, all_l
+from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, codepoint_of
+from eloquent.quic.marking import SentPacket, all_c, all_l
 from eloquent.quic.prague import Prague
 from eloquent_netem import packet as netem
 from eloquent_netem.link import Link
-from eloquent_netem.loss import NoLoss, Outages
-from tests.eloquent.ecn_pair import EcnPair, every, nothing
+from eloquent_netem.loss import DropList, NoLoss, Outages
+from tests.eloquent.ecn_pair import EcnPair, always, every, nothing
 
 
 def bleached(now: float, ecn: netem.Ecn) -> netem.Ecn:
@@ -168,13 +170,97 @@ def test_a_new_path_is_validated_anew() -> None:
     pair = EcnPair(every(0.05), all_l(), rewrite=bleached)
     pair.run(2.0)
     assert pair.quic.ecn_state is EcnState.FAILED
-    pair.client._rewrite = lambda now, ecn: ecn
-    pair.server._peer = ("192.0.2.1", 99)  # the client's address changes: NAT rebinding
+    pair.client.rewrite = lambda now, ecn: ecn
+    pair.server.peer = ("192.0.2.1", 99)  # the client's address changes: NAT rebinding
     pair.run(6.0)
     assert pair.quic.get_peer_address() == ("192.0.2.1", 99)
     # A client that goes on sending moves the server to its new path.
     assert pair.quic.ecn_state is EcnState.CAPABLE
     assert isinstance(pair.quic._loss._cc, Prague)
+
+
+@pytest.mark.parametrize("at_s", [2.001, 2.03], ids=["packets under way", "none under way"])
+def test_a_path_that_is_left_while_it_carries_marks_is_no_burden_for_the_next(at_s: float) -> None:
+    pair = EcnPair(every(0.05), all_l())
+    pair.run(at_s)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+    pair.server.peer = ("192.0.2.1", 99)
+    pair.client.quic.send_ping(0)
+    pair.run(6.0)
+    assert pair.quic.get_peer_address() == ("192.0.2.1", 99)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+
+
+def test_a_path_that_is_only_probed_gets_no_marks() -> None:
+    pair = EcnPair(every(0.05), all_l())
+    pair.run(2.0)
+    other = QuicNetworkPath(("192.0.2.1", 98))
+    other.bytes_received = 10_000
+    pair.quic._network_paths.append(other)
+    sent = {address: ecn for _, address, ecn in pair.quic.marked_datagrams_to_send(pair.now)}
+    assert sent == {("192.0.2.1", 98): Ecn.NOT_ECT}
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+
+
+def test_marks_that_appear_in_the_handshake_are_not_judged() -> None:
+    def early(now: float, ecn: netem.Ecn) -> netem.Ecn:
+        return netem.Ecn.ECT_1 if now < 0.07 else ecn
+
+    pair = EcnPair(every(0.05), all_l(), rewrite=early)
+    pair.run(3.0)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+
+
+class InTurn:
+    """Marks every other packet, and keeps what became of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.acked: list[SentPacket] = []
+        self.lost: list[SentPacket] = []
+
+    def next_codepoint(self, now: float, size: int) -> Ecn:
+        self.count += 1
+        return Ecn(self.count % 2)
+
+    def on_acked(self, now: float, packet: SentPacket) -> None:
+        self.acked.append(packet)
+
+    def on_lost(self, packet: SentPacket) -> None:
+        self.lost.append(packet)
+
+
+def test_each_packet_of_a_burst_carries_its_own_codepoint_and_the_policy_learns_its_fate() -> None:
+    policy = InTurn()
+    down = Link(delay_s=0.02, seed=0, name="down", loss=DropList([18]))
+    pair = EcnPair(always(), policy, down=down)
+    pair.run(0.7)
+    assert pair.quic.ecn_state is EcnState.CAPABLE
+    packets = list(pair.quic._spaces[Epoch.ONE_RTT].sent_packets.values())
+    codepoints = [codepoint_of(packet) for packet in packets]
+    assert len(codepoints) > 4
+    assert pair.server.sent[-len(codepoints) :] == codepoints
+    assert {packet.codepoint for packet in policy.acked} == {Ecn.NOT_ECT, Ecn.ECT_1}
+    assert len(policy.lost) == 1
+    assert policy.lost[0].sent_s < policy.acked[-1].sent_s
+
+
+def test_0_rtt_packets_count_with_those_of_the_application() -> None:
+    pair = EcnPair(every(0.05), None)
+    pair.run(0.5)
+    quic = pair.quic
+    quic._arriving = Ecn.CE
+    context = QuicReceiveContext(
+        epoch=Epoch.ZERO_RTT,
+        host_cid=quic.host_cid,
+        network_path=quic._network_paths[0],
+        quic_logger_frames=None,
+        time=pair.now,
+        version=1,
+    )
+    quic._payload_received(context, b"\x01")  # a PING
+    assert quic._arrived == {quic._spaces[Epoch.ONE_RTT]: EcnCounts(ce=1)}
 
 
 def test_counts_have_the_order_of_the_frame() -> None:
