@@ -233,6 +233,13 @@ def test_packets_leave_one_at_a_time() -> None:
     assert sent_at(pacer, 1.0101) == 1
 
 
+def test_in_slow_start_twice_the_window_leaves_in_a_round() -> None:
+    pacer = PraguePacer(Flow().control, max_datagram_size=FULL_BYTES, packet_size=lambda: 1200)
+    pacer.update_rate(6000, 0.05)
+    assert sent_at(pacer, 1.0) == 1
+    assert pacer.next_send_time(1.0) == pytest.approx(1.005, abs=0.0001)
+
+
 def test_silence_saves_nothing_up() -> None:
     pacer = paced()
     assert sent_at(pacer, 1.0) == 1

@@ -145,6 +145,24 @@ async def test_after_close_nothing_is_sent_and_nothing_comes() -> None:
     assert echo.datagrams == inbox.datagrams == []
 
 
+async def test_an_endpoint_may_be_closed_by_what_it_receives() -> None:
+    class Once(Inbox):
+        def datagram_received(self, data: bytes, addr: Any, ecn: Ecn) -> None:
+            super().datagram_received(data, addr, ecn)
+            assert self.transport is not None
+            self.transport.close()
+
+    once = Once()
+    server = await open_udp(once, local=("127.0.0.1", 0))
+    client = await open_udp(Inbox(), remote=server.local_address)
+    for _ in range(3):
+        client.send(b"x", None, Ecn.NOT_ECT)
+    await once.until(1)
+    client.close()
+    assert len(once.datagrams) == 1
+    assert once.errors == []
+
+
 async def test_a_system_that_cannot_mark_sends_unmarked_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
