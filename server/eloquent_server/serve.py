@@ -23,10 +23,13 @@ from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.state import open_store, server_certificate
+from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
 
 READY_PREFIX = "LISTENING"
 "The line on standard output that tells a parent process the server's URL."
+
+TIDY_EVERY_S = 60.0
 
 STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
@@ -89,6 +92,8 @@ async def run_server(options: ServerOptions) -> None:
         stack.push_async_callback(backend.close)
         store = open_store(options.state, durable=options.durable)
         stack.push_async_callback(store.close)
+        tidying = asyncio.ensure_future(_tidy(store))
+        stack.callback(tidying.cancel)
         hub = TurnHub(Gateway(backend).handle, store)
         listener = await listen(
             options.host,
@@ -105,6 +110,13 @@ async def run_server(options: ServerOptions) -> None:
         url = ServerUrl(options.host, listener.port, certificate.pin)
         print(READY_PREFIX, url, flush=True)  # noqa: T201
         await stopping
+
+
+async def _tidy(store: TokenStore) -> None:
+    """Let expired turns go from an idle server, too."""
+    while True:
+        await asyncio.sleep(TIDY_EVERY_S)
+        store.expire()
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
