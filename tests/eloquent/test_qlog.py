@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from eloquent_netem.sim import simulate
 QUESTION = "Whither zebras?"
 ANSWER = ("Zebras ", "wander ", "nightly ", "through ", "Ouagadougou ", "quietly ")
 START_S = 1.0
+DEADLINE_S = 60.0
+"Ends a hang; decides nothing."
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -262,3 +266,31 @@ def test_frames_are_described_without_their_text() -> None:
     report = describe_frame(encode_report(Report(3, 4, 5)))["eloquent"]
     assert (report["frame_type"], report["contiguous"], report["newest"]) == ("report", 4, 5)
     assert describe_frame(b"\xff") == {"eloquent": {"frame_type": "malformed"}}
+
+
+@pytest.mark.parametrize("option", ["--padding", "--no-padding"])
+def test_serve_writes_a_log_and_pads_as_it_is_told(tmp_path: Path, option: str) -> None:
+    command = [sys.executable, "-m", "eloquent"]
+    with subprocess.Popen(
+        [*command, "serve", "--model=echo", "--port=0", "--exit-with-parent", option],
+        env=os.environ | {"ELOQUENT_QLOG": str(tmp_path / "serve")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().removeprefix("LISTENING ").strip()
+        asked = [*command, "ask", "Whither?", "--url", url]
+        subprocess.run(asked, check=True, stdin=subprocess.DEVNULL, timeout=DEADLINE_S)
+        server.communicate("", timeout=DEADLINE_S)
+    (file,) = (tmp_path / "serve").iterdir()
+    assert file.name.endswith("_server.sqlog")
+    bundles = [
+        [frame["frame_type"] for frame in record["data"]["frames"]]
+        for record in read(file)[1:]
+        if record["name"] == "transport:packet_sent"
+        and any("eloquent" in frame for frame in record["data"]["frames"])
+    ]
+    assert bundles
+    assert any("padding" in kinds for kinds in bundles) == (option == "--padding")
+    assert b"Whither" not in file.read_bytes()

@@ -147,3 +147,12 @@ def test_impossible_options_are_refused(options: dict[str, object]) -> None:
 def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no-such-folder"):
         leak_command(json=tmp_path / "no-such-folder" / "leak.json")
+
+
+def test_padding_leaves_full_packets_as_they_are() -> None:
+    """A long text comes in full packets: its last one is padded, and none becomes too large."""
+    texts = ["x" * 5000, "y" * 300, "z"]
+    bare, padded = (overheard(texts, padding=padding) for padding in (False, True))
+    assert max(bare.sizes) == max(padded.sizes) == 1200 + IP_UDP_HEADER_BYTES
+    assert len(padded.sizes) <= len(bare.sizes) + 3
+    assert sum(padded.sizes) > sum(bare.sizes)
