@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 
+from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.log import Log, LogWindow
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import (
@@ -51,10 +52,7 @@ MESSAGE_CANCEL = 7
 MESSAGE_BEAT = 8
 
 BEAT_S = 0.5
-"A client with open turns that has sent nothing for so long sends a beat, which is answered."
-
-IDLE_BEAT_S = 15.0
-"The same for a client without open turns."
+"A client with open turns that has sent nothing for so long sends a beat; without, `KEEPALIVE_S`."
 
 MAX_OPEN_TURNS = 128
 "Turns of one channel that are not over; a client holds further ones back."
@@ -97,11 +95,8 @@ class Channel(ABC):
         """Return the next message to send, made now, or None."""
         self._do_what_is_due(now)
         message = self._make_message(now)
-        if message is None and self._beat_is_due:
-            message = bytes((MESSAGE_BEAT,))
         if message is not None:
             self._sent_at = now
-            self._beat_is_due = False
         return message
 
     def next_time(self) -> float | None:
@@ -115,6 +110,11 @@ class Channel(ABC):
     @abstractmethod
     def _make_message(self, now: float) -> bytes | None:
         """Return a message that is made only when it can be sent, or None."""
+
+    def _make_beat(self) -> bytes:
+        """Return a beat."""
+        self._beat_is_due = False
+        return bytes((MESSAGE_BEAT,))
 
     @abstractmethod
     def _due_times(self) -> list[float]:
@@ -206,9 +206,11 @@ class ServerChannel(Channel):
             self._events.append(ReaderDone(turn))
 
     def _make_message(self, now: float) -> bytes | None:
-        """Return a reply or a bundle; the turns take their chances in rotation."""
+        """Return a reply, a beat or a bundle; the turns take their chances in rotation."""
         for turn in self._replies:
             return bytes((MESSAGE_REPLY,)) + encode_varint(turn) + self._replies.pop(turn)
+        if self._beat_is_due:
+            return self._make_beat()
         for _ in range(len(self._order)):
             turn = self._order[0]
             self._order.rotate(-1)
@@ -303,6 +305,14 @@ class ClientChannel(Channel):
         "Turns whose cancels were not sent yet."
         self._replied: set[int] = set()
         "Turns whose receivers have the server's confirmation, and maybe not the whole log."
+        self._beat_at: float | None = None
+        "When the last beat was sent, until it is answered."
+        self._rtt_s: float | None = None
+
+    @property
+    def rtt_s(self) -> float | None:
+        """How long the answer to a beat last took, in seconds; None: none has come."""
+        return self._rtt_s
 
     def request(self, request: Request, receiver: Receiver | None = None) -> int:
         """Open a turn, or go on with one; return its number on this channel.
@@ -346,6 +356,8 @@ class ClientChannel(Channel):
             self._on_reply(*_turn_and_rest(message))
         elif kind == MESSAGE_BEAT:
             _check_beat(message)
+            if self._beat_at is not None:
+                self._rtt_s, self._beat_at = now - self._beat_at, None
         else:
             frame = decode_frame(message)
             if not isinstance(frame, Bundle):
@@ -369,6 +381,9 @@ class ClientChannel(Channel):
             if report is not None:
                 self._forget_if_complete(turn, receiver)
                 return encode_report(report)
+        if self._beat_is_due:
+            self._beat_at = now
+            return self._make_beat()
         return None
 
     def _due_times(self) -> list[float]:
@@ -383,7 +398,7 @@ class ClientChannel(Channel):
 
     @property
     def _beat_s(self) -> float:
-        return BEAT_S if self._receivers else IDLE_BEAT_S
+        return BEAT_S if self._receivers else KEEPALIVE_S
 
     def _on_bundle(self, bundle: Bundle, now: float) -> None:
         receiver = self._receivers.get(bundle.turn)

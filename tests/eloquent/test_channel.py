@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from eloquent.core.channel import (
     BEAT_S,
-    IDLE_BEAT_S,
     MAX_BUNDLE_DATA_BYTES,
     MAX_OPEN_TURNS,
     MESSAGE_BEAT,
@@ -20,6 +19,7 @@ from eloquent.core.channel import (
     with_length,
 )
 from eloquent.core.events import End, TextDelta
+from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.log import TokenLog
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import (
@@ -300,7 +300,7 @@ def test_while_a_turn_is_open_both_sides_hear_each_other() -> None:
 
 def test_without_turns_beats_are_few() -> None:
     pair = Pair()
-    pair.run(4 * IDLE_BEAT_S)
+    pair.run(4 * KEEPALIVE_S)
     assert len(pair.sent) == 8
 
 

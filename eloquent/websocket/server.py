@@ -1,0 +1,194 @@
+"""The server's WebSocket endpoint: one TCP port, many connections, each with its readers."""
+
+import logging
+import ssl
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from eloquent.core.channel import MAX_TO_SERVER_BYTES, ServerChannel
+from eloquent.core.liveness import DEAD_AFTER_S
+from eloquent.core.log import Log
+from eloquent.core.turns import ReaderDone, TurnCancelled, TurnEvent, TurnRequested
+from eloquent.core.wire import Request
+from eloquent.errors import ConfigurationError
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.serving import TurnService
+from eloquent.websocket.driver import OPTIONS, SUBPROTOCOL, ChannelDriver, HeardConnection
+
+OPEN_TIMEOUT_S = 10.0
+"How long each of the handshakes, TLS's and WebSocket's, may take."
+
+SILENT_S = 60.0
+"A client that says nothing for so long is gone: it sends a beat every 20 s at least."
+
+MAX_CONNECTIONS = 10_000
+BUSY = 503
+
+logger = logging.getLogger(__name__)
+
+
+class WebSocketReader:
+    """A `Reader` over a WebSocket."""
+
+    def __init__(self, peer: "_Peer", number: int, request: Request) -> None:
+        self._peer = peer
+        self._number = number
+        self._request = request
+
+    @property
+    def request(self) -> Request:
+        """See `Reader.request`."""
+        return self._request
+
+    @property
+    def is_silent(self) -> bool:
+        """See `Reader.is_silent`."""
+        return self._peer.is_silent
+
+    def accept(self, log: Log) -> None:
+        """See `Reader.accept`."""
+        driver = self._peer.driver
+        self._peer.channel.accept(self._number, log, self._request.offset, driver.now())
+        driver.pump()
+
+    def log_grew(self) -> None:
+        """See `Reader.log_grew`."""
+        self._peer.channel.log_grew(self._number, self._peer.driver.now())
+        self._peer.driver.pump()
+
+    def reject(self, code: str, message: str) -> None:
+        """See `Reader.reject`."""
+        self._peer.channel.reject(self._number, code, message)
+        self._peer.driver.pump()
+
+
+class _HeardServer(HeardConnection, ServerConnection):
+    """A server's WebSocket."""
+
+
+class _Peer:
+    """One connection, its channel, and the readers on it."""
+
+    def __init__(self, service: TurnService, websocket: _HeardServer) -> None:
+        self._service = service
+        self._websocket = websocket
+        self._readers: dict[int, WebSocketReader] = {}
+        self.channel = ServerChannel(websocket.loop.time())
+        self.driver = ChannelDriver(self.channel, websocket, self._on_event, silent_s=SILENT_S)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has come for so long that the link is dead."""
+        return self.driver.now() - self._websocket.heard_s >= DEAD_AFTER_S
+
+    def _on_event(self, event: TurnEvent) -> None:
+        if isinstance(event, TurnRequested):
+            reader = WebSocketReader(self, event.turn, event.request)
+            self._readers[event.turn] = reader
+            self._service.on_request(reader)
+        elif isinstance(event, TurnCancelled | ReaderDone):
+            done = self._readers.pop(event.turn, None)
+            if done is not None:
+                if isinstance(event, TurnCancelled):
+                    self._service.on_cancel(done)
+                self._service.on_gone(done)
+
+    def end(self) -> None:
+        """Take note that the connection is over: its readers are gone."""
+        readers, self._readers = self._readers, {}
+        for reader in readers.values():
+            self._service.on_gone(reader)
+
+
+class WebSocketListener:
+    """Accepts connections on one TCP port and brings their readers to a service."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        return int(next(iter(self._server.sockets)).getsockname()[1])
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.connections)
+
+    async def close(self) -> None:
+        """Close all connections and release the port."""
+        self._server.close(reason="the server is shutting down")
+        await self._server.wait_closed()
+
+
+async def listen(
+    host: str, port: int, *, certificate: ServerCertificate, service: TurnService
+) -> WebSocketListener:
+    """Listen on a TCP address; `port` 0 takes a free one (`WebSocketListener.port` tells).
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    try:
+        server = await serve(
+            partial(_handle, service),
+            host,
+            port,
+            ssl=_tls_context(certificate),
+            subprotocols=[SUBPROTOCOL],
+            # Programs send no Origin; a web page, which does, has no business here.
+            origins=[None],
+            process_request=_refuse_too_many,
+            open_timeout=OPEN_TIMEOUT_S,
+            max_size=MAX_TO_SERVER_BYTES,
+            create_connection=_HeardServer,
+            server_header=None,
+            logger=logger,
+            **OPTIONS,
+        )
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"Cannot listen on {host}, TCP port {port}: {reason}. Choose another port with --port, "
+            "or do without WebSocket (--no-websocket)."
+        ) from error
+    return WebSocketListener(server)
+
+
+async def _handle(service: TurnService, websocket: ServerConnection) -> None:
+    assert isinstance(websocket, _HeardServer)
+    peer = _Peer(service, websocket)
+    try:
+        reason = await peer.driver.run()
+        logger.debug("connection ended: %s", reason)
+    finally:
+        peer.end()
+
+
+def _refuse_too_many(websocket: ServerConnection, request: HttpRequest) -> Response | None:
+    if len(websocket.server.connections) < MAX_CONNECTIONS:
+        return None
+    logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
+    return websocket.respond(BUSY, "Too many connections are open: come back later.\n")
+
+
+def _tls_context(certificate: ServerCertificate) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # `ssl` reads files only; the directory is the owner's alone, and gone at once.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "certificate.pem"
+        path.touch(mode=0o600)
+        path.write_bytes(
+            certificate.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            + certificate.certificate.public_bytes(Encoding.PEM)
+        )
+        context.load_cert_chain(path)
+    return context

@@ -1,0 +1,109 @@
+"""Servers and clients of each rung in virtual time, over links that fail as a test wants."""
+
+import asyncio
+import datetime
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.x509.oid import NameOID
+
+from eloquent.core.events import Event, TextDelta
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.session.turn import ClientTurn
+from eloquent.url import ServerUrl
+from eloquent_netem.link import Link
+from eloquent_netem.packet import Packet
+from eloquent_netem.tcp.segment import TcpPacket
+from eloquent_netem.vloop import VirtualNetwork, run
+
+T = TypeVar("T")
+
+PORT = 4433
+DELAY_S = 0.025
+RTT_S = 2 * DELAY_S
+
+
+def fixed_certificate() -> ServerCertificate:
+    """Return the same certificate on every call; random serial numbers vary in length."""
+    key = ed25519.Ed25519PrivateKey.from_private_bytes(b"netem, not a secret, 32 bytes ok")
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
+    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=365 * 29))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("server")]), critical=False)
+        .sign(key, None)
+    )
+    return ServerCertificate(certificate, key)
+
+
+CERTIFICATE = fixed_certificate()
+URL = ServerUrl("server", PORT, CERTIFICATE.pin)
+
+
+Drops = Callable[[float, Packet], bool]
+"Says of a packet that enters a link at a time whether it is lost."
+
+
+class Filter:
+    """A link that loses what `drops` says."""
+
+    def __init__(self, name: str, drops: Drops) -> None:
+        self._link = Link(delay_s=DELAY_S, seed=1, name=name)
+        self._drops = drops
+
+    def send(self, now: float, packet: Packet) -> None:
+        """See `PacketLink.send`."""
+        if not self._drops(now, packet):
+            self._link.send(now, packet)
+
+    def next_time(self) -> float | None:
+        """See `PacketLink.next_time`."""
+        return self._link.next_time()
+
+    def poll(self, now: float) -> list[Packet]:
+        """See `PacketLink.poll`."""
+        return self._link.poll(now)
+
+
+def nothing(now: float, packet: Packet) -> bool:
+    return False
+
+
+def udp(now: float, packet: Packet) -> bool:
+    return not isinstance(packet, TcpPacket)
+
+
+def udp_between(start_s: float, stop_s: float) -> Drops:
+    return lambda now, packet: start_s <= now < stop_s and udp(now, packet)
+
+
+def network(drops: Drops = nothing) -> VirtualNetwork:
+    """Return client and server with the same losses both ways."""
+    return VirtualNetwork.between(Filter("up", drops), Filter("down", drops))
+
+
+def virtually(
+    main: Callable[[VirtualNetwork], Coroutine[Any, Any, T]], drops: Drops = nothing
+) -> T:
+    made = network(drops)
+    return run(main(made), made)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def collect(turn: ClientTurn) -> list[Event]:
+    return [event async for event in turn]
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
