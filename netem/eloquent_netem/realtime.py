@@ -11,13 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from eloquent_netem.dualpi2 import DualPi2
 from eloquent_netem.errors import NetemError
 from eloquent_netem.link import Link
 from eloquent_netem.packet import SUBJECT, Packet
 from eloquent_netem.queues import CoDel, Queue
+from eloquent_netem.sim import CrossTraffic
 
 LATENESS_BOUND_S = 0.001
 "A run in which more than 1% of the packets come out later than this is refused."
@@ -158,19 +158,6 @@ class DriverStats:
     is_started: bool
     clock_s: float = 0.0
     "The scenario's clock at the time of these figures."
-
-
-class CrossTraffic(Protocol):
-    """Traffic that is made in the router, shares the links with the subject and ends there."""
-
-    def next_time(self) -> float | None:
-        """Return when it wants to act next, in seconds of the scenario's clock, or None."""
-
-    def act(self, now: float) -> None:
-        """Do what is due at `now`: put packets into its links, with a `flow` not `SUBJECT`."""
-
-    def on_delivered(self, now: float, packet: Packet) -> None:
-        """See a packet of cross traffic, any actor's, that came out of a link at `now`."""
 
 
 MakeLinks = Callable[[], tuple[Link, Link]]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from eloquent_netem.packet import Packet
+
 
 class Actor(Protocol):
     """Something that acts at times of its own choosing."""
@@ -12,6 +14,16 @@ class Actor(Protocol):
 
     def act(self, now: float) -> None:
         """Do what is due at `now`."""
+
+
+class CrossTraffic(Actor, Protocol):
+    """Traffic that shares the links with the subject, in packets whose `flow` is not `SUBJECT`.
+
+    It has no host: it puts its packets into the links by itself, and they end with the link.
+    """
+
+    def on_delivered(self, now: float, packet: Packet) -> None:
+        """See a packet of cross traffic, any actor's, that came out of a link at `now`."""
 
 
 class StuckError(RuntimeError):

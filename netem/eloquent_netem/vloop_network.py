@@ -21,7 +21,7 @@ from eloquent_netem.capture import (
 )
 from eloquent_netem.errors import NetemError
 from eloquent_netem.packet import IP_UDP_HEADER_BYTES, SUBJECT, Ecn, Packet
-from eloquent_netem.sim import Actor
+from eloquent_netem.sim import Actor, CrossTraffic
 from eloquent_netem.tcp.segment import TcpPacket
 
 ANY_IP = "0.0.0.0"  # noqa: S104  (a virtual host's, nothing is bound for real)
@@ -51,13 +51,6 @@ class Socket(Protocol):
 
     def refuse(self) -> None:
         """Take note that nobody listens at the peer's port."""
-
-
-class CrossTraffic(Actor, Protocol):
-    """Traffic that shares the links with the subject: it has no host, and ends with the link."""
-
-    def on_delivered(self, now: float, packet: Packet) -> None:
-        """See a packet of cross traffic, any actor's, that came out of a link at `now`."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from eloquent_netem.loss import NoLoss, Outages
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import FixedRate
 from eloquent_netem.realtime import (
-    CrossTraffic,
     Driver,
     LatenessError,
     LatenessHistogram,
@@ -18,6 +17,7 @@ from eloquent_netem.realtime import (
     OverloadError,
     refuse_unfaithful,
 )
+from eloquent_netem.sim import CrossTraffic
 
 
 class Clock:
