@@ -116,7 +116,7 @@ class NamespaceHolder:
 
     def __init__(self, *, mtu: int = DEFAULT_MTU, rootless: bool | None = None) -> None:
         check_tools()
-        is_rootless = _leave_network(rootless)
+        is_rootless = _leave_network(rootless)  # Where we are now becomes the client's.
         self._device_files: dict[Side, int] = {}
         self.tun_fds: dict[Side, int] = {}
         fds: dict[Side, int] = {}
@@ -125,13 +125,12 @@ class NamespaceHolder:
             "server": (SERVER_ADDRESS, SERVER_ADDRESS_V6),
         }
         for side, addresses in ends.items():
-            _unshare(_CLONE_NEWNET)
             fds[side] = os.open("/proc/self/ns/net", os.O_RDONLY)
             self.tun_fds[side] = open_tun()
             _configure(*addresses, mtu=mtu)
             # It stays a view of this namespace, wherever the process goes.
             self._device_files[side] = os.open("/proc/self/net/dev", os.O_RDONLY)
-        _unshare(_CLONE_NEWNET)
+            _unshare(_CLONE_NEWNET)  # On to the next, of which the last stays empty.
         ids: dict[Side, NamespaceId] = {side: _id(os.fstat(fd)) for side, fd in fds.items()}
         self.namespaces = Namespaces(os.getpid(), is_rootless, fds, ids)
 
@@ -195,7 +194,7 @@ def _id(status: os.stat_result) -> NamespaceId:
 
 
 def _leave_network(rootless: bool | None) -> bool:
-    """Enter a new network namespace, in a new user namespace if need be; return whether so."""
+    """Enter a new network namespace, in a new user namespace if need be; return whether it was."""
     if not rootless:
         try:
             _unshare(_CLONE_NEWNET)
@@ -232,9 +231,10 @@ def _unshare(flags: int) -> None:
     number = ctypes.get_errno()
     if number == errno.ENOSPC:
         raise LimitError(
-            "The kernel's limit on namespaces is reached, and the TUN router needs four of them: "
-            "end other emulated networks and containers, raise the limits (sysctl "
-            "user.max_net_namespaces and user.max_user_namespaces), or use the UDP proxy."
+            "The kernel's limit on namespaces is reached, and the TUN router needs three network "
+            "namespaces, and a user namespace without root: end other emulated networks and "
+            "containers, raise the limits (sysctl user.max_net_namespaces and "
+            "user.max_user_namespaces), or use the UDP proxy."
         )
     raise OSError(number, os.strerror(number))
 

@@ -125,6 +125,8 @@ def test_a_limit_of_the_kernel_s_is_said(rootless: bool | None, limit: str, numb
         text=True,
         check=False,
     )
-    # Where no user namespace is asked for, none is missed.
-    wanted = "made" if (rootless, limit) == (None, "user") else "The kernel's limit on namespaces"
+    # Where no user namespace is asked for, none is missed; and networks are three, all held at
+    # once: the kernel takes its time to give back one that was left.
+    is_enough = (rootless, limit) == (None, "user") or number == 3
+    wanted = "made" if is_enough else "The kernel's limit on namespaces"
     assert done.stdout.startswith(wanted), done.stderr
