@@ -1,6 +1,8 @@
 """The subcommand `eloquent netem`."""
 
 import functools
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from eloquent_netem.errors import NetemError
 from eloquent_netem.scenario import Scenario, library_names, load_scenario
 
 EXIT_ERROR = 1
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 P = ParamSpec("P")
 
@@ -20,15 +23,23 @@ netem = App(name="netem", help="Emulate networks: one scenario file, the same ne
 
 
 def plain_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command print netem's errors as one sentence and end with exit code 1."""
+    """Make a command print netem's errors as one sentence and end with exit code 1.
+
+    Where nobody reads its output any more, it ends without a word, as a shell reports that.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
         except NetemError as error:
             print(f"eloquent netem: {error}", file=sys.stderr)  # noqa: T201
             sys.exit(EXIT_ERROR)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough, such as `head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_BROKEN_PIPE)
 
     return run
 

@@ -1,6 +1,7 @@
 """`eloquent netem`: what it prints, and that its errors are one sentence and exit code 1."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_a_digest_is_the_same_in_every_process(name: str) -> None:
 @pytest.mark.parametrize("name", DIGESTS_OF_SEED_3)
 def test_a_published_digest_stays(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert run(capsys, "digest", name, "--seed", "3").strip() == DIGESTS_OF_SEED_3[name]
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [str(ELOQUENT), "netem", "list"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert result.stderr == ""
+    assert result.returncode == 128 + signal.SIGPIPE
 
 
 def test_the_installed_command_ends_with_1_and_no_traceback() -> None:
