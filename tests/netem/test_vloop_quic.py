@@ -296,7 +296,11 @@ def digest_of_a_process(hash_seed: str) -> str:
     )
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": str(here.parents[1]),  # As in pyproject.toml.
+        },
         capture_output=True,
         text=True,
         check=True,
