@@ -16,7 +16,7 @@ from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl
 from eloquent_netem.link import Link, stage_rng
-from eloquent_netem.loss import IndependentLoss, Loss, NoLoss, Outages
+from eloquent_netem.loss import IndependentLoss, Loss, NoLoss
 from eloquent_netem.packet import Packet
 from eloquent_netem.vloop import VirtualNetwork, run
 from eloquent_netem.vloop_network import Datagram
@@ -27,7 +27,6 @@ PORT = 4433
 CERTIFICATE = make_certificate("server", datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
 SERVER = "server"
 OTHER_IP = "203.0.113.9"
-FOREVER_S = 1e9
 
 
 class Road:
@@ -40,11 +39,14 @@ class Road:
         "Larger packets vanish."
         self.rewrite: Callable[[Datagram], bool] = lambda packet: True
         "Changes a packet's addresses; False: it vanishes."
+        self.ports: dict[int, None] = {}
+        "From which packets were sent."
         self.sizes: list[tuple[float, int]] = []
         "Of the packets that were sent, IP and UDP headers included, with their times."
 
     def send(self, now: float, packet: Packet) -> None:
         assert isinstance(packet, Datagram)
+        self.ports[packet.source[1]] = None
         self.sizes.append((now, packet.size))
         is_too_large = self.max_bytes is not None and packet.size > self.max_bytes
         if not self.is_cut and not is_too_large and self.rewrite(packet):
@@ -173,6 +175,12 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds; the loop's limit of time ends a wait in vain."""
+    while not holds():  # noqa: ASYNC110  (nothing tells)
+        await asyncio.sleep(0.01)
+
+
 async def read(turn: ClientTurn, times: list[float] | None = None) -> str:
     """Return a turn's text; it has to end as it should. `times` gets those of its events."""
     text, last = "", None
@@ -193,6 +201,3 @@ async def first_events(turn: ClientTurn, count: int) -> list[Event]:
     while len(events) < count:
         events.append(await anext(iterator))
     return events
-
-
-__all__ = ["FOREVER_S", "OTHER_IP", "FakeMachine", "Outages", "Road", "World", "in_world"]

@@ -37,6 +37,10 @@ OnState = Callable[[LinkState], None]
 Connector = Callable[[ServerUrl, LinkUser, float], Awaitable[Link]]
 "Makes a link: takes the server, the link's user, and how long it may take in seconds."
 
+CLIMB_FIRST_S = 10.0
+CLIMB_EVERY_S = 60.0
+"On a rung below QUIC, a better one is tried after these times, and when the network changes."
+
 
 class Session:
     """Connects when it is needed, notices within 2 s that a link is dead, and goes on over another.
@@ -52,17 +56,21 @@ class Session:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         on_state: OnState = lambda state: None,
         connector: Connector = connect_quic,
+        climber: Connector | None = None,
         machine: Machine | None = None,
     ) -> None:
         """`connect_timeout_s` bounds each attempt to connect, in seconds.
 
-        `machine` tells of routes and sleep; None: the one that this runs on.
+        `climber` makes links of a better rung only; None: the session stays where it is. `machine`
+        tells of routes and sleep; None: the one that this runs on.
         """
         self._url = url
+        self._climber = climber
+        self._climbing: asyncio.Task[None] | None = None
         self._connect_timeout_s = connect_timeout_s
         self._on_state = on_state
         self._connect = connector
-        self._machine = machine
+        self._given_machine = machine
         self._state = LinkState.IDLE
         self._link: Link | None = None
         self._early: Link | None = None
@@ -86,6 +94,8 @@ class Session:
         self._changed = asyncio.Event()
         self._source: str | None = None
         "The way to the server when it was last looked at."
+        self._can_tell = False
+        "Whether a way was seen while there was a link: if not, none being seen says nothing."
         self._slept_s = 0.0
 
     @property
@@ -153,6 +163,7 @@ class Session:
         self._set_state(LinkState.CLOSED)
         closed = ConnectionFailedError("The connection was closed on this side.")
         self._give_up(closed, self._numbers)
+        self._stop_climbing()
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait((self._worker,))
@@ -188,6 +199,7 @@ class Session:
     def on_link_ended(self, link: Link, error: EloquentError) -> None:
         """See `LinkUser.on_link_ended`."""
         if link is self._link:
+            self._stop_climbing()
             self._link = None
             self._numbers = dict.fromkeys(self._numbers, -1)
             self._wake()
@@ -244,16 +256,15 @@ class Session:
 
     async def _work(self) -> None:
         """Make a link whenever one is needed, and watch the one there is."""
-        machine = self._machine = self._machine or this_machine()
-        self._look(machine)
-        noting = asyncio.ensure_future(self._note_changes(machine))
+        self._look()
+        noting = asyncio.ensure_future(self._note_changes())
         try:
             while self._failure is None and (self._numbers or self._waiting or self._link):
                 self._news.clear()
                 if self._link is not None:
-                    await self._watch(self._link, machine)
+                    await self._watch(self._link)
                 elif self._numbers or self._waiting:
-                    await self._make_link(machine)
+                    await self._make_link()
         finally:
             noting.cancel()
             await asyncio.wait((noting,))
@@ -263,10 +274,11 @@ class Session:
         if self._state is not LinkState.CLOSED:
             self._set_state(LinkState.IDLE)
 
-    async def _watch(self, link: Link, machine: Machine) -> None:
+    async def _watch(self, link: Link) -> None:
         """Wait until there is news, or it is time to ask the server for a sign of life."""
-        await self._follow_machine(link, machine)
-        if self._source is None and link.heard_s < self._tried_s:
+        await self._follow_machine(link)
+        last_s = self._tried_s + link.srtt_s  # what was on its way then has come
+        if self._source is None and self._can_tell and link.heard_s <= last_s:
             self._set_state(LinkState.OFFLINE)
             await self._wait_for_news(OFFLINE_LOOK_S)
             return
@@ -279,7 +291,7 @@ class Session:
         try_s = TRY_S + TRY_RTTS * link.srtt_s if is_tried else DEAD_AFTER_S
         dead_after_s = min(try_s, DEAD_AFTER_S)
         if silent_s >= dead_after_s:
-            await self._replace(link, machine)
+            await self._replace(link)
             return
         wait_s = 0.0 if is_tried else PROBE_AFTER_S - silent_s
         if wait_s <= 0:
@@ -290,14 +302,14 @@ class Session:
         if _now() - due_s > WOKE_S:  # this process was stopped: what is silent was not asked
             self._tried_s = _now()
 
-    async def _replace(self, silent: Link, machine: Machine) -> None:
+    async def _replace(self, silent: Link) -> None:
         """Make another link beside one that is silent; the first to say something is used."""
         self._set_state(LinkState.SILENT)
         silent_since = silent.heard_s
-        making = asyncio.ensure_future(self._find_link(machine))
+        making = asyncio.ensure_future(self._find_link(LinkState.SILENT))
         try:
             while silent is self._link and silent.heard_s == silent_since and not making.done():
-                await self._follow_machine(silent, machine)
+                await self._follow_machine(silent)
                 silent.probe()
                 await asyncio.wait((making,), timeout=PROBE_EVERY_S)
         finally:
@@ -320,18 +332,25 @@ class Session:
         if before is not None:
             await before.close()
 
-    async def _make_link(self, machine: Machine) -> None:
-        self._set_state(LinkState.RECONNECTING if self._asked else LinkState.CONNECTING)
-        link = await self._find_link(machine)
+    async def _make_link(self) -> None:
+        state = LinkState.RECONNECTING if self._asked else LinkState.CONNECTING
+        link = await self._find_link(state)
         if link is not None:
             self._use(link)
 
-    async def _find_link(self, machine: Machine) -> Link | None:
-        """Try to connect as long as it makes sense; None: it makes no sense, and all were told."""
+    async def _find_link(self, state: LinkState) -> Link | None:
+        """Try to connect as long as it makes sense; None: it makes no sense, and all were told.
+
+        The session is in `state` while it tries, and offline while no way leads to the server.
+        """
         wait_s = RETRY_FIRST_S
         refused_since: float | None = None
-        state = self._state
         while self._numbers or self._waiting:
+            if self._asked and self._can_tell and self._machine.source_for(self._url.host) is None:
+                self._set_state(LinkState.OFFLINE)
+                await self._changed.wait()
+                continue
+            self._set_state(state)
             changes = self._changes
             try:
                 return await self._connect(self._url, self, self._connect_timeout_s)
@@ -343,12 +362,7 @@ class Session:
                 self._give_up(
                     error, self._numbers if is_gone else self._numbers.keys() - self._asked
                 )
-            if machine.source_for(self._url.host) is None and (self._numbers or self._waiting):
-                self._set_state(LinkState.OFFLINE)
-                await self._wait_for_change(changes, None)
-                self._set_state(state)
-                wait_s = RETRY_FIRST_S
-            elif await self._wait_for_change(changes, wait_s):
+            if await self._wait_for_change(changes, wait_s):
                 wait_s = RETRY_FIRST_S
             else:
                 wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
@@ -358,10 +372,36 @@ class Session:
         early, self._early = self._early, None
         self._link = link
         self._expecting_s = _now()
+        self._look()
+        self._can_tell = self._source is not None
         self._set_state(LinkState.UP)
         for turn, number in list(self._numbers.items()):
             if link is not early or number < 0:
                 self._ask(link, turn)
+        self._stop_climbing()
+        if self._climber is not None and link.rung.is_below_quic:
+            self._climbing = asyncio.ensure_future(self._climb(link, self._climber))
+
+    async def _climb(self, link: Link, climber: Connector) -> None:
+        """Try to go over to a better rung until one is found, or the link is no more in use."""
+        wait_s = CLIMB_FIRST_S
+        while True:
+            await self._wait_for_change(self._changes, wait_s)
+            wait_s = CLIMB_EVERY_S
+            if link is not self._link:
+                return
+            with contextlib.suppress(EloquentError):
+                better = await climber(self._url, self, self._connect_timeout_s)
+                if link is self._link:
+                    await self.switch(better)
+                else:
+                    await better.close()
+                return
+
+    def _stop_climbing(self) -> None:
+        climbing, self._climbing = self._climbing, None
+        if climbing is not None and climbing is not asyncio.current_task():
+            climbing.cancel()
 
     def _forget_early(self) -> None:
         if self._early is not None:
@@ -370,33 +410,42 @@ class Session:
 
     # The machine.
 
-    async def _note_changes(self, machine: Machine) -> None:
-        async for _ in machine.changes():
+    @property
+    def _machine(self) -> Machine:
+        if self._given_machine is None:
+            self._given_machine = this_machine()
+        return self._given_machine
+
+    async def _note_changes(self) -> None:
+        async for _ in self._machine.changes():
             self._changes += 1
             self._changed.set()
             self._changed.clear()
             self._news.set()
 
-    async def _wait_for_change(self, changes: int, timeout_s: float | None) -> bool:
+    async def _wait_for_change(self, changes: int, timeout_s: float) -> bool:
         """Wait until the network changed more often than `changes`; return whether it did."""
         if self._changes == changes:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
         return self._changes != changes
 
-    def _look(self, machine: Machine) -> bool:
+    def _look(self) -> bool:
         """Look at the way to the server; return whether it has changed, or the machine slept."""
         self._looked = self._changes
         before = self._source, self._slept_s
-        self._source, self._slept_s = machine.source_for(self._url.host), machine.slept_s()
+        self._source, self._slept_s = (
+            self._machine.source_for(self._url.host),
+            self._machine.slept_s(),
+        )
         return self._source != before[0] or self._slept_s - before[1] > WOKE_S
 
-    async def _follow_machine(self, link: Link, machine: Machine) -> None:
+    async def _follow_machine(self, link: Link) -> None:
         """After a change of the way to the server, or a sleep: go on from here, and ask at once."""
-        if self._looked == self._changes and machine.slept_s() - self._slept_s <= WOKE_S:
+        if self._looked == self._changes and self._machine.slept_s() - self._slept_s <= WOKE_S:
             return
         source = self._source
-        if not self._look(machine):
+        if not self._look():
             return
         self._tried_s = _now()
         if self._source is None:

@@ -1,0 +1,216 @@
+"""Changes of network in mid-answer: migration, rebinding, no network at all, and sleep."""
+
+import asyncio
+import itertools
+
+import pytest
+from session_world import OTHER_IP, World, in_world, now, read, tokens, until
+
+from eloquent.session.states import LinkState
+from eloquent_netem.vloop_network import Datagram
+
+ALL = "".join(tokens(100))
+RTT_S = 0.1
+
+
+class Nat:
+    """Gives the client's sockets another address, as a new network or a NAT that forgot does.
+
+    Packets from the ports that were in use until now come from `ip` and a new port, or vanish if
+    `keeps_old` is False (their network is gone); so do those from new ports.
+    """
+
+    def __init__(self, world: World, *, ip: str | None, keeps_old: bool) -> None:
+        self._old = set(world.up.ports)
+        self._ip = ip
+        self._keeps_old = keeps_old
+        self._inside: dict[int, tuple[str, int]] = {}
+        world.up.rewrite = self._up
+        world.down.rewrite = self._down
+
+    def _up(self, packet: Datagram) -> bool:
+        if packet.source[1] in self._old and not self._keeps_old:
+            return False
+        port = packet.source[1] + 1000
+        self._inside[port] = packet.source
+        packet.source = (self._ip or packet.source[0], port)
+        return True
+
+    def _down(self, packet: Datagram) -> bool:
+        inside = self._inside.get(packet.destination[1])
+        if inside is not None:
+            packet.destination = inside
+        return inside is not None
+
+
+@pytest.mark.parametrize("ip", [None, OTHER_IP])
+def test_the_server_follows_an_address_that_changes_without_the_clients_knowing(
+    ip: str | None,
+) -> None:
+    async def play(world: World) -> tuple[str, float, list[LinkState]]:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(2.0)
+        changed_s = now()
+        Nat(world, ip=ip, keeps_old=True)
+        text = await reading
+        gaps = [later - time for time, later in itertools.pairwise(times)]
+        return text, max(gaps), [state for time, state in world.states if time > changed_s]
+
+    text, gap_s, states = in_world(play)
+    assert text == ALL
+    assert states == []
+    # The client says something at the latest when it has heard nothing for PROBE_AFTER_S.
+    assert gap_s < 0.5 + 2 * RTT_S
+
+
+@pytest.mark.parametrize("ip", [None, OTHER_IP])
+def test_the_client_migrates_at_once_when_its_address_changes(ip: str | None) -> None:
+    async def play(world: World) -> tuple[str, float, bool, list[LinkState]]:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        Nat(world, ip=ip, keeps_old=False)
+        changed_s = now()
+        world.machine.change("lte")
+        text = await reading
+        # What was on its way to the old address is lost; the first from the new one:
+        first_s = next(time for time in times if time > changed_s) - changed_s
+        states = [state for time, state in world.states if time > changed_s]
+        return text, first_s, before is world.session.link, states
+
+    text, first_s, is_same, states = in_world(play)
+    assert text == ALL
+    assert is_same
+    assert states == []
+    assert first_s < 1.5 * RTT_S
+
+
+def test_a_migration_that_fails_ends_in_a_new_connection() -> None:
+    """The new network drops what is no new connection, as a firewall with state may do."""
+
+    async def play(world: World) -> tuple[str, bool, float]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        known = set(world.up.ports)
+        first_bytes: dict[int, int] = {}
+
+        def starts_with_a_handshake(packet: Datagram) -> bool:
+            port = packet.source[1]
+            if packet.is_refusal:
+                return False
+            first = first_bytes.setdefault(port, packet.data[0])
+            return port not in known and bool(first & 0x80)
+
+        world.up.rewrite = starts_with_a_handshake
+        changed_s = now()
+        world.machine.change("hotel")
+        text = await reading
+        silent_s = world.time_of(LinkState.SILENT, after=changed_s)
+        up_s = world.time_of(LinkState.UP, after=silent_s)
+        return text, before is world.session.link, up_s - changed_s
+
+    text, is_same, back_s = in_world(play)
+    assert text == ALL
+    assert not is_same
+    assert back_s < 1.0
+
+
+def test_without_a_network_nothing_is_tried_and_with_one_it_goes_on_at_once() -> None:
+    async def play(world: World) -> tuple[str, int, float, list[LinkState]]:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(2.0)
+        world.up.is_cut = world.down.is_cut = True
+        gone_s = now()
+        world.machine.change(None)
+        await asyncio.sleep(600.0)
+        connects = sum(packet[0] > gone_s + 1 and packet[1] >= 1200 for packet in world.up.sizes)
+        world.up.is_cut = world.down.is_cut = False
+        world.machine.change("wlan")
+        back_s = now()
+        text = await reading
+        first_s = next(time for time in times if time > back_s) - back_s
+        return text, connects, first_s, [state for time, state in world.states if time >= gone_s]
+
+    text, connects, first_s, states = in_world(play)
+    assert text == ALL
+    assert connects == 0
+    assert states == [LinkState.OFFLINE, LinkState.RECONNECTING, LinkState.UP]
+    assert first_s < 2.5 * RTT_S
+
+
+def test_a_network_that_comes_back_with_another_address_is_used_at_once() -> None:
+    async def play(world: World) -> tuple[str, bool, float, list[LinkState]]:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        gone_s = now()
+        world.up.is_cut = world.down.is_cut = True
+        world.machine.change(None)
+        await asyncio.sleep(30.0)
+        world.up.is_cut = world.down.is_cut = False
+        Nat(world, ip=OTHER_IP, keeps_old=False)
+        world.machine.change("lte")
+        back_s = now()
+        text = await reading
+        first_s = next(time for time in times if time > back_s) - back_s
+        states = [state for time, state in world.states if time >= gone_s]
+        return text, before is world.session.link, first_s, states
+
+    text, is_same, first_s, states = in_world(play)
+    assert text == ALL
+    assert is_same
+    assert states == [LinkState.OFFLINE, LinkState.UP]
+    assert first_s < 1.0
+
+
+def test_without_a_route_what_is_heard_proves_that_there_is_a_way() -> None:
+    async def play(world: World) -> tuple[str, list[LinkState]]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        world.machine.change(None)
+        return await reading, world.seen()
+
+    text, states = in_world(play)
+    assert text == ALL
+    assert states[-1] is LinkState.UP
+
+
+def test_after_a_sleep_the_link_is_asked_at_once_and_replaced_if_it_is_silent() -> None:
+    async def play(world: World) -> tuple[str, bool, float]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        old = set(world.up.ports)
+        world.up.rewrite = lambda packet: packet.source[1] not in old
+        world.down.rewrite = lambda packet: packet.destination[1] not in old
+        await asyncio.sleep(RTT_S)
+        world.machine.sleep_s += 3600.0
+        woke_s = now()
+        world.machine.change("wlan")
+        text = await reading
+        silent_s = world.time_of(LinkState.SILENT, after=woke_s)
+        up_s = world.time_of(LinkState.UP, after=silent_s)
+        return text, before is world.session.link, up_s - woke_s
+
+    text, is_same, back_s = in_world(play)
+    assert text == ALL
+    assert not is_same
+    assert back_s < 1.0
+
+
+def test_a_change_that_changes_nothing_costs_nothing() -> None:
+    async def play(world: World) -> list[LinkState]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            world.machine.change("wlan")
+        await reading
+        await until(lambda: True)
+        return world.seen()
+
+    assert in_world(play) == [LinkState.CONNECTING, LinkState.UP]
