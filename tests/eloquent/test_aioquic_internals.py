@@ -151,3 +151,18 @@ def test_the_pacer_is_fed_the_way_that_ours_expects() -> None:
     assert pacer.next_send_time(1.0) is None
     pacer.update_rate(congestion_window=12_000, smoothed_rtt=0.1)
     assert pacer.next_send_time(1.0) is None
+
+
+def test_what_roaming_uses_is_there() -> None:
+    connection = stock_connection()
+    for name in (
+        *("_network_paths", "_host_cids", "_peer_cid", "_is_client", "_max_datagram_size"),
+        *("_state", "_close_event", "_close_end", "_send_probe", "_replenish_connection_ids"),
+    ):
+        assert hasattr(connection, name), f"aioquic's QuicConnection lost {name}"
+    for name in ("_rtt_min", "_pto_count", "_cc"):
+        assert hasattr(connection._loss, name), f"aioquic's QuicPacketRecovery lost {name}"
+    assert hasattr(connection._host_cids[0], "stateless_reset_token")
+    assert hasattr(connection._host_cids[0], "was_sent")
+    assert "self._write_ping_frame(builder, comment=" in quic_source("_write_application")
+    assert "if self._probe_pending" in quic_source("_write_application")
