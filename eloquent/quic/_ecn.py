@@ -8,13 +8,13 @@ import logging
 from itertools import islice
 from typing import Any
 
-from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer  # type: ignore[attr-defined]
+from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer, BufferReadError  # type: ignore[attr-defined]
 from aioquic.quic.connection import (
     ACK_FRAME_CAPACITY,
     QuicNetworkPath,
     QuicReceiveContext,
 )
-from aioquic.quic.packet import QuicFrameType, pull_ack_frame, push_ack_frame
+from aioquic.quic.packet import QuicFrameType, push_ack_frame
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.tls import Epoch
@@ -181,15 +181,7 @@ class EcnConnection(LateBoundConnection):
             return
         counts: EcnCounts | None = None
         if frame_type == QuicFrameType.ACK_ECN:
-            start = buf.tell()
-            try:
-                pull_ack_frame(buf)
-                counts = EcnCounts(
-                    ect0=buf.pull_uint_var(), ect1=buf.pull_uint_var(), ce=buf.pull_uint_var()
-                )
-            except ValueError:
-                counts = None  # aioquic, which reads it again, ends the connection for it
-            buf.seek(start)
+            counts = _counts_ahead(buf)
         space = self._spaces[Epoch.ONE_RTT]
         largest = space.largest_acked_packet
         self._acked_at = context.time
@@ -226,3 +218,18 @@ class EcnConnection(LateBoundConnection):
         self._loss._pacer = PraguePacer(  # type: ignore[assignment]
             control, max_datagram_size=full, packet_size=self._packet_size
         )
+
+
+def _counts_ahead(buf: Buffer) -> EcnCounts | None:
+    """Return the counts of the ACK_ECN frame that begins here; the buffer stays where it is."""
+    start, pull = buf.tell(), buf.pull_uint_var
+    try:
+        pull(), pull()  # the largest acknowledged, the delay
+        ranges = pull()
+        for _ in range(2 * ranges + 1):
+            pull()
+        return EcnCounts(ect0=pull(), ect1=pull(), ce=pull())
+    except BufferReadError:
+        return None  # aioquic, which reads it again, ends the connection for it
+    finally:
+        buf.seek(start)

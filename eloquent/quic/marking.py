@@ -6,15 +6,13 @@ go Not-ECT: Prague may not send ECT(0).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from eloquent.errors import ConfigurationError
 from eloquent.quic.ecn import Ecn
 
 
-@dataclass(frozen=True, slots=True)
-class SentPacket:
+class SentPacket(NamedTuple):
     """A packet as it left."""
 
     number: int

@@ -38,8 +38,10 @@ MIN_WINDOW_BYTES = 500
 PACKET_SIZE_WEIGHT = 1 / 8
 
 SLOW_START_GAIN = 2.0
-MAX_CATCH_UP_PACKETS = 10
-"So many full packets may leave together when the timer that let them wait was late."
+SAVED_UP_PACKETS = 0.5
+"What silence saves up, in full packets: a few small ones need no timer, and make no burst."
+MAX_CATCH_UP_S = 0.002
+"So much of a late timer's delay is made good for; event loops round to a millisecond."
 
 
 class Prague(QuicCongestionControl):
@@ -197,12 +199,12 @@ class Prague(QuicCongestionControl):
 
 
 class PraguePacer:
-    """Lets packets leave one at a time, evenly.
+    """Lets full packets leave one at a time, evenly.
 
     The step of an L4S queue marks what waits for longer than a millisecond: at 20 Mbit/s the third
     full packet of a burst. A flow that sends in bursts of ten is marked so often that CUBIC takes
-    five sixths of the link; sent evenly, each gets half. Time that a packet has waited for a late
-    timer is made good for, so that coarse timers cost no rate.
+    five sixths of the link; sent evenly, each gets half. A timer's delay is made good for, so that
+    coarse timers cost no rate.
     """
 
     def __init__(
@@ -238,7 +240,9 @@ class PraguePacer:
     def _refill(self, now: float) -> None:
         if self._bytes_per_s is not None and now > self._updated_at:
             earned = (now - self._updated_at) * self._bytes_per_s
-            most = MAX_CATCH_UP_PACKETS * self._full_packet_bytes if self._is_waiting else 1
+            most = SAVED_UP_PACKETS * self._full_packet_bytes
+            if self._is_waiting:
+                most = max(most, MAX_CATCH_UP_S * self._bytes_per_s)
             self._budget_bytes = min(self._budget_bytes + earned, most)
         self._updated_at = max(now, self._updated_at)
 

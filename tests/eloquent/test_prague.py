@@ -225,32 +225,45 @@ def sent_at(pacer: PraguePacer, now: float, limit: int = 50) -> int:
     return limit
 
 
-def test_packets_leave_one_at_a_time() -> None:
+def test_full_packets_leave_one_at_a_time() -> None:
     pacer = paced()
     assert sent_at(pacer, 1.0) == 1
-    assert pacer.next_send_time(1.0) == pytest.approx(1.01, abs=0.0001)
-    assert sent_at(pacer, 1.005) == 0
-    assert sent_at(pacer, 1.0101) == 1
+    assert pacer.next_send_time(1.0) == pytest.approx(1.005, abs=0.0001)
+    assert sent_at(pacer, 1.0051) == 1
+    assert sent_at(pacer, 1.0149) == 0
+    assert sent_at(pacer, 1.0152) == 1
+
+
+def test_a_few_small_packets_wait_for_no_timer() -> None:
+    pacer = paced(150)
+    assert sent_at(pacer, 1.0) == 4
+    assert sent_at(pacer, 9.0) == 4  # silence saves up no more
 
 
 def test_in_slow_start_twice_the_window_leaves_in_a_round() -> None:
-    pacer = PraguePacer(Flow().control, max_datagram_size=FULL_BYTES, packet_size=lambda: 1200)
+    pacer = PraguePacer(
+        Flow().control, max_datagram_size=FULL_BYTES, packet_size=lambda: FULL_BYTES
+    )
     pacer.update_rate(6000, 0.05)
     assert sent_at(pacer, 1.0) == 1
-    assert pacer.next_send_time(1.0) == pytest.approx(1.005, abs=0.0001)
+    assert pacer.next_send_time(1.0) == pytest.approx(1.0025, abs=0.0001)
 
 
-def test_silence_saves_nothing_up() -> None:
+def test_a_packet_that_is_not_sent_saves_nothing_up() -> None:
     pacer = paced()
     assert sent_at(pacer, 1.0) == 1
-    assert pacer.next_send_time(1.02) is None  # nothing is sent
+    assert pacer.next_send_time(1.02) is None  # but the window has no room
     assert sent_at(pacer, 9.0) == 1
 
 
-def test_a_late_timer_is_made_good_for() -> None:
+@pytest.mark.parametrize(("late_s", "packets"), [(0.0, 1), (0.001, 5), (0.002, 9), (1.0, 9)])
+def test_a_late_timer_is_made_good_for_up_to_2_ms(late_s: float, packets: int) -> None:
     pacer = paced()
+    pacer.update_rate(6000, 0.00125)  # a full packet every 0.25 ms
     assert sent_at(pacer, 1.0) == 1
-    assert sent_at(pacer, 1.0451) == 4
+    due = pacer.next_send_time(1.0)
+    assert due is not None
+    assert sent_at(pacer, due + late_s + 1e-6) == pytest.approx(packets, abs=1)
 
 
 def test_policies_have_names() -> None:
@@ -315,7 +328,7 @@ def test_alone_it_fills_the_link_and_keeps_the_queue_short() -> None:
 
 @pytest.mark.parametrize("rtt_s", [0.02, 0.04])
 def test_beside_cubic_it_gets_its_share_and_keeps_the_queue_short(rtt_s: float) -> None:
-    ours, cubic, delays_s = through_dualpi2(beside_cubic=True, rtt_s=rtt_s, until_s=13.0)
+    ours, cubic, delays_s = through_dualpi2(beside_cubic=True, rtt_s=rtt_s, until_s=10.0)
     assert ours + cubic > 0.9 * 20
     assert 0.5 < ours / cubic < 2
     assert delays_s[len(delays_s) // 2] < 0.002
