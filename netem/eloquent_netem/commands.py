@@ -199,7 +199,7 @@ def load(name_or_path: str | Path) -> Scenario:
 def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
     """Hold the simulator and the TCP model to the kernel, and print how well they agree.
 
-    It takes about three minutes, needs what `run` needs, and ends with exit code 0 also where a
+    It takes about five minutes, needs what `run` needs, and ends with exit code 0 also where a
     row differs: it is a report. Ctrl-C ends it, and what is done by then is printed and written.
 
     Parameters
@@ -207,7 +207,8 @@ def fidelity_(*, json: Path | None = None, seeds: int = 5) -> None:
     json
         Write the figures to this file, too.
     seeds
-        How many networks each comparison is made over.
+        How many networks each comparison is made over; eight times as many where 5% are lost from
+        TCP, whose rare timeouts in a row need them.
     """
     from eloquent_netem.fidelity import fidelity
 

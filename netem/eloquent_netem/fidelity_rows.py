@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, variance
 
 from eloquent_netem.fidelity_ends import US_PER_S
 from eloquent_netem.realtime import LATENESS_BOUND_S, DriverStats
@@ -97,25 +97,34 @@ def udp_rows(name: str, pairs: Sequence[Pair], sent: int, refused: int) -> list[
     ]
 
 
-def tcp_rows(loss: float, pairs: Sequence[Pair], refused: int) -> list[Row]:
-    """Compare the kernel's mean token delay and share of late tokens with the model's."""
+def tcp_rows(
+    loss: float,
+    kernel_s: Sequence[Sequence[float]],
+    model_s: Sequence[Sequence[float]],
+    refused: int,
+) -> list[Row]:
+    """Compare the kernel's mean token delay and share of late tokens with the model's.
+
+    Both sides are given as one sequence of delays in seconds for each run, all of one length.
+    """
     delay = f"CUBIC, {loss:.0%} loss: mean token delay"
     late = f"CUBIC, {loss:.0%} loss: share over 100 ms"
     rules = "within 15%", "within 2 points"
-    if not pairs:
+    if not kernel_s:
         return [_refused(delay, "ms", rules[0], refused), _refused(late, "%", rules[1], refused)]
-    tun_ms, model_ms = _mean_ms(pairs)
-    shares = [_late_percent(pair.tun_s) for pair in pairs]
-    share, model_share = fmean(shares), fmean(_late_percent(pair.model_s) for pair in pairs)
+    means, model_means = ([1e3 * fmean(run) for run in runs] for runs in (kernel_s, model_s))
+    mean, model_mean = fmean(means), fmean(model_means)
+    shares = [_late_percent(run) for run in kernel_s]
+    share, model_share = fmean(shares), fmean(_late_percent(run) for run in model_s)
     return [
         _compared(
             delay,
             "ms",
-            tun_ms,
-            model_ms,
-            rule=rules[0],
-            agrees=abs(tun_ms - model_ms) <= 0.15 * model_ms,
-            runs=_means_ms(pairs),
+            mean,
+            model_mean,
+            rule=rules[0] + _difference_interval(means, model_means),
+            agrees=abs(mean - model_mean) <= 0.15 * model_mean,
+            runs=means,
             refused=refused,
         ),
         _compared(
@@ -129,6 +138,16 @@ def tcp_rows(loss: float, pairs: Sequence[Pair], refused: int) -> list[Row]:
             refused=refused,
         ),
     ]
+
+
+def _difference_interval(runs: Sequence[float], reference: Sequence[float]) -> str:
+    """Say between what the difference of two means lies, in percent of the reference's."""
+    if min(len(runs), len(reference)) < 2:
+        return ""
+    middle = fmean(runs) - fmean(reference)
+    half = Z_95 * math.sqrt(variance(runs) / len(runs) + variance(reference) / len(reference))
+    low, high = (100 * end / fmean(reference) for end in (middle - half, middle + half))
+    return f"; 95% interval: {low:+.0f}% to {high:+.0f}%"
 
 
 def mathis_bits_per_s(loss: float, rtt_s: float) -> float:

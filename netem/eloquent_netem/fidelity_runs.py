@@ -67,6 +67,15 @@ def simulated_udp(scenario: Scenario, count: int, seed: int) -> list[float]:
     return delays
 
 
+def simulated_tcp(scenario: Scenario, count: int, seed: int) -> list[float]:
+    """Return the delays of tokens over the TCP model."""
+    up, down = scenario.links(seed)
+    times = send_tokens(
+        up=up, down=down, tokens=count, interval_s=INTERVAL_S, token_bytes=TOKEN_BYTES
+    )
+    return [seen - made for made, seen in zip(times.generated_s, times.rendered_s, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Runs:
     """Makes runs, each in a network of its own; threads may share it.
@@ -89,28 +98,21 @@ class Runs:
         )
         return Pair(_seconds(said), simulated_udp(scenario, count, seed))
 
-    def tcp_pair(self, scenario: Scenario, count: int, seed: int) -> Pair:
-        """Send tokens down, with the kernel's CUBIC through the router and with the model."""
+    def tcp_delays(self, scenario: Scenario, count: int, seed: int) -> list[float]:
+        """Send tokens down with the kernel's CUBIC, through the router; return their delays."""
         said, _ = self.ends(
             scenario,
             seed,
             ("serve_tokens", SERVER_ADDRESS, str(count), str(INTERVAL_S), "cubic"),
             ("read_tokens", SERVER_ADDRESS),
         )
-        up, down = scenario.links(seed)
-        times = send_tokens(
-            up=up, down=down, tokens=count, interval_s=INTERVAL_S, token_bytes=TOKEN_BYTES
-        )
-        model = [
-            seen - made for made, seen in zip(times.generated_s, times.rendered_s, strict=True)
-        ]
-        tun = _seconds(said)
-        if len(tun) != count:
+        delays = _seconds(said)
+        if len(delays) != count:
             raise FidelityError(
-                f"Only {len(tun)} of {count} tokens came through TCP, so the connection broke and "
-                "its delays mean nothing: run it again."
+                f"Only {len(delays)} of {count} tokens came through TCP, so the connection broke "
+                "and its delays mean nothing: run it again."
             )
-        return Pair(tun, model)
+        return delays
 
     def reno_bits_per_s(self, seconds: float, seed: int) -> float:
         """Return the goodput of one greedy Reno flow of the kernel's, through the router."""
