@@ -245,11 +245,15 @@ def test_a_connection_that_is_dropped_finishes_its_file(tmp_path: Path) -> None:
     del directory
 
 
-def test_events_after_the_end_are_passed_over(tmp_path: Path) -> None:
+def test_events_after_the_end_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     directory, trace, path = start(tmp_path)
     directory.end_trace(trace)
-    log_packet(trace, 0)
+    for number in range(3):
+        log_packet(trace, number)
     assert len(read(path)) == 1
+    assert not caplog.records, "something was written to a file that is closed"
 
 
 def test_a_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
