@@ -67,6 +67,6 @@ class Padding:
     def _packets_in_flight(self, now: float, rtt_s: float) -> int:
         if not self._sent_at or now - self._sent_at[-1] >= SLOT_S:
             self._sent_at.append(now)
-        while self._sent_at[0] < now - FLIGHT_RTTS * rtt_s:
+        while len(self._sent_at) > 1 and self._sent_at[0] < now - FLIGHT_RTTS * rtt_s:
             self._sent_at.popleft()
         return len(self._sent_at)
