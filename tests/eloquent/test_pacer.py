@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloquent.core.events import End, Event, Failure, TextDelta
@@ -73,6 +73,7 @@ ARRIVALS = st.lists(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None)
 @given(arrivals=ARRIVALS)
 def test_everything_comes_once_and_in_order(mode: PaceMode, arrivals: list[Arrival]) -> None:
     shown = [event for _, event in replay(Pacer(mode), arrivals)]
@@ -87,6 +88,7 @@ def test_everything_comes_once_and_in_order(mode: PaceMode, arrivals: list[Arriv
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bound_s", [0.0, 0.05, MAX_ADDED_DELAY_S])
+@settings(deadline=None)
 @given(arrivals=ARRIVALS)
 def test_the_bound_on_added_delay_holds(
     mode: PaceMode, bound_s: float, arrivals: list[Arrival]
@@ -102,6 +104,7 @@ def test_the_bound_on_added_delay_holds(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None)
 @given(arrivals=ARRIVALS)
 def test_what_ends_an_answer_lets_everything_go(mode: PaceMode, arrivals: list[Arrival]) -> None:
     shown = replay(Pacer(mode), arrivals)
@@ -141,6 +144,7 @@ def test_a_mark_that_comes_with_the_next_event_joins_what_waits() -> None:
     assert pacer.pop(0.1) == [TextDelta("e\u0301")]
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_clusters_lose_nothing(text: str) -> None:
     assert "".join(clusters(text)) == text

@@ -1,7 +1,7 @@
 """Padding: the sizes alone, and on the wire between both real QUIC ends."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloquent.core.padding import HOLD_S, SIZES, SLOT_S, Padding
@@ -19,6 +19,7 @@ def test_a_size_goes_up_to_the_next_step(size: int, padded: int) -> None:
     assert Padding().padded_size(size, 0.0, RTT_S) == padded
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_sizes_are_large_enough_and_from_the_few_steps(steps: list[tuple[int, float]]) -> None:
     padding, now = Padding(), 0.0
@@ -29,6 +30,7 @@ def test_sizes_are_large_enough_and_from_the_few_steps(steps: list[tuple[int, fl
         assert padded in SIZES
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) -> None:
     """Held for one span at least, forgotten after two, and never more than was needed."""
@@ -44,6 +46,7 @@ def test_a_size_is_what_the_last_spans_needed(steps: list[tuple[int, float]]) ->
         assert max(must) <= padded <= max(may)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, SIZES[0]), min_size=1))
 def test_small_packets_look_alike(sizes: list[int]) -> None:
     padding = Padding()

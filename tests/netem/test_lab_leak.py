@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eloquent.core.padding import SIZES
@@ -40,6 +40,7 @@ def test_tokens_join_to_the_text_and_are_as_long_as_a_models(tokenizer: Tokenize
     assert list(rounded.values()) == [5, 5, 4, 4, 4, 2]
 
 
+@settings(deadline=None)
 @given(st.text("abc XYZ0129.,:\n", max_size=60))
 def test_any_text_is_cut_without_loss(tokenizer: Tokenizer, text: str) -> None:
     assert "".join(tokenizer.tokens(text)) == text
@@ -50,6 +51,7 @@ SCORES = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_
 )
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_auroc_is_the_share_of_pairs_put_right(rows: list[tuple[int, bool]]) -> None:
     pairs = [
