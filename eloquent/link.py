@@ -17,6 +17,11 @@ class Rung(Enum):
     STREAM = "QUIC stream"
     WEBSOCKET = "WebSocket"
 
+    @property
+    def is_below_quic(self) -> bool:
+        """Whether a better rung may be had by another connection."""
+        return self is Rung.WEBSOCKET
+
 
 class LinkUser(Protocol):
     """Who uses a link; its methods are called on the event loop."""

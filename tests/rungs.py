@@ -2,17 +2,23 @@
 
 import asyncio
 import datetime
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.x509.oid import NameOID
+from telling import Telling
 
 from eloquent.core.events import Event, TextDelta
+from eloquent.quic import listen as quic
 from eloquent.quic.certificate import ServerCertificate
+from eloquent.session.race import Race
+from eloquent.session.session import Session
 from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl
+from eloquent.websocket import server as websocket
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Packet
 from eloquent_netem.tcp.segment import TcpPacket
@@ -107,3 +113,31 @@ async def collect(turn: ClientTurn) -> list[Event]:
 
 def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+@asynccontextmanager
+async def serving(
+    made: VirtualNetwork, telling: Telling, *, has_quic: bool = True, has_websocket: bool = True
+) -> AsyncIterator[None]:
+    """Serve on the virtual host "server", by QUIC and WebSocket at the same port."""
+    listeners: list[quic.Listener | websocket.WebSocketListener] = []
+    with made.on("server"):
+        if has_quic:
+            listeners.append(
+                await quic.listen("server", PORT, certificate=CERTIFICATE, service=telling)
+            )
+        if has_websocket:
+            listeners.append(
+                await websocket.listen("server", PORT, certificate=CERTIFICATE, service=telling)
+            )
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            await listener.close()
+
+
+def racing(url: ServerUrl = URL, **options: Any) -> Session:
+    """Return a session that takes the best rung there is."""
+    race = Race()
+    return Session(url, connector=race, climber=race.climb, **options)

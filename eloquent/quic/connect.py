@@ -188,9 +188,12 @@ async def connect(
     user: LinkUser,
     timeout_s: float = CONNECT_TIMEOUT_S,
     *,
+    address: str | None = None,
     qlog: QlogDirectory | None = None,
 ) -> QuicLink:
     """Connect to a server; the connection's log goes to `qlog`.
+
+    `address` is the one of the host's addresses to take; None: any.
 
     Raises:
         ConnectionFailedError: the name is unknown, no server answers within `timeout_s` seconds,
@@ -198,7 +201,7 @@ async def connect(
     """
     link = QuicLink(url, user, qlog)
     try:
-        transport = await open_udp(link, remote=(url.host, url.port))
+        transport = await open_udp(link, remote=(address or url.host, url.port))
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConnectionFailedError(

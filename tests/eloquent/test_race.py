@@ -1,0 +1,355 @@
+"""The fallback ladder: QUIC and WebSocket race, in virtual time; UDP is blocked, or comes back."""
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import Callable
+
+import pytest
+from rungs import (
+    CERTIFICATE,
+    RTT_S,
+    URL,
+    Drops,
+    collect,
+    nothing,
+    now,
+    racing,
+    serving,
+    text_of,
+    udp,
+    udp_between,
+    virtually,
+)
+from telling import Telling
+
+from eloquent.core.events import End, Event
+from eloquent.errors import ConnectionFailedError, ServerRefusedError
+from eloquent.link import Rung
+from eloquent.quic.connect import connect as connect_quic
+from eloquent.quic.listen import listen as listen_quic
+from eloquent.session.race import MAX_ADDRESSES, in_turn
+from eloquent.session.session import CLIMB_EVERY_S, CLIMB_FIRST_S, Session
+from eloquent.session.states import LinkState
+from eloquent.session.turn import ClientTurn
+from eloquent.websocket.client import STAGGER_S
+from eloquent.websocket.client import connect as connect_websocket
+from eloquent_netem.packet import Packet
+from eloquent_netem.tcp.segment import TcpPacket
+from eloquent_netem.vloop import VirtualNetwork
+
+TOKENS = [f"token {index} " for index in range(200)]
+TEXT = "".join(TOKENS)
+GAP_S = 0.05
+BLOCKED_UDP_COST_S = 0.3
+"What a path without UDP may cost at connect, over a client that knows TCP only."
+
+
+def rung_of(session: Session) -> Rung | None:
+    return session.link.rung if session.link is not None else None
+
+
+def first_token_s(make: Callable[[], Session], drops: Drops) -> tuple[float, Rung | None]:
+    """Return how long the first token takes, and by what it came."""
+
+    async def main(network: VirtualNetwork) -> tuple[float, Rung | None]:
+        async with serving(network, Telling(TOKENS, GAP_S)):
+            session = make()
+            turn = session.ask(b"{}")
+            async for _ in turn:
+                break
+            took = now(), rung_of(session)
+            await session.close()
+            return took
+
+    return virtually(main, drops)
+
+
+def whole_turn(
+    drops: Drops, *, tokens: list[str] = TOKENS, gap_s: float = GAP_S
+) -> tuple[list[Event], list[tuple[float, Rung]]]:
+    """Return a turn's events, and when which rungs came into use."""
+    rungs: list[tuple[float, Rung]] = []
+
+    async def main(network: VirtualNetwork) -> list[Event]:
+        async with serving(network, Telling(tokens, gap_s)):
+            session = racing()
+            events = []
+            async for event in session.ask(b"{}"):
+                events.append(event)
+                rung = rung_of(session)
+                if rung is not None and (not rungs or rungs[-1][1] is not rung):
+                    rungs.append((now(), rung))
+            await session.close()
+            return events
+
+    return virtually(main, drops), rungs
+
+
+# At connect.
+
+
+def test_where_udp_passes_nothing_is_sent_by_tcp() -> None:
+    seen: list[Packet] = []
+
+    def watch(time: float, packet: Packet) -> bool:
+        if isinstance(packet, TcpPacket):
+            seen.append(packet)
+        return False
+
+    took, rung = first_token_s(racing, watch)
+    assert rung is Rung.DATAGRAMS
+    assert took == pytest.approx(2 * RTT_S, abs=2e-3)
+    assert seen == []
+
+
+def test_a_path_without_udp_costs_no_more_than_300_ms() -> None:
+    alone, _ = first_token_s(lambda: Session(URL, connector=connect_websocket), udp)
+    raced, rung = first_token_s(racing, udp)
+    print(f"TCP only {alone * 1e3:.0f} ms, raced {raced * 1e3:.0f} ms")  # noqa: T201
+    assert rung is Rung.WEBSOCKET
+    assert 0 < raced - alone <= BLOCKED_UDP_COST_S
+
+
+def test_a_path_without_udp_costs_nothing_the_second_time() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(["one"], 0.0)):
+            session = racing()
+            await collect(session.ask(b"{}"))
+            assert session.link is not None
+            session.on_link_ended(session.link, ConnectionFailedError("lost"))
+            await asyncio.sleep(0.1)
+            before = now()
+            await collect(session.ask(b"{}"))
+            assert now() - before == pytest.approx(4 * RTT_S, abs=5e-3)
+            await session.close()
+
+    virtually(main, udp)
+
+
+def test_where_udp_is_refused_tcp_starts_at_once() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S), has_quic=False):
+            session = racing()
+            async for _ in session.ask(b"{}"):
+                break
+            assert now() == pytest.approx(5 * RTT_S, abs=2e-3)
+            assert rung_of(session) is Rung.WEBSOCKET
+            await session.close()
+
+    virtually(main)
+
+
+def test_a_server_without_websocket_is_reached_by_quic() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S), has_websocket=False):
+            session = racing()
+            assert text_of(await collect(session.ask(b"{}"))) == TEXT
+            assert rung_of(session) is Rung.DATAGRAMS
+            await session.close()
+
+    virtually(main)
+
+
+def test_udp_that_is_slow_and_not_blocked_wins_where_it_is_ready_first() -> None:
+    """The client's first packet is lost: QUIC sends it again while TCP is on its way."""
+    lost: list[Packet] = []
+
+    def first_is_lost(time: float, packet: Packet) -> bool:
+        if not lost and udp(time, packet):
+            lost.append(packet)
+            return True
+        return False
+
+    took, rung = first_token_s(racing, first_is_lost)
+    assert rung is Rung.DATAGRAMS
+    assert took < STAGGER_S + 4 * RTT_S
+
+
+# In mid-turn.
+
+
+def test_udp_blocked_in_mid_turn() -> None:
+    events, rungs = whole_turn(udp_between(3.0, 1e9))
+    assert text_of(events) == TEXT
+    assert isinstance(events[-1], End)
+    assert [rung for _, rung in rungs] == [Rung.DATAGRAMS, Rung.WEBSOCKET]
+    # Noticed within 2 s, then the race.
+    assert 3.0 < rungs[1][0] < 3.0 + 2.0 + STAGGER_S + 5 * RTT_S
+
+
+@pytest.mark.parametrize("start_s", [0.0, 0.06, 0.11, 2.0])
+def test_udp_that_comes_back_is_climbed_back_to_and_nothing_is_lost_or_repeated(
+    start_s: float,
+) -> None:
+    events, rungs = whole_turn(udp_between(start_s, 8.0), tokens=TOKENS * 3)
+    assert text_of(events) == TEXT * 3
+    assert rungs[-1][1] is Rung.DATAGRAMS
+    assert rungs[-2][1] is Rung.WEBSOCKET
+    assert rungs[-1][0] - rungs[-2][0] == pytest.approx(CLIMB_FIRST_S + RTT_S, abs=0.2)
+
+
+def test_a_climb_that_fails_is_tried_again_a_minute_later() -> None:
+    events, rungs = whole_turn(udp_between(0.0, 30.0), tokens=TOKENS * 10)
+    assert text_of(events) == TEXT * 10
+    assert [rung for _, rung in rungs] == [Rung.WEBSOCKET, Rung.DATAGRAMS]
+    # The first attempt ends at its own timeout of 5 s.
+    assert rungs[1][0] == pytest.approx(CLIMB_FIRST_S + 5 + CLIMB_EVERY_S, abs=1)
+
+
+def test_udp_and_tcp_blocked_by_turns() -> None:
+    def drops(time: float, packet: Packet) -> bool:
+        is_udp_off = int(time) % 8 < 4
+        return is_udp_off if udp(time, packet) else not is_udp_off
+
+    events, rungs = whole_turn(drops, tokens=TOKENS * 3)
+    assert text_of(events) == TEXT * 3
+    assert {rung for _, rung in rungs} == {Rung.DATAGRAMS, Rung.WEBSOCKET}
+
+
+@pytest.mark.parametrize("mtu", [1227, 1200, 1000, 576, 296])
+def test_packets_of_1200_bytes_do_not_pass(mtu: int) -> None:
+    """QUIC's handshake needs them; TCP's segments were cut to fit (MSS)."""
+
+    def drops(time: float, packet: Packet) -> bool:
+        return udp(time, packet) and packet.size > mtu
+
+    events, rungs = whole_turn(drops)
+    assert text_of(events) == TEXT
+    assert [rung for _, rung in rungs] == [Rung.WEBSOCKET]
+
+
+def test_a_cancel_after_the_rung_changed() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        telling = Telling(TOKENS * 10, GAP_S)
+        async with serving(network, telling):
+            session = racing()
+            turn = session.ask(b"{}")
+
+            async def read(turn: ClientTurn) -> list[Event]:
+                return [event async for event in turn]
+
+            reading = asyncio.ensure_future(read(turn))
+            await asyncio.sleep(6.0)
+            turn.cancel()
+            events = await reading
+            assert text_of(events) != TEXT * 10
+            assert (TEXT * 10).startswith(text_of(events))
+            await asyncio.sleep(1.0)
+            assert telling.cancelled != []
+            await session.close()
+
+    virtually(main, udp_between(3.0, 1e9))
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.26, 0.3, 0.5, 12.0, 15.1])
+def test_closing_at_any_time_ends_all_attempts(after_s: float) -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S)):
+            session = racing()
+            session.ask(b"{}")
+            await asyncio.sleep(after_s)
+            before = now()
+            await session.close()
+            assert now() - before <= 0.6
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            names = [repr(task) for task in others]
+            assert not any("race" in name or "_climb" in name for name in names)
+
+    virtually(main, udp)
+
+
+# Nobody there.
+
+
+def failure(drops: Drops, **server: bool) -> ConnectionFailedError:
+    async def main(network: VirtualNetwork) -> ConnectionFailedError:
+        async with serving(network, Telling(TOKENS, GAP_S), **server):
+            session = racing()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await session.connect()
+            await session.close()
+            return caught.value
+
+    return virtually(main, drops)
+
+
+def test_nobody_listens_either_way() -> None:
+    error = failure(nothing, has_quic=False, has_websocket=False)
+    assert isinstance(error, ServerRefusedError)
+    assert str(error) == (
+        "Nothing listens on server, UDP port 4433; and nothing listens on server, TCP port 4433: "
+        "start the server (`eloquent serve`) or check the URL."
+    )
+
+
+def test_udp_is_blocked_and_the_server_has_no_websocket() -> None:
+    error = failure(udp, has_websocket=False)
+    assert not isinstance(error, ServerRefusedError)
+    assert "No answer from server, UDP port 4433" in str(error)
+    assert "nothing listens on server, TCP port 4433" in str(error)
+
+
+def test_an_unknown_name_is_said_once() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        session = racing(dataclasses.replace(URL, host="nowhere"))
+        with pytest.raises(ConnectionFailedError, match="Cannot reach nowhere") as caught:
+            await session.connect()
+        assert str(caught.value).count("Cannot reach") == 1
+        await session.close()
+
+    virtually(main)
+
+
+def test_the_wrong_certificate_is_refused_either_way() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S)):
+            session = racing(dataclasses.replace(URL, pin="0" * 64))
+            with pytest.raises(ServerRefusedError, match=r"not the pinned one.*TCP port"):
+                await session.connect()
+            assert session.state is not LinkState.UP
+            await session.close()
+
+    virtually(main)
+
+
+# Addresses.
+
+
+def test_the_families_take_turns() -> None:
+    six, four = socket.AF_INET6, socket.AF_INET
+    found = [(six, "::1"), (six, "::2"), (six, "::2"), (four, "1.1.1.1"), (four, "2.2.2.2")]
+    assert in_turn(found) == ["::1", "1.1.1.1", "::2", "2.2.2.2"]
+    assert in_turn([(four, f"1.1.1.{index}") for index in range(9)]) == [
+        f"1.1.1.{index}" for index in range(MAX_ADDRESSES)
+    ]
+
+
+async def test_a_name_with_addresses_of_which_one_answers() -> None:
+    """On most machines localhost has an IPv6 address first, where this server does not listen."""
+    listener = await listen_quic(
+        "127.0.0.1", 0, certificate=CERTIFICATE, service=Telling(TOKENS, 0.001)
+    )
+    session = racing(dataclasses.replace(URL, host="localhost", port=listener.port))
+    try:
+        async with asyncio.timeout(30):
+            assert text_of(await collect(session.ask(b"{}"))) == TEXT
+        assert rung_of(session) is Rung.DATAGRAMS
+    finally:
+        await session.close()
+        await listener.close()
+
+
+def test_without_a_climber_a_session_stays_where_it_is() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS * 2, GAP_S)):
+            session = Session(URL, connector=connect_websocket)
+            assert text_of(await collect(session.ask(b"{}"))) == TEXT * 2
+            assert rung_of(session) is Rung.WEBSOCKET
+            await session.close()
+            session = Session(URL, connector=connect_quic)
+            await session.connect()
+            assert rung_of(session) is Rung.DATAGRAMS
+            await session.close()
+
+    virtually(main)
