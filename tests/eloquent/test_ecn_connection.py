@@ -6,14 +6,21 @@ import pytest
 from aioquic.quic.connection import QuicNetworkPath, QuicReceiveContext
 from aioquic.tls import Epoch
 
+from eloquent.core.events import TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.schemes import EloquentSender
+from eloquent.core.turns import TurnRequested
 from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic.connection import ConnectionEvent
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, codepoint_of
 from eloquent.quic.marking import SentPacket, all_c, all_l
 from eloquent.quic.prague import Prague
 from eloquent_netem import packet as netem
+from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link
 from eloquent_netem.loss import DropList, NoLoss, Outages
-from tests.eloquent.ecn_pair import EcnPair, always, every, nothing
+from eloquent_netem.sim import simulate
+from tests.eloquent.ecn_pair import Alarm, EcnPair, always, every, nothing
 
 
 def bleached(now: float, ecn: netem.Ecn) -> netem.Ecn:
@@ -261,6 +268,42 @@ def test_0_rtt_packets_count_with_those_of_the_application() -> None:
     )
     quic._payload_received(context, b"\x01")  # a PING
     assert quic._arrived == {quic._spaces[Epoch.ONE_RTT]: EcnCounts(ce=1)}
+
+
+def test_the_labs_pair_carries_marks_both_ways() -> None:
+    links = [Link(delay_s=0.02, seed=0, name=name) for name in ("up", "down")]
+    requests: list[TurnRequested] = []
+
+    def on_server_event(event: ConnectionEvent, now: float) -> None:
+        if isinstance(event, TurnRequested):
+            requests.append(event)
+
+    pair = QuicPair(
+        up=links[0],
+        down=links[1],
+        make_sender=EloquentSender,
+        on_client_event=lambda event, now: None,
+        on_server_event=on_server_event,
+        marking=all_l(),
+    )
+    pair.connect(0.0)
+    turn = pair.request(b"{}", 0.0)
+    simulate(pair.actors, until=lambda: requests != [], start_s=0.0, limit_s=5.0)
+    log = TokenLog()
+    pair.accept(turn, log)
+    now = 1.0
+    for index in range(30):
+        log.append(TextDelta(f"{index} "))
+        pair.server.log_grew(turn, now)
+        pair.flush(now)
+        alarm = Alarm(now + 0.05)
+        now = simulate(
+            (*pair.actors, alarm),
+            until=lambda alarm=alarm: alarm.rang,  # type: ignore[misc]
+            start_s=now,
+            limit_s=now + 1,
+        )
+    assert pair.server.quic.ecn_state is EcnState.CAPABLE
 
 
 def test_counts_have_the_order_of_the_frame() -> None:

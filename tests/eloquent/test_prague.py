@@ -1,6 +1,7 @@
 """Prague: each rule by itself, and the whole through DualPI2 beside CUBIC."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from aioquic.quic.configuration import QuicConfiguration
@@ -17,7 +18,7 @@ from eloquent_netem.dualpi2 import DualPi2
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import FixedRate
-from tests.eloquent.ecn_pair import EcnPair, always
+from tests.eloquent.ecn_pair import Datagrams, EcnPair, always, every
 
 FULL_BYTES = 1200
 RTT_S = 0.05
@@ -288,9 +289,15 @@ class Shared(Link):
 
 
 def through_dualpi2(
-    *, beside_cubic: bool, rate: float = 20e6, rtt_s: float = 0.02, until_s: float = 8.0
+    *,
+    beside_cubic: bool,
+    rate: float = 20e6,
+    rtt_s: float = 0.02,
+    until_s: float = 8.0,
+    source: Callable[[], Datagrams] = always,
+    policy: str = "l4s",
 ) -> tuple[float, float, list[float]]:
-    """Return our rate and CUBIC's in Mbit/s, and our queueing delays in s, after 3 s."""
+    """Return our rate (in full packets) and CUBIC's in Mbit/s, and our waiting times, after 3 s."""
     seed = 1  # nothing but DualPI2's draws depends on it
     down = Shared(
         delay_s=rtt_s / 2,
@@ -302,9 +309,10 @@ def through_dualpi2(
     if beside_cubic:
         rng = random.Random(seed)
         down.flow = CubicFlow(1, down.send, rtt_s, rng, forward_s=rtt_s / 2, start_s=0.1)
+    make_marking = marking(policy)
     pair = EcnPair(
-        always(),
-        all_l(),
+        source(),
+        None if make_marking is None else make_marking(),
         down=down,
         up=Link(delay_s=rtt_s / 2, seed=seed, name="up"),
         others=() if down.flow is None else (down.flow,),
@@ -332,3 +340,23 @@ def test_beside_cubic_it_gets_its_share_and_keeps_the_queue_short(rtt_s: float) 
     assert ours + cubic > 0.9 * 20
     assert 0.5 < ours / cubic < 2
     assert delays_s[len(delays_s) // 2] < 0.002
+
+
+def test_tokens_beside_cubic_do_not_wait_behind_it() -> None:
+    """The figures of docs/design.md."""
+    delays_s = {
+        policy: through_dualpi2(
+            beside_cubic=True,
+            rate=5e6,
+            rtt_s=0.04,
+            until_s=15.0,
+            source=lambda: every(0.02),
+            policy=policy,
+        )[2]
+        for policy in ("l4s", "off")
+    }
+    assert len(delays_s["l4s"]) == pytest.approx(600, abs=2)
+    middle, last = 300, 594
+    assert delays_s["l4s"][middle] < 0.002
+    assert delays_s["l4s"][last] < 0.004
+    assert delays_s["off"][middle] > 0.01
