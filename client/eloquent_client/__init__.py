@@ -4,6 +4,7 @@ The library is what this module exports; `docs/protocol.md` has the fields of a 
 """
 
 from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.core.pacer import Pacer
 from eloquent.errors import ConfigurationError, EloquentError
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
@@ -20,6 +21,7 @@ from eloquent_client.errors import (
 )
 from eloquent_client.local import local_client, local_server
 from eloquent_client.messages import Message, StreamStats, Usage
+from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Message",
     "MessageStream",
     "NotFoundError",
+    "Pacer",
     "ServerFaultError",
     "ServerUrl",
     "StreamStats",
@@ -46,4 +49,5 @@ __all__ = [
     "Usage",
     "local_client",
     "local_server",
+    "paced",
 ]

@@ -12,9 +12,8 @@ import pytest
 from loopback import DEADLINE_S, StartServer, saying
 
 from eloquent.core.events import End, Event, Failure, TextDelta
-from eloquent.core.pacer import Pacer
-from eloquent_client import Client, ServerFaultError
-from eloquent_client.pacing import paced, paced_text
+from eloquent_client import Client, Pacer, ServerFaultError, paced
+from eloquent_client.pacing import paced_text
 from eloquent_client.tui.app import ChatApp
 from eloquent_client.tui.status import StatusBar
 from eloquent_client.tui.widgets import Prompt, Reply
