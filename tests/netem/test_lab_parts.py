@@ -97,9 +97,10 @@ def test_under_loss_the_95th_percentile_of_many_cancels_counts() -> None:
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.2])
-def test_the_client_notices_a_dead_link(loss: float) -> None:
+def test_both_sides_notice_a_dead_link(loss: float) -> None:
     found = LivenessCase(0.1, loss, dies=True).run("eloquent", 0)
     assert 0.5 < found["client_detected_s"] < 2.5
+    assert 0.5 < found["server_detected_s"] < 2.5
 
 
 def test_false_alarms_are_counted_by_the_hour_and_the_slowest_detection_counts() -> None:
@@ -109,7 +110,9 @@ def test_false_alarms_are_counted_by_the_hour_and_the_slowest_detection_counts()
         is_bad = job.case.rtt_s == 0.3 and job.seed == 1
         results.figures[job] = {
             "client_alarms": 3.0 if is_bad else 0.0,
-            "client_detected_s": 2.1 if is_bad and job.case.loss else 1.9,
+            "server_alarms": 0.0,
+            "client_detected_s": 1.9,
+            "server_detected_s": 2.1 if is_bad and job.case.loss else 1.9,
             "up_packets_per_s": 3.0,
             "down_packets_per_s": 3.0,
         }

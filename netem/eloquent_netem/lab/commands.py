@@ -145,8 +145,8 @@ def transport(
         schemes, for every loss, round trip and rate. `traces`: the same over handovers and recorded
         cellular links. `wire`: bytes per token. `outages`: how soon after the link's return the
         reader is up to date. `fairness`: two token flows beside a bulk flow, and fifty on a thin
-        link. `cancel`: how soon the server knows. `liveness`: how soon the client knows that the
-        link is dead, and how often it is wrong.
+        link. `cancel`: how soon the server knows. `liveness`: how soon both sides know that the
+        link is dead, and how often they are wrong.
     seeds
         How many seeds, from 0 on.
     schemes
