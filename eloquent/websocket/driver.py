@@ -110,14 +110,14 @@ class ChannelDriver:
             await self._stop_sending()
         return _reason(self._websocket.protocol.close_exc)
 
-    async def close(self) -> None:
+    async def close(self, reason: str = "") -> None:
         """Say what is still to be said, if the connection takes it, and end it."""
         await self._stop_sending()
         with contextlib.suppress(TimeoutError, ConnectionClosed):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 while (message := self._channel.next_message(self.now())) is not None:
                     await self._websocket.send(message)
-        await self._websocket.close()
+        await self._websocket.close(reason=reason)
 
     def abort(self) -> None:
         """End the connection at once."""

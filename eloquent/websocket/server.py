@@ -1,9 +1,9 @@
 """The server's WebSocket endpoint: one TCP port, many connections, each with its readers."""
 
+import asyncio
 import logging
 import ssl
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -109,23 +109,72 @@ class _Peer:
 class WebSocketListener:
     """Accepts connections on one TCP port and brings their readers to a service."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, service: TurnService) -> None:
+        self._service = service
+        self._peers: dict[_Peer, None] = {}
+        self._server: Server | None = None
 
     @property
     def port(self) -> int:
         """The TCP port that it listens on."""
+        assert self._server is not None
         return int(next(iter(self._server.sockets)).getsockname()[1])
 
     @property
     def connections(self) -> int:
         """How many connections are open."""
-        return len(self._server.connections)
+        return len(self._peers)
+
+    async def open(self, host: str, port: int, certificate: ServerCertificate) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        self._server = await serve(
+            self._handle,
+            host,
+            port,
+            ssl=_tls_context(certificate),
+            subprotocols=[SUBPROTOCOL],
+            # Programs send no Origin; a web page, which does, has no business here.
+            origins=[None],
+            process_request=self._refuse_too_many,
+            open_timeout=OPEN_TIMEOUT_S,
+            max_size=MAX_TO_SERVER_BYTES,
+            create_connection=_HeardServer,
+            server_header=None,
+            logger=logger,
+            **OPTIONS,
+        )
 
     async def close(self) -> None:
-        """Close all connections and release the port."""
-        self._server.close(reason="the server is shutting down")
-        await self._server.wait_closed()
+        """Tell all readers what there is to tell, close their connections, release the port."""
+        if self._server is not None:
+            self._server.close(close_connections=False)
+            await asyncio.gather(
+                *(peer.driver.close("the server is shutting down") for peer in self._peers)
+            )
+            await self._server.wait_closed()
+
+    async def _handle(self, websocket: ServerConnection) -> None:
+        assert isinstance(websocket, _HeardServer)
+        peer = _Peer(self._service, websocket)
+        self._peers[peer] = None
+        try:
+            reason = await peer.driver.run()
+            logger.debug("connection ended: %s", reason)
+        finally:
+            del self._peers[peer]
+            peer.end()
+
+    def _refuse_too_many(
+        self, websocket: ServerConnection, request: HttpRequest
+    ) -> Response | None:
+        if len(self._peers) < MAX_CONNECTIONS:
+            return None
+        logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
+        return websocket.respond(BUSY, "Too many connections are open: come back later.\n")
 
 
 async def listen(
@@ -136,47 +185,16 @@ async def listen(
     Raises:
         ConfigurationError: the address cannot be had.
     """
+    listener = WebSocketListener(service)
     try:
-        server = await serve(
-            partial(_handle, service),
-            host,
-            port,
-            ssl=_tls_context(certificate),
-            subprotocols=[SUBPROTOCOL],
-            # Programs send no Origin; a web page, which does, has no business here.
-            origins=[None],
-            process_request=_refuse_too_many,
-            open_timeout=OPEN_TIMEOUT_S,
-            max_size=MAX_TO_SERVER_BYTES,
-            create_connection=_HeardServer,
-            server_header=None,
-            logger=logger,
-            **OPTIONS,
-        )
+        await listener.open(host, port, certificate)
     except (OSError, UnicodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
             f"Cannot listen on {host}, TCP port {port}: {reason}. Choose another port with --port, "
             "or do without WebSocket (--no-websocket)."
         ) from error
-    return WebSocketListener(server)
-
-
-async def _handle(service: TurnService, websocket: ServerConnection) -> None:
-    assert isinstance(websocket, _HeardServer)
-    peer = _Peer(service, websocket)
-    try:
-        reason = await peer.driver.run()
-        logger.debug("connection ended: %s", reason)
-    finally:
-        peer.end()
-
-
-def _refuse_too_many(websocket: ServerConnection, request: HttpRequest) -> Response | None:
-    if len(websocket.server.connections) < MAX_CONNECTIONS:
-        return None
-    logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
-    return websocket.respond(BUSY, "Too many connections are open: come back later.\n")
+    return listener
 
 
 def _tls_context(certificate: ServerCertificate) -> ssl.SSLContext:

@@ -26,6 +26,7 @@ def serve(
     state: Path | None = None,
     durable: bool = False,
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
+    websocket: bool = True,
     exit_with_parent: bool = False,
     verbose: bool = False,
 ) -> None:
@@ -40,7 +41,7 @@ def serve(
     host
         Address to listen on.
     port
-        UDP port; 0 takes a free one.
+        UDP port, and TCP port of the same number for WebSocket; 0 takes a free one.
     model
         The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
         (says your words back; needs no torch).
@@ -62,6 +63,8 @@ def serve(
     qlog
         Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes, times,
         and no text.
+    websocket
+        Answer over WebSocket (TLS over TCP), too, for clients whose network lets no UDP through.
     exit_with_parent
         Stop when standard input closes.
     verbose
@@ -88,6 +91,7 @@ def serve(
                 state=state,
                 durable=durable,
                 qlog=qlog,
+                websocket=websocket,
                 exit_with_parent=exit_with_parent,
             )
         )

@@ -7,15 +7,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from eloquent.core.schemes import scheme
-from eloquent.quic.listen import listen
+from eloquent.errors import ConfigurationError
+from eloquent.quic import listen as quic
+from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.marking import marking
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.serving import TurnService
 from eloquent.url import ServerUrl
+from eloquent.websocket import server as websocket
 from eloquent_server import models
 from eloquent_server.backends import echo
 from eloquent_server.backends.base import Backend
@@ -30,6 +36,9 @@ READY_PREFIX = "LISTENING"
 "The line on standard output that tells a parent process the server's URL."
 
 TIDY_EVERY_S = 60.0
+
+FREE_PORT_TRIES = 10
+"A port that is free for UDP may be taken for TCP; then another is tried."
 
 STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
@@ -60,6 +69,7 @@ class ServerOptions:
     state: Path | None
     durable: bool
     qlog: Path | None
+    websocket: bool
     exit_with_parent: bool
 
 
@@ -95,9 +105,9 @@ async def run_server(options: ServerOptions) -> None:
         tidying = asyncio.ensure_future(_tidy(store))
         stack.callback(tidying.cancel)
         hub = TurnHub(Gateway(backend).handle, store)
-        listener = await listen(
+        listen = partial(
+            quic.listen,
             options.host,
-            options.port,
             certificate=certificate,
             service=hub,
             make_sender=make_sender,
@@ -105,11 +115,42 @@ async def run_server(options: ServerOptions) -> None:
             make_marking=make_marking,
             qlog=qlog,
         )
-        stack.push_async_callback(listener.close)
+        if options.websocket:
+            port = await _listen_both(stack, listen, options, certificate, hub)
+        else:
+            listener = await listen(options.port)
+            stack.push_async_callback(listener.close)
+            port = listener.port
         stack.push_async_callback(hub.close)
-        url = ServerUrl(options.host, listener.port, certificate.pin)
+        url = ServerUrl(options.host, port, certificate.pin)
         print(READY_PREFIX, url, flush=True)  # noqa: T201
         await stopping
+
+
+async def _listen_both(
+    stack: AsyncExitStack,
+    listen: Callable[[int], Awaitable[quic.Listener]],
+    options: ServerOptions,
+    certificate: ServerCertificate,
+    service: TurnService,
+) -> int:
+    """Listen for QUIC and for WebSocket at one port until `stack` is left; return the port."""
+    tries_left = 1 if options.port else FREE_PORT_TRIES
+    while True:
+        tries_left -= 1
+        over_udp = await listen(options.port)
+        try:
+            over_tcp = await websocket.listen(
+                options.host, over_udp.port, certificate=certificate, service=service
+            )
+        except ConfigurationError:
+            await over_udp.close()
+            if not tries_left:
+                raise
+        else:
+            stack.push_async_callback(over_udp.close)
+            stack.push_async_callback(over_tcp.close)
+            return over_udp.port
 
 
 async def _tidy(store: TokenStore) -> None:
