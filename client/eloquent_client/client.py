@@ -4,15 +4,15 @@ import asyncio
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import EloquentError
-from eloquent.quic.connect import CONNECT_TIMEOUT_S, connect
+from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.session.race import Race
 from eloquent.session.session import OnState, Session
 from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl, parse_url
@@ -149,11 +149,13 @@ class Client:
 
     def _get_session(self) -> Session:
         if self._session is None:
+            race = Race(qlog=self._qlog)
             self._session = Session(
                 self._url,
                 connect_timeout_s=self._connect_timeout_s,
                 on_state=self._on_link_state,
-                connector=partial(connect, qlog=self._qlog),
+                connector=race,
+                climber=race.climb,
             )
         return self._session
 
@@ -165,9 +167,9 @@ class Client:
                 await session.connect()
         except TimeoutError as error:
             raise APITimeoutError(
-                f"No answer from {self._url.host}, UDP port {self._url.port}, within "
-                f"{self._connect_timeout_s:g} s: no server runs there, or a firewall blocks UDP. "
-                "Check the URL and the network."
+                f"No answer from {self._url.host}, port {self._url.port}, by UDP or TCP, within "
+                f"{self._connect_timeout_s:g} s: no server runs there, or a firewall is in the "
+                "way. Check the URL and the network."
             ) from error
         except EloquentError as error:
             raise api_error(error) from error
