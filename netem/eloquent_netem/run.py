@@ -37,6 +37,10 @@ class AddressError(NetemError):
     """An address on the command line is not of the form HOST:PORT."""
 
 
+class CommandError(NetemError):
+    """A command that was given as one string cannot be taken apart."""
+
+
 class PcapError(NetemError):
     """The file for the packets cannot be written."""
 
@@ -58,8 +62,10 @@ def run_commands(
     packets that come out of the links.
 
     Raises:
+        CommandError: the server's command is none.
         NetemError: the namespaces cannot be made, or the run was not faithful to the scenario.
     """
+    server_words = None if server is None else split_command(server)
     environment = {
         **os.environ,
         CLIENT_VARIABLE: CLIENT_ADDRESS,
@@ -77,8 +83,8 @@ def run_commands(
         network = stack.enter_context(tun_network(links, cross=cross))
         stack.enter_context(sigterm_as_exit())
         network.start()
-        if server is not None:
-            network.popen("server", shlex.split(server), **options)
+        if server_words is not None:
+            network.popen("server", server_words, **options)
         process = network.popen("client", client, **options)
         if output is not None:
             footer = f"output: {output}   Ctrl-C ends it"
@@ -130,6 +136,23 @@ def run_proxy(
             _show_until(stopped.wait, lambda: proxy.stats().driver, title, "Ctrl-C ends it")
         stopped.wait()
     _report(proxy.stats().driver, report)
+
+
+def split_command(text: str) -> list[str]:
+    """Take a command apart as a shell does.
+
+    Raises:
+        CommandError: a quotation has no end, or there is no word.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise CommandError(
+            f"The command {text!r} cannot be taken apart ({error}): quote it as for a shell."
+        ) from error
+    if not words:
+        raise CommandError("The server's command is empty: give one, or leave --server out.")
+    return words
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tools import needs_tool
 
 from eloquent_netem.namespaces import processes_inside
 from eloquent_netem.run import AddressError, parse_address
+from tests.netem.test_tun import needs_ip, network
 
 DEADLINE_S = 60
 "Ends a hang; decides nothing."
@@ -49,7 +49,15 @@ def netem(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@needs_tool("ip")
+@pytest.fixture
+def namespaces() -> None:
+    """Skip a test where there can be none, by saying why."""
+    with network():
+        pass
+
+
+@needs_ip
+@pytest.mark.usefixtures("namespaces")
 def test_two_commands_meet_inside_the_network(tmp_path: Path) -> None:
     server = tmp_path / "server.py"
     server.write_text(SERVE)
@@ -63,13 +71,15 @@ def test_two_commands_meet_inside_the_network(tmp_path: Path) -> None:
     )
 
 
-@needs_tool("ip")
+@needs_ip
+@pytest.mark.usefixtures("namespaces")
 def test_what_the_command_says_is_its_exit_code() -> None:
     # No packet crosses the network, so lateness cannot spoil the run.
     assert netem("run", "clean", "--", sys.executable, "-c", "raise SystemExit(3)").returncode == 3
 
 
-@needs_tool("ip")
+@needs_ip
+@pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_both_commands_and_the_network(number: signal.Signals) -> None:
     client = "readlink /proc/self/ns/net; exec sleep 1000"
@@ -101,6 +111,8 @@ def test_a_signal_ends_both_commands_and_the_network(number: signal.Signals) -> 
     [
         (("run", "nosuch", "--", "true"), "nosuch"),
         (("run", "clean"), "no command"),
+        (("run", "clean", "--server", "echo 'it", "--", "true"), "quote it as for a shell"),
+        (("run", "clean", "--server", " ", "--", "true"), "leave --server out"),
         (("proxy", "clean", "--to", "nowhere"), "HOST:PORT"),
         (("proxy", "clean", "--to", "127.0.0.1:99999"), "HOST:PORT"),
     ],
