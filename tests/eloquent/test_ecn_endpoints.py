@@ -77,6 +77,9 @@ class User:
             elif isinstance(event, End):
                 self.ended.set_result(None)
 
+    def on_early(self, link: "Link") -> None:
+        raise AssertionError("nothing is sent early here")
+
     def on_turn_failed(self, link: Link, turn: int, error: EloquentError) -> None:
         self.ended.set_exception(error)
 
@@ -110,7 +113,6 @@ async def test_marks_get_through_real_sockets(
         certificate=CERTIFICATE,
         service=Service(0.001),
         make_marking=make_marking,
-        padding=False,
     )
     try:
         assert await answer(listener, "127.0.0.1") == {state}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eloquent.quic import udp
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.udp import BURST_DATAGRAMS, UdpTransport, open_udp
 from eloquent_netem.link import Link
@@ -186,6 +187,25 @@ async def test_a_system_that_cannot_mark_sends_unmarked_and_says_so_once(
         assert "ECN is off" in caplog.text
         client.close()
     server.close()
+
+
+async def test_a_system_that_does_not_tell_marks_says_so_and_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udp, "_IP_RECVTOS", None)
+    echo, inbox = Echo(), Inbox()
+    with caplog.at_level(logging.INFO, logger="eloquent.quic.udp"):
+        server = await open_udp(echo, local=("127.0.0.1", 0))
+    assert len(caplog.records) == 1
+    assert "does not tell the ECN field" in caplog.text
+    client = await open_udp(inbox, remote=server.local_address)
+    try:
+        client.send(b"x", None, Ecn.ECT_1)
+        await inbox.until(1)
+        assert [mark for _, _, mark in echo.datagrams] == [Ecn.NOT_ECT]
+    finally:
+        client.close()
+        server.close()
 
 
 def test_in_virtual_time_links_see_the_marks_and_change_them() -> None:
