@@ -25,7 +25,7 @@ BURST_DATAGRAMS = 64
 "So many datagrams are read before the loop's other business has its turn."
 
 MAX_DATAGRAM_BYTES = 4096
-"Larger ones are cut, and so are no QUIC packets any more; nobody sends us one over 1500."
+"Larger ones are cut, which no QUIC packet survives; nobody sends us one over 1500."
 
 BUFFER_BYTES = 4 << 20
 """What we ask of the system for each direction; it gives what it allows. Its usual 208 KiB hold

@@ -1,16 +1,21 @@
 """Marks between two real QUIC ends: counted, reported, validated, and given up."""
 
 import logging
+import random
 
 import pytest
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.connection import QuicNetworkPath, QuicReceiveContext
 from aioquic.tls import Epoch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.schemes import EloquentSender
 from eloquent.core.turns import TurnRequested
 from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic._ecn import _counts_ahead
 from eloquent.quic.connection import ConnectionEvent
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, codepoint_of
 from eloquent.quic.marking import SentPacket, all_c, all_l
@@ -18,7 +23,7 @@ from eloquent.quic.prague import Prague
 from eloquent_netem import packet as netem
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.link import Link
-from eloquent_netem.loss import DropList, NoLoss, Outages
+from eloquent_netem.loss import DropList, IndependentLoss, NoLoss, Outages
 from eloquent_netem.sim import simulate
 from tests.eloquent.ecn_pair import Alarm, EcnPair, always, every, nothing
 
@@ -268,6 +273,49 @@ def test_0_rtt_packets_count_with_those_of_the_application() -> None:
     )
     quic._payload_received(context, b"\x01")  # a PING
     assert quic._arrived == {quic._spaces[Epoch.ONE_RTT]: EcnCounts(ce=1)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    loss=st.floats(0.0, 0.3),
+    congestion=st.floats(0.0, 1.0),
+    jitter_s=st.floats(0.0, 0.05),
+)
+def test_an_honest_path_keeps_its_marks(
+    seed: int, loss: float, congestion: float, jitter_s: float
+) -> None:
+    rng = random.Random(seed)
+
+    def congested(now: float, ecn: netem.Ecn) -> netem.Ecn:
+        is_hit = ecn is netem.Ecn.ECT_1 and rng.random() < congestion
+        return netem.Ecn.CE if is_hit else ecn
+
+    up, down = (
+        Link(
+            delay_s=0.02,
+            seed=seed,
+            name=name,
+            loss=IndependentLoss(loss, random.Random(f"{seed}/{name}")),
+            jitter_s=jitter_s,
+            reorders=True,
+            duplicates=0.1,
+        )
+        for name in ("up", "down")
+    )
+    pair = EcnPair(every(0.02), all_l(), up=up, down=down, rewrite=congested)
+    pair.run(4.0)
+    assert pair.quic.ecn_state is not EcnState.FAILED
+    assert pair.server.terminated is None
+
+
+@given(st.binary(max_size=40))
+def test_what_is_read_ahead_of_an_ack_moves_nothing(data: bytes) -> None:
+    buffer = Buffer(data=b"\x03" + data)
+    buffer.pull_uint8()
+    counts = _counts_ahead(buffer)
+    assert buffer.tell() == 1
+    assert counts is None or counts.total >= 0
 
 
 def test_the_labs_pair_carries_marks_both_ways() -> None:
