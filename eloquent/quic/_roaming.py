@@ -5,13 +5,16 @@ what a release changes).
 """
 
 import hmac
+from itertools import islice
 from typing import Any
 
-from aioquic.quic.connection import END_STATES
+from aioquic.quic.connection import END_STATES, QuicNetworkPath
 from aioquic.quic.events import ConnectionTerminated
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType
-from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
+from aioquic.tls import Epoch
 
+from eloquent.core.mtu import SIZES_BYTES, PacketSize
 from eloquent.quic._ecn import EcnConnection
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.reset import MIN_RESET_BYTES, TOKEN_BYTES, ResetKey
@@ -37,6 +40,7 @@ class RoamingConnection(EcnConnection):
         self._reset_key = reset_key
         super().__init__(**options)
         self._is_ping_padded = False
+        self._packet_size_limit = PacketSize()
         if reset_key is not None:
             first = self._host_cids[0]
             first.stateless_reset_token = reset_key.token(first.cid)
@@ -60,6 +64,7 @@ class RoamingConnection(EcnConnection):
             self._end_by_reset()
             return
         before = self._network_paths[0] if self._network_paths else None
+        self._packet_size_limit.on_heard(now)
         super().receive_datagram(data, addr, now, ecn)
         after = self._network_paths[0] if self._network_paths else None
         if before is not None and after is not None and after.addr[0] != before.addr[0]:
@@ -67,6 +72,7 @@ class RoamingConnection(EcnConnection):
 
     def _on_new_path(self) -> None:
         """Begin anew with what was learned of the path (RFC 9000 section 9.4)."""
+        self._packet_size_limit = PacketSize()
         loss = self._loss
         loss._rtt_initial = self.srtt_s
         loss._rtt_initialized = False
@@ -85,6 +91,42 @@ class RoamingConnection(EcnConnection):
             missing = min(MIGRATION_PACKET_BYTES - self._packet_size(), room) - 1
             if missing > 0:
                 builder.start_frame(QuicFrameType.PADDING).push_bytes(bytes(missing))
+
+    # Packet sizes, for paths that begin to drop large packets in mid-turn.
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        """See `LateBoundConnection.datagrams_to_send`."""
+        if self._handshake_confirmed:
+            limit = self._packet_size_limit
+            if limit.shrink_if_missed(now, self.srtt_s):
+                self._give_up_larger_than(limit.bytes, now)
+            self._max_datagram_size = limit.next_bytes(now)
+        return super().datagrams_to_send(now)
+
+    def _flush_builder(
+        self, builder: QuicPacketBuilder, network_path: QuicNetworkPath, peer_cid: bytes, now: float
+    ) -> list[tuple[bytes, Any]]:
+        datagrams = super()._flush_builder(builder, network_path, peer_cid, now)
+        if datagrams and self._handshake_confirmed and network_path is self._network_paths[0]:
+            packets = self._spaces[Epoch.ONE_RTT].sent_packets.values()
+            limit = self._packet_size_limit
+            for packet in islice(reversed(packets), len(datagrams)):
+                if packet.sent_bytes > SIZES_BYTES[-1] and packet.is_ack_eliciting:
+                    limit.on_sent(packet.sent_bytes, now)
+                    packet.delivery_handlers.append(
+                        (self._on_large_delivery, (limit, packet.sent_bytes))
+                    )
+        return datagrams
+
+    def _on_large_delivery(self, delivery: QuicDeliveryState, limit: PacketSize, size: int) -> None:
+        if delivery is QuicDeliveryState.ACKED:
+            limit.on_acked(size)
+
+    def _give_up_larger_than(self, size: int, now: float) -> None:
+        """Take the packets for lost that were too large for the path; no sign of congestion."""
+        space = self._spaces[Epoch.ONE_RTT]
+        packets = [packet for packet in space.sent_packets.values() if packet.sent_bytes > size]
+        self._loss._on_packets_lost(congestion_event=False, now=now, packets=packets, space=space)
 
     # Stateless reset.
 

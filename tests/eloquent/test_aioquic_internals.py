@@ -13,6 +13,7 @@ from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketSpace
 
 from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic._streams import unsent_bytes
 from eloquent.quic.client import client_configuration
 
 USED_ATTRIBUTES = (
@@ -166,3 +167,19 @@ def test_what_roaming_uses_is_there() -> None:
     assert hasattr(connection._host_cids[0], "was_sent")
     assert "self._write_ping_frame(builder, comment=" in quic_source("_write_application")
     assert "if self._probe_pending" in quic_source("_write_application")
+
+
+def test_a_stream_tells_what_was_written_and_not_sent() -> None:
+    connection = stock_connection()
+    assert unsent_bytes(connection, 0) == 0
+    connection.send_stream_data(0, bytes(1000))
+    assert unsent_bytes(connection, 0) == 1000
+    connection._streams[0].sender.get_frame(300)
+    assert unsent_bytes(connection, 0) == 700
+
+
+def test_packets_can_be_taken_for_lost() -> None:
+    connection = stock_connection()
+    parameters = inspect.signature(connection._loss._on_packets_lost).parameters
+    assert set(parameters) == {"congestion_event", "now", "packets", "space"}
+    assert "max_datagram_size=self._max_datagram_size" in quic_source("datagrams_to_send")
