@@ -152,14 +152,16 @@ class ServerChannel(Channel):
         self._replies: dict[int, bytes] = {}
         "By turn, those that were not sent yet."
 
-    def accept(self, turn: int, log: Log, offset: int, now: float) -> None:
-        """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled."""
+    def accept(self, turn: int, log: Log, offset: int = 0) -> None:
+        """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled.
+
+        `log_grew` must follow.
+        """
         if turn in self._asked:
             self._asked.remove(turn)
             window = LogWindow(log, offset + READER_WINDOW_BYTES)
             self._readers[turn] = _Reader(window, offset)
             self._order.append(turn)
-            self.log_grew(turn, now)
 
     def reject(self, turn: int, code: str, message: str) -> None:
         """Decline a turn, or give up one that was accepted, unless its reader cancelled.

@@ -6,6 +6,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
+from eloquent.core.channel import MAX_TO_CLIENT_BYTES, ClientChannel
 from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress
@@ -27,9 +28,11 @@ from eloquent.quic.connection import (
     Address,
     Connected,
     Connection,
+    StreamEvent,
     base_configuration,
 )
 from eloquent.quic.ecn import Ecn
+from eloquent.quic.stream import CHANNEL_STREAM, ChannelStream
 
 MAX_REPORT_BYTES = 25
 "A report's type and three of the longest varints."
@@ -59,6 +62,8 @@ class ClientConnection(Connection):
         self._receivers: dict[int, Receiver] = {}
         self._replies: dict[int, bytearray] = {}
         self._keepalive_at: float | None = None
+        self._channel: ChannelStream[ClientChannel] | None = None
+        self._heard_at = float("-inf")
 
     def connect(self, address: Address, now: float) -> None:
         """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
@@ -67,6 +72,7 @@ class ClientConnection(Connection):
     def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `Connection.receive`."""
         self._keepalive_at = now + KEEPALIVE_S
+        self._heard_at = now
         super().receive(data, address, now, ecn)
 
     def handle_timer(self, now: float) -> None:
@@ -81,6 +87,8 @@ class ClientConnection(Connection):
 
         `receiver` has what is before the request's offset; None: there is nothing yet.
         """
+        if self._channel is not None:
+            return self._channel.channel.request(request, receiver)
         stream_id = self._quic.get_next_available_stream_id()
         turn = stream_id // 4
         receiver = receiver or Receiver()
@@ -92,6 +100,8 @@ class ClientConnection(Connection):
 
     def cancel(self, turn: int) -> None:
         """Give a turn up: the server stops generating, and no event of it follows."""
+        if self._channel is not None:
+            self._channel.channel.cancel(turn)
         if self._receivers.pop(turn, None) is None:
             return
         if self._replies.pop(turn, None) is not None:
@@ -99,11 +109,20 @@ class ClientConnection(Connection):
 
     def detach(self, turn: int) -> None:
         """Leave a turn that goes on over another connection; nothing is said to the server."""
+        if self._channel is not None:
+            self._channel.channel.detach(turn)
         self._receivers.pop(turn, None)
         self._replies.pop(turn, None)
 
+    @property
+    def uses_stream(self) -> bool:
+        """Whether the turns run over a stream, since the server takes no datagrams."""
+        return self._channel is not None
+
     def has_turn(self, turn: int) -> bool:
         """Return whether anything of the turn is still to come or to be said."""
+        if self._channel is not None:
+            return self._channel.channel.has_turn(turn)
         return turn in self._receivers
 
     def probe(self) -> None:
@@ -146,6 +165,7 @@ class ClientConnection(Connection):
 
     def _due_times(self) -> list[float]:
         times = [receiver.next_time() for receiver in self._receivers.values()]
+        times.append(self._channel.channel.next_time() if self._channel is not None else None)
         return [time for time in (*times, self._keepalive_at) if time is not None]
 
     def _on_handshake_completed(self) -> None:
@@ -155,6 +175,11 @@ class ClientConnection(Connection):
         ):
             self.close("the server's certificate is not the pinned one", CLOSE_BAD_CERTIFICATE)
             return
+        is_unused = self._quic.get_next_available_stream_id() == CHANNEL_STREAM
+        if is_unused and not self._quic.can_send_datagrams:
+            self._channel = ChannelStream(
+                self._quic, ClientChannel(self._heard_at), MAX_TO_CLIENT_BYTES, is_client=True
+            )
         self._events.append(Connected())
 
     def _on_frame(self, frame: Frame, now: float) -> None:
@@ -171,12 +196,16 @@ class ClientConnection(Connection):
         if events:
             self._events.append(TurnProgress(frame.turn, tuple(events)))
 
-    def _on_stream_event(
-        self,
-        event: quic_events.StreamDataReceived
-        | quic_events.StreamReset
-        | quic_events.StopSendingReceived,
-    ) -> None:
+    @property
+    def _channel_stream(self) -> ChannelStream[ClientChannel] | None:
+        return self._channel
+
+    def _on_stream_event(self, event: StreamEvent) -> None:
+        if self._channel is not None:
+            if not isinstance(event, quic_events.StreamDataReceived) or event.end_stream:
+                raise WireError("The server ended the channel's stream.")
+            self._channel.receive(event.data, self._heard_at)
+            return
         turn = event.stream_id // 4
         collected = self._replies.get(turn)
         if collected is None:

@@ -38,7 +38,7 @@ class QuicLink:
     @property
     def rung(self) -> Rung:
         """See `Link.rung`."""
-        return Rung.DATAGRAMS
+        return Rung.STREAM if self._connection.uses_stream else Rung.DATAGRAMS
 
     @property
     def path(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
+from eloquent.core.channel import ClientChannel, ServerChannel
 from eloquent.core.path import Path
 from eloquent.core.turns import TurnEvent
 from eloquent.core.wire import ALPN, Frame, decode_frame
@@ -20,6 +21,11 @@ from eloquent.errors import WireError
 from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
 from eloquent.quic._roaming import RoamingConnection
 from eloquent.quic.ecn import Ecn
+from eloquent.quic.stream import ChannelStream
+
+StreamEvent = (
+    quic_events.StreamDataReceived | quic_events.StreamReset | quic_events.StopSendingReceived
+)
 
 Address = Any
 "A socket address, as the socket's family has it."
@@ -123,6 +129,9 @@ class Connection(ABC):
         """Return the UDP datagrams to send now, each with its ECN field."""
         self._path.srtt_s = self._quic.srtt_s
         self._sent_at = now
+        stream = self._channel_stream
+        if stream is not None and not self._is_ended:
+            stream.fill(now)
         datagrams = self._quic.marked_datagrams_to_send(now)
         if self.has_datagram(now):
             self._path.blocked_at = now
@@ -138,6 +147,9 @@ class Connection(ABC):
 
     def next_event(self) -> ConnectionEvent | None:
         """Return the next event, or None."""
+        stream = self._channel_stream
+        while stream is not None and (event := stream.channel.next_event()) is not None:
+            self._on_channel_event(event)
         return self._events.popleft() if self._events else None
 
     def close(self, reason: str = "", code: int = CLOSE_NORMAL) -> None:
@@ -145,6 +157,14 @@ class Connection(ABC):
         self._quic.close(error_code=code, reason_phrase=reason)
 
     # What the two ends do differently.
+
+    @property
+    @abstractmethod
+    def _channel_stream(self) -> ChannelStream[ClientChannel] | ChannelStream[ServerChannel] | None:
+        """What carries the turns on the middle rung."""
+
+    def _on_channel_event(self, event: TurnEvent) -> None:
+        self._events.append(event)
 
     @abstractmethod
     def has_datagram(self, now: float) -> bool:
@@ -167,12 +187,7 @@ class Connection(ABC):
         """Take a datagram's frame; `WireError` ends the connection."""
 
     @abstractmethod
-    def _on_stream_event(
-        self,
-        event: quic_events.StreamDataReceived
-        | quic_events.StreamReset
-        | quic_events.StopSendingReceived,
-    ) -> None:
+    def _on_stream_event(self, event: StreamEvent) -> None:
         """Take what happened on a stream; `WireError` ends the connection."""
 
     def _on_handshake_completed(self) -> None:  # noqa: B027  (only a client asks who answered)
@@ -193,12 +208,7 @@ class Connection(ABC):
     def _on_quic_event(self, event: quic_events.QuicEvent, now: float) -> None:
         if isinstance(event, quic_events.DatagramFrameReceived):
             self._on_frame(decode_frame(event.data), now)
-        elif isinstance(
-            event,
-            quic_events.StreamDataReceived
-            | quic_events.StreamReset
-            | quic_events.StopSendingReceived,
-        ):
+        elif isinstance(event, StreamEvent):
             self._on_stream_event(event)
         elif isinstance(event, quic_events.HandshakeCompleted):
             self._on_handshake_completed()

@@ -7,6 +7,7 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
+from eloquent.core.channel import MAX_TO_SERVER_BYTES, ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S, SERVER_PROBE_AFTER_S, SERVER_PROBE_EVERY_S
 from eloquent.core.log import Log, LogWindow
 from eloquent.core.padding import Padding
@@ -18,6 +19,7 @@ from eloquent.core.turns import (
     TOO_LARGE,
     ReaderDone,
     TurnCancelled,
+    TurnEvent,
     TurnRequested,
 )
 from eloquent.core.wire import (
@@ -35,11 +37,23 @@ from eloquent.core.wire import (
 )
 from eloquent.errors import WireError
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.connection import STREAM_REFUSED, Address, Connection, base_configuration
+from eloquent.quic.connection import (
+    STREAM_REFUSED,
+    Address,
+    Connection,
+    StreamEvent,
+    base_configuration,
+)
 from eloquent.quic.ecn import Ecn
+from eloquent.quic.stream import CHANNEL_MARK, CHANNEL_STREAM, ChannelStream
 
 MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
 "A request's body and what stands before it, with room for longer varints than needed."
+
+NO_CHANNEL = (
+    "The client takes no QUIC datagrams, and its first stream is no channel: see docs/protocol.md, "
+    "'Lower rungs'."
+)
 
 REQUEST_DEADLINE_S = 10.0
 "A request has to be whole so long after its first bytes."
@@ -97,6 +111,7 @@ class ServerConnection(Connection):
         self._highest_turn = -1
         self._asked_at: dict[int, float] = {}
         "When the first part of a request came that is not whole yet."
+        self._channel: ChannelStream[ServerChannel] | None = None
         self._heard_at = float("-inf")
         self._probed_at = float("-inf")
 
@@ -107,18 +122,18 @@ class ServerConnection(Connection):
 
     def is_silent(self, now: float) -> bool:
         """Return whether turns are open and the client was not heard for `DEAD_AFTER_S`."""
-        return bool(self._readers) and now >= self._heard_at + DEAD_AFTER_S
+        is_reading = bool(self._readers) or self._channel is not None
+        return is_reading and now >= self._heard_at + DEAD_AFTER_S
 
     def accept(self, turn: int, log: Log, offset: int = 0) -> None:
         """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled."""
+        if self._channel is not None:
+            self._channel.channel.accept(turn, log, offset)
+            return
         if turn in self._given_up:
             return
         if not self._quic.can_send_datagrams:
-            self.reject(
-                turn,
-                "datagrams_required",
-                "The client does not take QUIC datagrams, which this server needs.",
-            )
+            self.reject(turn, "malformed_request", NO_CHANNEL)
             return
         window = LogWindow(log, offset + READER_WINDOW_BYTES)
         sender = self._make_sender(turn, window, self._path)
@@ -131,6 +146,9 @@ class ServerConnection(Connection):
 
         `docs/protocol.md` lists the codes.
         """
+        if self._channel is not None:
+            self._channel.channel.reject(turn, code, message)
+            return
         reader = self._readers.get(turn)
         if turn in self._given_up or (reader is not None and reader.is_confirmed):
             return
@@ -141,6 +159,9 @@ class ServerConnection(Connection):
 
     def log_grew(self, turn: int, now: float) -> None:
         """Tell the connection that the turn's log has more, or is closed."""
+        if self._channel is not None:
+            self._channel.channel.log_grew(turn, now)
+            return
         reader = self._readers.get(turn)
         if reader is None:
             return
@@ -213,6 +234,7 @@ class ServerConnection(Connection):
         times += [None if r.full_at is None else r.full_at + SLOW_READER_S for r in readers]
         times += [at + REQUEST_DEADLINE_S for at in self._asked_at.values()]
         times.append(self._probe_time())
+        times.append(self._channel.channel.next_time() if self._channel is not None else None)
         return [time for time in times if time is not None]
 
     def _probe_time(self) -> float | None:
@@ -235,15 +257,23 @@ class ServerConnection(Connection):
         early, self._early = self._early or [], None
         self._events.extend(request for request in early if request.turn not in self._given_up)
 
-    def _on_stream_event(
-        self,
-        event: quic_events.StreamDataReceived
-        | quic_events.StreamReset
-        | quic_events.StopSendingReceived,
-    ) -> None:
+    @property
+    def _channel_stream(self) -> ChannelStream[ServerChannel] | None:
+        return self._channel
+
+    def _on_channel_event(self, event: TurnEvent) -> None:
+        if isinstance(event, TurnRequested) and event.request.body and self._early is not None:
+            self._early.append(event)
+        else:
+            super()._on_channel_event(event)
+
+    def _on_stream_event(self, event: StreamEvent) -> None:
         turn, kind = divmod(event.stream_id, 4)
         if kind != 0:
             raise WireError("A client opened a one-way stream; turns use two-way streams.")
+        if self._channel is not None or self._is_channel(event):
+            self._on_channel_data(event)
+            return
         self._highest_turn = max(self._highest_turn, turn)
         if isinstance(event, quic_events.StreamDataReceived):
             self._on_request_data(turn, event)
@@ -281,6 +311,27 @@ class ServerConnection(Connection):
                     self._early.append(TurnRequested(turn, request))
                 else:
                     self._events.append(TurnRequested(turn, request))
+
+    def _is_channel(self, event: StreamEvent) -> bool:
+        """Return whether these are the first bytes of a channel."""
+        return (
+            event.stream_id == CHANNEL_STREAM
+            and self._highest_turn < 0
+            and isinstance(event, quic_events.StreamDataReceived)
+            and event.data.startswith(CHANNEL_MARK)
+        )
+
+    def _on_channel_data(self, event: StreamEvent) -> None:
+        is_data = isinstance(event, quic_events.StreamDataReceived) and not event.end_stream
+        if not is_data or event.stream_id != CHANNEL_STREAM:
+            raise WireError("The channel's stream ended, or there was another one beside it.")
+        assert isinstance(event, quic_events.StreamDataReceived)
+        data = event.data
+        if self._channel is None:
+            channel = ServerChannel(self._heard_at)
+            self._channel = ChannelStream(self._quic, channel, MAX_TO_SERVER_BYTES, is_client=False)
+            data = data.removeprefix(CHANNEL_MARK)
+        self._channel.receive(data, self._heard_at)
 
     def _forget_request(self, turn: int) -> bool:
         """Collect no more of a request; return whether a part of it had come."""

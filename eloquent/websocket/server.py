@@ -53,9 +53,8 @@ class WebSocketReader:
 
     def accept(self, log: Log) -> None:
         """See `Reader.accept`."""
-        driver = self._peer.driver
-        self._peer.channel.accept(self._number, log, self._request.offset, driver.now())
-        driver.pump()
+        self._peer.channel.accept(self._number, log, self._request.offset)
+        self.log_grew()
 
     def log_grew(self) -> None:
         """See `Reader.log_grew`."""

@@ -91,6 +91,10 @@ class Pair:
         self.run()
         return turn
 
+    def accept(self, turn: int, log: TokenLog, offset: int = 0) -> None:
+        self.server.accept(turn, log, offset)
+        self.server.log_grew(turn, self.now)
+
     def of(self, kind: type[TurnEvent]) -> list[TurnEvent]:
         return [event for event in self.events if isinstance(event, kind)]
 
@@ -125,7 +129,7 @@ def test_a_whole_turn() -> None:
     turn = pair.ask()
     assert pair.of(TurnRequested) == [TurnRequested(turn, REQUEST)]
     log = told("Hello", is_closed=False)
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     pair.run()
     assert pair.text() == "Hello"
     log.append(TextDelta(" you"))
@@ -142,7 +146,7 @@ def test_no_byte_of_a_log_is_sent_twice_however_it_grows() -> None:
     pair = Pair()
     turn = pair.ask()
     log = TokenLog()
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     for index in range(50):
         log.append(TextDelta(f"{index} "))
         pair.server.log_grew(turn, pair.now)
@@ -161,7 +165,7 @@ def test_what_grew_while_the_transport_was_busy_leaves_in_one_bundle() -> None:
     pair = Pair()
     turn = pair.ask()
     log = TokenLog()
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     for _ in range(20):
         log.append(TextDelta("word "))
         pair.server.log_grew(turn, pair.now)
@@ -182,7 +186,7 @@ def test_a_turn_goes_on_at_an_offset() -> None:
     close(log)
     pair = Pair()
     turn = pair.ask(Request(bytes(16), b"", offset=offset), receiver)
-    pair.server.accept(turn, log, offset, pair.now)
+    pair.accept(turn, log, offset)
     pair.run(1.0)
     assert pair.text() == "three"
     assert pair.of(ReaderDone) == [ReaderDone(turn)]
@@ -205,7 +209,7 @@ def test_a_cancel_stops_the_bundles() -> None:
     pair = Pair()
     turn = pair.ask()
     log = told("Hello", is_closed=False)
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     pair.run()
     pair.client.cancel(turn)
     pair.run()
@@ -228,7 +232,7 @@ def test_turns_share_the_channel_in_rotation() -> None:
     logs = [told("x" * (3 * MAX_BUNDLE_DATA_BYTES)) for _ in range(2)]
     turns = [pair.ask(Request(bytes(15) + bytes((index,)), b"{}")) for index in range(2)]
     for turn, log in zip(turns, logs, strict=True):
-        pair.server.accept(turn, log, 0, pair.now)
+        pair.accept(turn, log)
     order = []
     for _ in range(6):
         message = pair.server.next_message(pair.now)
@@ -260,7 +264,7 @@ def test_a_reader_that_takes_nothing_bounds_what_is_sent_and_is_told_in_the_end(
     receiver.on_taken(0)
     turn = pair.ask(REQUEST, receiver)
     log = told("x" * 100_000, "y" * 100_000, "z" * 100_000)
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     pair.run(SLOW_READER_S - 1)
     sent = sum(len(message) for way, message in pair.sent if way == "down")
     assert READER_WINDOW_BYTES < sent < READER_WINDOW_BYTES + 1000
@@ -279,7 +283,7 @@ def test_a_reader_that_takes_what_comes_gets_more_than_the_window() -> None:
     receiver.on_taken(0)
     turn = pair.ask(REQUEST, receiver)
     log = told(*("x" * 100_000 for _ in range(10)))
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     for _ in range(100):
         pair.run(0.1)
         receiver.on_taken(receiver.contiguous)
@@ -290,7 +294,7 @@ def test_a_reader_that_takes_what_comes_gets_more_than_the_window() -> None:
 def test_while_a_turn_is_open_both_sides_hear_each_other() -> None:
     pair = Pair()
     turn = pair.ask()
-    pair.server.accept(turn, TokenLog(), 0, pair.now)
+    pair.accept(turn, TokenLog())
     pair.sent.clear()
     pair.run(10.0)
     for way in ("up", "down"):
@@ -388,7 +392,7 @@ def test_a_request_that_cannot_be_taken_is_rejected(data: bytes, code: str) -> N
 def test_a_server_refuses_what_breaks_the_protocol(message: bytes) -> None:
     server = ServerChannel(0.0)
     server.receive(opened(0), 0.0)
-    server.accept(0, TokenLog(), 0, 0.0)
+    server.accept(0, TokenLog())
     with pytest.raises(WireError):
         server.receive(message, 0.0)
 
@@ -425,7 +429,8 @@ def test_arbitrary_bytes_give_documented_errors_only(messages: list[bytes]) -> N
                 while (event := end.next_event()) is not None:
                     if isinstance(event, TurnRequested):
                         assert isinstance(end, ServerChannel)
-                        end.accept(event.turn, told("x"), 0, 0.0)
+                        end.accept(event.turn, told("x"))
+                        end.log_grew(event.turn, 0.0)
         except WireError:
             pass
         for _ in range(200):
@@ -442,7 +447,7 @@ def test_whatever_the_order_of_growth_and_exchange_all_comes_once(
     pair = Pair()
     turn = pair.ask()
     log = TokenLog()
-    pair.server.accept(turn, log, 0, pair.now)
+    pair.accept(turn, log)
     for index, text in enumerate(texts):
         if text:
             log.append(TextDelta(text))
