@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -151,6 +152,9 @@ def _without_sigint() -> Iterator[None]:
 
 def _work(pipe: Connection, make: Callable[[], Work[object, object]], real_time: bool) -> None:
     """Be the process."""
+    # What a terminal, timeout(1) or a supervisor sends to the whole group is for the one who
+    # started us: it asks us for the last figures and ends us.
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     signal.signal(signal.SIGTERM, _exit)

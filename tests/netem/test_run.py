@@ -124,6 +124,20 @@ def test_mistakes_get_one_clear_sentence(arguments: tuple[str, ...], said: str) 
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_proxy_and_all_its_processes_ends_it_in_order(
+    number: signal.Signals,
+) -> None:
+    # A terminal sends SIGINT to all of them, timeout(1) SIGTERM.
+    with proxy_to(9) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("LISTENING")
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, errors
+    assert "router lateness" in errors
+
+
 @contextlib.contextmanager
 def proxy_to(port: int) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
@@ -131,6 +145,7 @@ def proxy_to(port: int) -> Iterator["subprocess.Popen[str]"]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         yield process
