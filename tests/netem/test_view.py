@@ -254,12 +254,19 @@ def test_on_a_terminal_the_proxy_is_shown_and_gives_the_terminal_back() -> None:
     ) as process:
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError):  # So Linux says that the other end is closed.
-            while select.select([ours], [], [], DEADLINE_S)[0] and (data := os.read(ours, 4096)):
-                shown += data
-                if b"router lateness" in shown and b"up: " in shown:
-                    process.send_signal(signal.SIGTERM)
-        process.terminate()
+        is_told = False
+        try:
+            with contextlib.suppress(OSError):  # So Linux says that the other end is closed.
+                while select.select([ours], [], [], DEADLINE_S)[0] and (
+                    data := os.read(ours, 4096)
+                ):
+                    shown += data
+                    if not is_told and b"router lateness" in shown and b"up: " in shown:
+                        process.send_signal(signal.SIGTERM)
+                        is_told = True  # While Python ends, a second one would strike unhandled.
+            process.wait(DEADLINE_S)
+        finally:
+            process.kill()
     os.close(ours)
     assert b"LISTENING" in shown
     for escape in (b"\x1b[?1049h", b"\x1b[?1049l"):  # To the other screen, and back.
