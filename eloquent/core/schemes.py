@@ -2,46 +2,139 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from eloquent.core.beat import SERVER_RTTS, beat_s
 from eloquent.core.log import Log
+from eloquent.core.padding import SIZES
 from eloquent.core.path import Path
 from eloquent.core.sender import NOW, Sender
 from eloquent.core.wire import Bundle, bundle_header_size
 from eloquent.errors import ConfigurationError
 
-REPEAT_S = 0.003
-"On a lossy path a bundle with new tokens is repeated once after this time."
+SPREAD_GAPS = 0.5
+SPREAD_MAX_S = 0.075
+"""On a lossy path a bundle with new tokens is repeated once, at once. Where losses come in bursts,
+that is after this share of the time between tokens, no later than `SPREAD_MAX_S`,"""
+
+PROBE_EVERY = 8
+"and one copy in so many still goes out at once, to learn when bursts are over."
 
 TAIL_RTTS = 1.25
 TAIL_SLACK_S = 0.010
-"With no new token, unacknowledged ones are repeated after `TAIL_RTTS` round trips plus this."
+TAIL_GAPS = 1.25
+TAIL_GAPS_MAX_S = 0.15
+"""With no new token, unacknowledged ones are repeated after `TAIL_RTTS` round trips, the peer's ACK
+delay and the slack; not just before a token that is to be expected. Then the beat begins. On a
+lossy path the log's end is also repeated after one token gap, two more, four more: nothing follows
+it."""
 
-TAIL_GROWTH = 1.5
-TAIL_MAX_S = 0.5
-"Each further tail repeat comes later by `TAIL_GROWTH`, but never later than `TAIL_MAX_S`."
+PACKET_SIZES = SIZES[:-1]
+"""Packets are filled with redundancy up to one of these sizes, those to which they are padded
+anyway: what padding would cost goes into what may save a token. Which one depends on the path and
+the token rate, not on the tokens."""
+
+TOKEN_BYTES = 10
+"A token in the log, as far as the size of packets is concerned."
+
+CLEAN_PACKET_BYTES = 224
+LOSSY_PACKET_BYTES = 896
+"The largest packet made so on a path without losses, and on one with losses (Mosh's bound: 1000)."
+
+MAX_HEADER_BYTES = 12
+"A bundle's header is hardly ever longer."
+
+MIN_FRAME_S = 0.02
+MAX_FRAME_S = 0.25
+FRAME_RTTS = 0.5
+"""Where the window is too small for a packet per token, bundles go out as far apart as it asks, but
+no further than this (Mosh's rule)."""
+
+BULK_BYTES = 1000
+BACKLOG_PACKETS = 10
+"""So many new bytes go out in full packets, without waiting. So do lost ones that would fill more
+packets of the usual size than this."""
+
+SWEEP_AFTER_S = 0.2
+"After an acknowledgement has been overdue for so long, copies carry what else is not acknowledged."
+
+BEATS_ONLY_S = 1.0
+"After an acknowledgement has been overdue for so long, new tokens wait for the beat."
+
+GAP_WEIGHT = 1 / 8
+FIRST_GAP_S = 0.01
+MIN_GAP_S = 0.001
+MAX_GAP_S = 1.0
+"The time between tokens: how it is averaged, its first guess, and its bounds."
 
 QUEUED_BUNDLE_BYTES = 1150
 "Size limit of a bundle made before its packet is known: fits the smallest QUIC packet."
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """What one token may cost now."""
+
+    packet_bytes: int
+    "The size up to which its packet is filled."
+    has_copy: bool
+    frame_s: float = 0.0
+    "The least time from one bundle to the next: above 0 if a packet for each token is too much."
+
+
+def _packet_size(size: int) -> int:
+    """Return the smallest of the usual sizes that is not below `size`, or `size`."""
+    return next((usual for usual in PACKET_SIZES if usual >= size), size)
 
 
 class EloquentSender(Sender):
     """Each bundle carries every token that the reader is not known to have.
 
     The rule is the paper's (*Eloquent*, arXiv 2401.12961, section 3). Ours are the time
-    redundancy (one repeat on a lossy path, a slow beat at the tail) and what happens when the
-    unacknowledged tokens outgrow a packet: consecutive bundles cover them from the oldest byte
-    on, and only what is lost goes out again, so that the cost stays linear.
+    redundancy (one copy on a lossy path, a repeat at the tail, a beat through an outage), what
+    gives way first when the window binds (`_budget`), and what happens when the unacknowledged
+    tokens outgrow a packet: consecutive bundles cover them from the oldest byte on, and only what
+    is lost goes out again, so that the cost stays linear.
     """
 
     def __init__(self, turn: int, log: Log, path: Path) -> None:
         super().__init__(turn, log, path)
+        self._gap_s = FIRST_GAP_S
+        self._grew_at: float | None = None
         self._repeat_at = 0.0
-        self._tail_repeats = 0
+        self._has_copy_due = False
+        "What is due at `_repeat_at` is a copy of the last bundle."
+        self._swept_to = 0
+        self._tail_copies = 0
+        self._packet_bytes = PACKET_SIZES[0]
+        self._copies = 0
+        self._not_before = NOW
+        self._is_beating = False
+
+    def log_grew(self, now: float) -> None:
+        """See `Sender.log_grew`."""
+        if self._grew_at is not None:
+            gap_s = min(max(now - self._grew_at, MIN_GAP_S), MAX_GAP_S)
+            self._gap_s += GAP_WEIGHT * (gap_s - self._gap_s)
+        self._grew_at = now
+
+    def on_acked(self, number: int) -> None:
+        """See `Sender.on_acked`."""
+        super().on_acked(number)
+        self._stop_beating()
+
+    def on_lost(self, number: int) -> None:
+        """See `Sender.on_lost`."""
+        super().on_lost(number)
+        self._stop_beating()
 
     def next_time(self) -> float | None:
         """See `Sender.next_time`."""
-        if self._log.length > self._sent_end or self._resend:
+        new = self._log.length - self._sent_end
+        if new >= BULK_BYTES and not self._is_beating:
             return NOW
+        if new > 0 or self._resend:
+            return self._not_before
         return self._repeat_at if self._mark < self._log.length else self._confirm_time()
 
     def next_bundle(self, now: float, room: int) -> Bundle | None:
@@ -50,36 +143,156 @@ class EloquentSender(Sender):
         due = self.next_time()
         if due is None or due > now:
             return None
-        start = self._mark
-        size = self._data_room(start, self._log.length, room)
-        if size < self._log.length - start:
-            start = self._overflow_start()
-            size = self._data_room(start, self._log.length, room)
+        if self._is_beating and not self._path.beats.take(now):
+            self._beat(now)
+            return None
+        new = self._log.length - self._sent_end
+        budget = self._budget(new)
+        self._path.target_bytes = budget.packet_bytes
+        is_tail = new <= 0 and not self._resend and not self._has_copy_due
+        wanted = room if is_tail else self._wanted_room(room, budget.packet_bytes)
+        start, stop = self._choose(new, wanted)
+        size = self._data_room(start, stop, room, wanted)
+        if size < stop - start:
+            start, stop = self._overflow()
+            size = self._data_room(start, stop, room, wanted)
         if size <= 0:
             return None
-        self._schedule_repeat(now, has_new=start + size > self._sent_end)
+        self._schedule(now, new, budget)
         return self._make(start, start + size, now)
 
-    def _overflow_start(self) -> int:
-        """Return where to go on when not all that is unacknowledged fits the packet."""
-        for start, _ in self._resend:
-            return start
-        return self._sent_end if self._sent_end < self._log.length else self._mark
+    def _wanted_room(self, room: int, packet_bytes: int) -> int:
+        """Return how much of a packet's room to use, for a packet of `packet_bytes`."""
+        wanted = packet_bytes - self._path.used_bytes
+        lost = sum(high - low for low, high in self._resend)
+        new = self._log.length - self._sent_end
+        is_bulk = self._is_beating or new >= BULK_BYTES or lost > BACKLOG_PACKETS * wanted
+        return room if is_bulk else wanted
 
-    def _schedule_repeat(self, now: float, *, has_new: bool) -> None:
-        if has_new:
-            self._tail_repeats = 0
-            # Where the window binds, a repeat would take the place of the next tokens; at the
-            # log's end there are none.
-            is_affordable = self._log.end is not None or not self._path.is_blocked(now)
-            if self._path.is_lossy and is_affordable:
-                self._repeat_at = now + REPEAT_S
-                return
-        tail_s = TAIL_RTTS * self._path.srtt_s + TAIL_SLACK_S
-        limit_s = max(tail_s, TAIL_MAX_S)
-        self._repeat_at = now + min(tail_s * TAIL_GROWTH**self._tail_repeats, limit_s)
-        if tail_s * TAIL_GROWTH**self._tail_repeats < limit_s:
-            self._tail_repeats += 1
+    def _choose(self, new: int, room: int) -> tuple[int, int]:
+        """Return the range to send, if it fits the packet."""
+        end = self._log.length
+        header = bundle_header_size(self._turn, self._next_number, end)
+        if self._is_beating or (new <= 0 and not self._resend and not self._has_copy_due):
+            return self._mark, end
+        start = max(self._mark, end - max(new, room - header))
+        if new <= 0 and start > self._mark and self._is_sweeping():
+            return self._sweep(start, room - header)
+        for low, high in self._resend:
+            if low < start:
+                return low, high
+            break
+        return start, end
+
+    def _is_sweeping(self) -> bool:
+        path = self._path
+        return self._log.end is None and (path.is_bursty or path.is_silent)
+
+    def _sweep(self, stop: int, size: int) -> tuple[int, int]:
+        """Return what a copy carries where losses come in bursts and a bundle cannot hold all.
+
+        The next part of what lies before the last bundle, from the oldest byte on and round again:
+        a few packets after a burst the reader has what was lost in it.
+        """
+        start = self._swept_to if self._mark <= self._swept_to <= stop - size else self._mark
+        self._swept_to = min(start + size, stop)
+        return start, self._swept_to
+
+    def _overflow(self) -> tuple[int, int]:
+        """Return the range to go on with when not all that is to be sent fits the packet."""
+        end = self._log.length
+        if not self._is_beating:
+            for low, _ in self._resend:
+                return low, end
+            if self._sent_end < end:
+                return self._sent_end, end
+        return self._mark, end
+
+    def _budget(self, new: int) -> _Budget:
+        """Return what one token may cost.
+
+        When the window binds, what goes first is redundancy, then the copies, and at last a packet
+        for each token. Where losses come in bursts a copy goes before the redundancy: what leaves
+        during a burst is lost anyway, and the first bundle after it should reach back.
+        """
+        path = self._path
+        plain = path.used_bytes + MAX_HEADER_BYTES + max(new, 0)
+        least = _packet_size(plain)
+        if path.has_queue:
+            return _Budget(least, has_copy=False)
+        is_rough = path.is_lossy or path.is_silent
+        most = LOSSY_PACKET_BYTES if is_rough else CLEAN_PACKET_BYTES
+        full = plain + round(TOKEN_BYTES * (path.srtt_s + path.ack_delay_s) / self._gap_s)
+        if path.is_silent:
+            full = plain + self._sent_end - self._mark
+        wanted = max(_packet_size(min(full, most)), least)
+        wants_copy = is_rough or (new > 0 and path.is_unknown)
+        if path.bytes_per_s is None:
+            return _Budget(wanted, has_copy=wants_copy)
+        allowed = path.bytes_per_s * self._gap_s
+        is_doubled = wants_copy and allowed >= 2 * least
+        holds_all = path.is_bursty and full <= wanted <= allowed
+        copies = 2 if is_doubled and not holds_all else 1
+        # Padding holds a size for a while: choose one that is affordable after a loss as well.
+        lasting = min(path.bytes_per_s, path.floor_bytes_per_s) * self._gap_s
+        if not wants_copy and lasting >= 2 * least:
+            lasting /= 2
+        packet = max(
+            (size for size in PACKET_SIZES if size <= wanted and copies * size <= lasting),
+            default=least,
+        )
+        packet = max(packet, least)
+        if packet < wanted or allowed < (1 + wants_copy) * packet:
+            path.is_limited = True
+        self._packet_bytes = packet
+        # What padding holds is not filled, or it would be held for ever; but it costs as much.
+        cost = max(packet, path.padded_bytes)
+        frame_s = 0.0
+        if allowed < cost:
+            longest_s = min(max(FRAME_RTTS * path.srtt_s, MIN_FRAME_S), MAX_FRAME_S)
+            frame_s = min(cost / max(path.bytes_per_s, 1.0), longest_s)
+        return _Budget(packet, wants_copy and allowed >= 2 * cost, frame_s)
+
+    def _schedule(self, now: float, new: int, budget: _Budget) -> None:
+        """Decide when to send next if no new token comes, and from when on if one does."""
+        was_repeat = new <= 0 and not self._has_copy_due
+        self._has_copy_due = False
+        self._tail_copies = self._tail_copies + 1 if was_repeat else 0
+        silence_s = self._path.silence_s(now)
+        self._path.is_silent = silence_s > SWEEP_AFTER_S
+        if silence_s > BEATS_ONLY_S:
+            self._beat(now)
+            return
+        self._not_before = now + budget.frame_s if budget.frame_s else NOW
+        if new > 0 and budget.has_copy and not budget.frame_s:
+            self._has_copy_due = True
+            self._path.note_copy()
+            self._copies += 1
+            is_spread = self._path.is_bursty and self._copies % PROBE_EVERY > 0
+            spread_s = min(SPREAD_GAPS * self._gap_s, SPREAD_MAX_S)
+            self._repeat_at = now + spread_s if is_spread else now
+            return
+        tail_s = TAIL_RTTS * self._path.srtt_s + self._path.ack_delay_s + TAIL_SLACK_S
+        early_s = max(self._gap_s, MIN_FRAME_S) * 2**self._tail_copies
+        if self._log.end is not None and self._path.is_lossy and early_s < tail_s:
+            tail_s = early_s
+        elif was_repeat or silence_s > 0:
+            tail_s = beat_s(silence_s, self._path.srtt_s, SERVER_RTTS)
+        if self._log.end is None:
+            tail_s = max(tail_s, min(TAIL_GAPS * self._gap_s, TAIL_GAPS_MAX_S))
+        self._repeat_at = now + tail_s
+
+    def _beat(self, now: float) -> None:
+        silence_s = self._path.silence_s(now)
+        self._repeat_at = now + beat_s(silence_s, self._path.srtt_s, SERVER_RTTS)
+        if silence_s > BEATS_ONLY_S:
+            self._is_beating = True
+            self._not_before = self._repeat_at
+
+    def _stop_beating(self) -> None:
+        if self._is_beating:
+            self._is_beating = False
+            self._not_before = NOW
 
 
 class QueuedSender(EloquentSender):
@@ -95,6 +308,7 @@ class QueuedSender(EloquentSender):
 
     def log_grew(self, now: float) -> None:
         """See `Sender.log_grew`."""
+        super().log_grew(now)
         self._enqueue(now)
 
     def next_time(self) -> float | None:

@@ -28,6 +28,14 @@ and the slack (the reader's report may wait 20 ms) goes out again from the last 
 `CONFIRM_TRIES` further times after twice the wait. Then the application is not there any more."""
 
 
+REMEMBERED_BUNDLES = 256
+"""So many bundles that were declared lost are remembered: they may be acknowledged after all. And
+the fate of so many, to see whether losses come together."""
+
+TOGETHER_S = 0.015
+"Bundles that leave within this time of each other share a burst of losses."
+
+
 @dataclass(frozen=True, slots=True)
 class _Sent:
     start: int
@@ -51,6 +59,11 @@ class Sender(ABC):
         self._newest_acked = -1
         self._reported = 0
         self._in_flight: dict[int, _Sent] = {}
+        self._given_up: dict[int, _Sent] = {}
+        self._together: set[int] = set()
+        "Bundles that left at about the time of the one before, whose fates are not both known."
+        self._fates: dict[int, bool] = {}
+        "Which of the last bundles were lost."
         self._next_number = 0
         self._sent_end = 0
         self._resend = RangeSet()
@@ -96,11 +109,16 @@ class Sender(ABC):
         """
 
     def on_acked(self, number: int) -> None:
-        """Take the transport's word that bundle `number` reached the peer."""
+        """Take the transport's word that bundle `number` reached the peer, if late."""
         sent = self._in_flight.pop(number, None)
-        if sent is None:
-            return
-        self._path.on_outcome(lost=False)
+        if sent is not None:
+            self._path.on_outcome(lost=False)
+            self._note_fate(number, lost=False)
+        else:
+            sent = self._given_up.pop(number, None)
+            if sent is None:
+                return
+            self._path.on_late()
         self._newest_acked = max(self._newest_acked, number)
         self._add_seen(sent.start, sent.stop)
 
@@ -110,6 +128,10 @@ class Sender(ABC):
         if sent is None:
             return
         self._path.on_outcome(lost=True)
+        self._note_fate(number, lost=True)
+        self._given_up[number] = sent
+        if len(self._given_up) > REMEMBERED_BUNDLES:
+            del self._given_up[next(iter(self._given_up))]
         self._add_resend(sent.start, sent.stop)
 
     def on_report(self, report: Report) -> None:
@@ -155,21 +177,37 @@ class Sender(ABC):
         self._mark = offset
         self._add_resend(offset, missing_end)
 
+    def _note_fate(self, number: int, *, lost: bool) -> None:
+        """Tell the path what became of two bundles that left together."""
+        self._fates[number] = lost
+        if len(self._fates) > REMEMBERED_BUNDLES:
+            del self._fates[next(iter(self._fates))]
+        for first, second in ((number - 1, number), (number, number + 1)):
+            if second in self._together and first in self._fates and second in self._fates:
+                self._together.remove(second)
+                self._path.on_pair(self._fates[first], self._fates[second])
+
     def _make(self, start: int, stop: int, now: float) -> Bundle:
-        self._made_at = now
         number = self._next_number
         self._next_number += 1
         self._in_flight[number] = _Sent(start, stop)
+        if number and now - self._made_at <= TOGETHER_S:
+            self._together.add(number)
+        self._made_at = now
         self._sent_end = max(self._sent_end, stop)
         self._resend.subtract(start, stop)
         return Bundle(self._turn, number, start, self._log.read(start, stop))
 
-    def _data_room(self, start: int, stop: int, room: int) -> int:
-        """Return how much of `start..stop` to put in a packet with `room` bytes; 0 for none."""
-        available = room - bundle_header_size(self._turn, self._next_number, start)
+    def _data_room(self, start: int, stop: int, room: int, wanted: int | None = None) -> int:
+        """Return how much of `start..stop` to put in a packet with `room` bytes; 0 for none.
+
+        `wanted` is how many of them to use, if the packet is not to be a full one.
+        """
+        header = bundle_header_size(self._turn, self._next_number, start)
+        available = min(room, room if wanted is None else wanted) - header
         if stop - start <= available:
             return stop - start
-        return available if room >= MIN_ROOM_BYTES else 0
+        return max(available, 0) if room >= MIN_ROOM_BYTES else 0
 
     def _add_seen(self, start: int, stop: int) -> None:
         self._seen.add(start, stop)

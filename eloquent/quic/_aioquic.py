@@ -7,6 +7,7 @@ the room that the packet has. `tests/eloquent/test_aioquic_internals.py` fails, 
 attribute, when an aioquic release changes what is used here.
 """
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,15 +16,23 @@ from aioquic.buffer import Buffer, size_uint_var  # type: ignore[attr-defined]
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection, QuicNetworkPath, QuicReceiveContext
 from aioquic.quic.events import DatagramFrameReceived
-from aioquic.quic.packet import QuicFrameType
+from aioquic.quic.packet import (
+    QuicFrameType,
+    pull_quic_transport_parameters,
+    push_quic_transport_parameters,
+)
 from aioquic.quic.packet_builder import (
     QuicDeliveryState,
     QuicPacketBuilder,
     QuicPacketBuilderStop,
+    QuicSentPacket,
 )
+from aioquic.tls import Epoch
 from cryptography import x509
 
 from eloquent.core.padding import Padding
+from eloquent.core.path import Path
+from eloquent.quic._recovery import TimedRecovery
 from eloquent.quic.qlog import describe_frame
 
 MAX_DATAGRAM_FRAME_BYTES = 65535
@@ -31,6 +40,26 @@ MAX_DATAGRAM_FRAME_BYTES = 65535
 
 FRAME_OVERHEAD_BYTES = 3
 "A DATAGRAM frame's type and its length (two bytes, for packets below 16 KiB)."
+
+
+MAX_ACK_DELAY_S = 0.06
+"""How long we may delay an acknowledgement (RFC 9000 section 13.2.1); the peer is told. At 30
+tokens/s one acknowledgement then answers two packets, and most travel with something else."""
+
+ACK_AFTER_BYTES = 2400
+"They do not wait when so much has come: about two full packets (RFC 9000 section 13.2.2)."
+
+ACK_DELAY_RTTS = 0.5
+"Acknowledgements wait for this share of a round trip, but never longer than `MAX_ACK_DELAY_S`."
+
+NO_FLIGHT_S = 0.01
+"Padding is not to guess how many tokens are in flight: the sender says how large packets are."
+
+HANDSHAKE_PACKETS = 4
+"In so many packets after the handshake a gap in the numbers is no sign of loss."
+
+SKIP_WITHIN_PACKETS = 512
+"A packet number is left out once in so many packets at the latest (RFC 9000 section 21.4)."
 
 
 class DatagramSource(Protocol):
@@ -106,6 +135,8 @@ class LateBoundConnection(QuicConnection):
     """A QUIC connection whose datagrams are chosen when their packet is written.
 
     `padding` says how large the packets that carry them become; None leaves them as they are.
+    With `skips`, a source of randomness that the peer cannot guess, a packet number is left out now
+    and then: a peer that acknowledges it acknowledges what it did not get.
     """
 
     def __init__(
@@ -114,6 +145,7 @@ class LateBoundConnection(QuicConnection):
         configuration: QuicConfiguration,
         source: DatagramSource,
         padding: Padding | None = None,
+        skips: random.Random | None = None,
         **options: Any,
     ) -> None:
         super().__init__(configuration=configuration, **options)
@@ -123,9 +155,25 @@ class LateBoundConnection(QuicConnection):
         self._datagrams_pending = _LateDatagrams(lambda: source.has_datagram(self._source_now))
         self._datagram_packet = -1
         self._builder: QuicPacketBuilder | None = None
+        self._recovery = self._loss = TimedRecovery(
+            congestion_control_algorithm=configuration.congestion_control_algorithm,
+            initial_rtt=configuration.initial_rtt,
+            max_datagram_size=self._max_datagram_size,
+            peer_completed_address_validation=not self._is_client,
+            quic_logger=self._quic_logger,
+            send_probe=self._send_probe,
+            logger=self._logger,
+            on_late_ack=self._on_late_ack,
+        )
         self._loss._pacer = _BytePacer(  # type: ignore[assignment]
             configuration.max_datagram_size, self._packet_size
         )
+        self._path = Path()
+        self._heard_at = 0.0
+        self._heard_packets = 0
+        self._unacked_bytes = 0
+        self._skips = skips
+        self._skip_at = self._next_skip()
 
     @property
     def can_send_datagrams(self) -> bool:
@@ -144,10 +192,85 @@ class LateBoundConnection(QuicConnection):
         """The certificate that the peer presented, after the handshake."""
         return self.tls._peer_certificate
 
+    def update_path(self, path: Path, now: float) -> None:
+        """Tell `path` what is measured here, and learn whether its senders want more."""
+        recovery = self._recovery
+        if path.is_limited:
+            path.is_limited = False
+            recovery.on_blocked(now)
+        if recovery.losses_elsewhere:
+            recovery.losses_elsewhere = 0
+            path.on_loss_elsewhere()
+        path.srtt_s = self.srtt_s
+        path.ack_delay_s = recovery.max_ack_delay
+        path.floor_bytes_per_s = recovery.floor_window / (self.srtt_s + recovery.max_ack_delay)
+        self._path = path
+        if self._padding is not None:
+            path.padded_bytes = self._padding.padded_size(0, now, NO_FLIGHT_S)
+        path.window_bytes = recovery.congestion_window
+        path.has_queue = recovery.rtts.has_queue
+        path.waiting_since = recovery.waiting_since
+        path.probe_timeout_s = recovery.get_probe_timeout()
+
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
         """See `QuicConnection.datagrams_to_send`; asks the source for what is due at `now`."""
         self._source_now = now
-        return super().datagrams_to_send(now=now)
+        self._recovery.expire(now)
+        space = self._spaces.get(Epoch.ONE_RTT)
+        if space is not None and space.ack_at is not None and self._source.has_datagram(now):
+            space.ack_at = min(space.ack_at, now)  # It travels with the datagram.
+        if 0 <= self._skip_at <= self._packet_number:
+            self._recovery.skip(self._packet_number)
+            self._packet_number += 1
+            self._skip_at = self._next_skip()
+        datagrams = super().datagrams_to_send(now=now)
+        if self._pacing_at is None and self._source.has_datagram(now):
+            self._recovery.on_blocked(now)
+        return datagrams
+
+    def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
+        """See `QuicConnection.receive_datagram`; notes silences, gaps and changes of path."""
+        was_silent = self._recovery.is_silent(now) and (
+            now - self._heard_at > self._recovery.get_probe_timeout()
+        )
+        path = self._network_paths[0] if self._network_paths else None
+        space = self._spaces.get(Epoch.ONE_RTT)
+        received = space.largest_received_packet if space is not None else -1
+        is_ack_due = space is not None and space.ack_at is not None
+        self._ack_delay = min(ACK_DELAY_RTTS * self.srtt_s, MAX_ACK_DELAY_S)
+        super().receive_datagram(data, addr, now)
+        space = self._spaces.get(Epoch.ONE_RTT)
+        if space is None or space.largest_received_packet == received:
+            return
+        self._heard_at = now
+        self._heard_packets += self._handshake_confirmed
+        self._unacked_bytes = len(data) + (self._unacked_bytes if is_ack_due else 0)
+        if self._unacked_bytes >= ACK_AFTER_BYTES and space.ack_at is not None:
+            space.ack_at = now
+        if 0 <= received < space.largest_received_packet - 1:
+            # The handshake's packets are numbered in the same row.
+            if self._heard_packets > HANDSHAKE_PACKETS:
+                self._recovery.losses_elsewhere += 1
+            if space.ack_at is not None:
+                space.ack_at = now  # RFC 9000 section 13.2.1: a gap is told at once.
+        if path is not None and self._network_paths[0] is not path:
+            self._recovery.on_path_changed(now)
+        elif was_silent:
+            self._recovery.on_heard_again(now)
+
+    def _next_skip(self) -> int:
+        if self._skips is None:
+            return -1
+        return self._packet_number + self._skips.randint(1, SKIP_WITHIN_PACKETS)
+
+    def _serialize_transport_parameters(self) -> bytes:
+        parameters = pull_quic_transport_parameters(
+            Buffer(data=super()._serialize_transport_parameters())
+        )
+        parameters.max_ack_delay = round(1000 * MAX_ACK_DELAY_S)
+        buffer = Buffer(capacity=3 * self._max_datagram_size)
+        push_quic_transport_parameters(buffer, parameters)
+        return buffer.data
 
     def _write_application(
         self, builder: QuicPacketBuilder, network_path: QuicNetworkPath, now: float
@@ -174,6 +297,7 @@ class LateBoundConnection(QuicConnection):
             builder.remaining_flight_space,
             self._remote_max_datagram_frame_size or 0,
         )
+        self._path.used_bytes = self._packet_size() + FRAME_OVERHEAD_BYTES
         chosen = self._source.next_datagram(self._source_now, room - FRAME_OVERHEAD_BYTES)
         if chosen is None:
             raise QuicPacketBuilderStop
@@ -210,7 +334,8 @@ class LateBoundConnection(QuicConnection):
         if self._padding is None:
             return
         size = self._packet_size()
-        missing = self._padding.padded_size(size, self._source_now, self.srtt_s) - size
+        wanted = max(size, self._path.target_bytes)
+        missing = self._padding.padded_size(wanted, self._source_now, NO_FLIGHT_S) - size
         missing = min(missing, builder.remaining_buffer_space, builder.remaining_flight_space)
         if missing > 0:
             builder.start_frame(QuicFrameType.PADDING).push_bytes(bytes(missing - 1))
@@ -219,3 +344,9 @@ class LateBoundConnection(QuicConnection):
 
     def _on_datagram_delivery(self, delivery: QuicDeliveryState, token: Any) -> None:
         self._source.on_delivery(token, acked=delivery is QuicDeliveryState.ACKED)
+
+    def _on_late_ack(self, packet: QuicSentPacket) -> None:
+        """Tell the source of a datagram that has come after it was declared lost."""
+        for handler, arguments in packet.delivery_handlers:
+            if handler == self._on_datagram_delivery:
+                handler(QuicDeliveryState.ACKED, *arguments)

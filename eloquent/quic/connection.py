@@ -26,6 +26,7 @@ from eloquent.quic.stream import ChannelStream
 StreamEvent = (
     quic_events.StreamDataReceived | quic_events.StreamReset | quic_events.StopSendingReceived
 )
+from eloquent.quic.thin import THIN
 
 Address = Any
 "A socket address, as the socket's family has it."
@@ -77,7 +78,7 @@ def base_configuration(*, is_client: bool) -> QuicConfiguration:
     """Return the QUIC settings that both ends use."""
     return QuicConfiguration(
         alpn_protocols=[ALPN],
-        congestion_control_algorithm="reno",
+        congestion_control_algorithm=THIN,
         idle_timeout=IDLE_TIMEOUT_S,
         is_client=is_client,
         max_datagram_frame_size=MAX_DATAGRAM_FRAME_BYTES,
@@ -127,7 +128,7 @@ class Connection(ABC):
 
     def send(self, now: float) -> list[tuple[bytes, Address, Ecn]]:
         """Return the UDP datagrams to send now, each with its ECN field."""
-        self._path.srtt_s = self._quic.srtt_s
+        self._quic.update_path(self._path, now)
         self._sent_at = now
         stream = self._channel_stream
         if stream is not None and not self._is_ended:

@@ -12,7 +12,7 @@ from itertools import count
 
 from eloquent.core.events import End, Event, TextDelta
 from eloquent.core.log import TokenLog
-from eloquent.core.path import Path
+from eloquent.core.path import UNKNOWN_COPIES, Path
 from eloquent.core.receiver import Receiver
 from eloquent.core.schemes import scheme as find_scheme
 from eloquent.core.wire import (
@@ -36,6 +36,8 @@ PACKET_THRESHOLD = 3
 TIME_THRESHOLD = 9 / 8
 NEXT_PACKET_S = 0.001
 "Where a sender found no room in a packet, the next is offered after this time."
+
+MAX_PROBE_GAP_S = 2.0
 
 MAX_STEPS = 100_000
 
@@ -74,8 +76,10 @@ class CorePair:
         self.rtt_s = rtt_s
         self.log = TokenLog()
         self.path = Path(srtt_s=rtt_s)
+        for _ in range(UNKNOWN_COPIES):
+            self.path.note_copy()
         if lossy:
-            self.path.loss = 1.0
+            self.path.on_loss_elsewhere()
         self.sender = find_scheme(scheme)(TURN, self.log, self.path)
         self.receiver = Receiver(TURN)
         self.now = 0.0
@@ -188,6 +192,7 @@ class CorePair:
             self._at(
                 self.now + self.rtt_s / 2 + extra_s, lambda: self._packet_arrives(packet, bundle)
             )
+        self._set_waiting()
         self._set_probe_timer()
 
     def _packet_arrives(self, packet: int, bundle: Bundle | None) -> None:
@@ -221,6 +226,7 @@ class CorePair:
                 self.sender.on_acked(number)
         self._largest_acked = max(self._largest_acked, *acked)
         self._detect_losses()
+        self._set_waiting()
         self._set_probe_timer()
 
     def _detect_losses(self) -> None:
@@ -235,10 +241,17 @@ class CorePair:
             else:
                 self._at(lost_at, self._detect_losses)
 
+    def _set_waiting(self) -> None:
+        newer = (
+            sent for packet, (sent, _) in self._outstanding.items() if packet > self._largest_acked
+        )
+        self.path.waiting_since = min(newer, default=None)
+
     def _set_probe_timer(self) -> None:
         if self._outstanding:
             newest = next(reversed(self._outstanding))
-            delay_s = 3 * self.rtt_s * 2**self._probes
+            probe_s = 3 * self.rtt_s
+            delay_s = min(probe_s * 2**self._probes, max(probe_s, MAX_PROBE_GAP_S))
             self._at(self._outstanding[newest][0] + delay_s, lambda: self._probe(newest))
 
     def _probe(self, newest: int) -> None:

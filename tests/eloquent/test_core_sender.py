@@ -1,11 +1,14 @@
 """What each sender knows of its reader: acknowledgements, losses and reports, one at a time."""
 
+from itertools import pairwise
+
 import pytest
 
+from eloquent.core.beat import BeatLimit
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
-from eloquent.core.path import Path
-from eloquent.core.schemes import REPEAT_S, SCHEMES, EloquentSender, scheme
+from eloquent.core.path import UNKNOWN_COPIES, Path
+from eloquent.core.schemes import SCHEMES, EloquentSender, scheme
 from eloquent.core.sender import CONFIRM_TRIES, MIN_ROOM_BYTES, NOW, Sender
 from eloquent.core.wire import Bundle, Report, encode_bundle
 from eloquent.errors import ConfigurationError, WireError
@@ -18,9 +21,12 @@ TOKEN_BYTES = 12
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
 
 
-def make(name: str = "eloquent", *, loss: float = 0.0, srtt_s: float = 0.1) -> Sender:
+def make(name: str = "eloquent", *, lossy: bool = False, srtt_s: float = 0.1) -> Sender:
     path = Path(srtt_s=srtt_s)
-    path.loss = loss
+    for _ in range(UNKNOWN_COPIES):
+        path.note_copy()
+    if lossy:
+        path.on_loss_elsewhere()
     return scheme(name)(TURN, TokenLog(), path)
 
 
@@ -154,7 +160,7 @@ def test_a_retransmission_is_what_was_lost_and_not_what_came() -> None:
 
 
 def test_a_loss_that_a_bundle_in_flight_makes_good_causes_no_packet() -> None:
-    sender = make(loss=0.0)
+    sender = make()
     generate(sender)
     send(sender)
     generate(sender)
@@ -320,13 +326,12 @@ def test_the_contents_are_chosen_when_the_packet_is_written() -> None:
 # Time.
 
 
-def test_on_a_lossy_path_a_bundle_is_repeated_once_soon() -> None:
-    sender = make(loss=0.5)
+def test_on_a_lossy_path_a_bundle_is_repeated_once_at_once() -> None:
+    sender = make(lossy=True)
     generate(sender)
     send(sender, now=1.0)
-    assert sender.next_time() == 1.0 + REPEAT_S
-    assert sender.next_bundle(1.0 + REPEAT_S / 2, ROOM) is None
-    assert span(send(sender, now=1.0 + REPEAT_S)) == (0, 1)
+    assert sender.next_time() == 1.0
+    assert span(send(sender, now=1.0)) == (0, 1)
     later = sender.next_time()
     assert later is not None
     assert later > 1.1
@@ -341,26 +346,125 @@ def test_on_a_clean_path_nothing_is_repeated_before_a_round_trip() -> None:
     assert due > 1.1
 
 
-def test_where_the_window_binds_new_tokens_go_before_repeats() -> None:
-    sender = make(loss=0.5)
-    sender._path.blocked_at = 0.95
-    generate(sender)
-    send(sender, now=1.0)
+def test_the_first_bundles_of_an_unknown_path_are_repeated() -> None:
+    sender = EloquentSender(TURN, TokenLog(), Path())
+    for token in range(UNKNOWN_COPIES + 10):
+        now = 1.0 + 0.03 * token
+        generate(sender, now)
+        first = send(sender, now).number
+        if (due := sender.next_time()) is not None and due <= now:
+            send(sender, now)
+        sender.on_acked(first)
+    assert sender.bundles_sent == 2 * UNKNOWN_COPIES + 10
+
+
+def test_while_a_queue_stands_nothing_is_repeated_and_little_is_redundant() -> None:
+    sender = make(lossy=True)
+    sender._path.has_queue = True
+    for token in range(60):
+        generate(sender, 1.0 + 0.01 * token)
+        bundle = send(sender, 1.0 + 0.01 * token)
     due = sender.next_time()
     assert due is not None
-    assert due > 1.1
+    assert due > 1.6
+    assert len(bundle.data) <= 6 * TOKEN_BYTES
 
 
-def test_the_end_of_the_log_is_repeated_even_where_the_window_binds() -> None:
-    sender = make(loss=0.5)
-    sender._path.blocked_at = 0.95
-    sender.log.close("stop", model="m", prompt_tokens=1, completion_tokens=0)
-    send(sender, now=1.0)
-    assert sender.next_time() == 1.0 + REPEAT_S
+@pytest.mark.parametrize(
+    ("window", "copies", "redundant"),
+    [(None, 1, True), (400_000, 1, True), (5_200, 1, False), (2_600, 0, False)],
+)
+def test_when_the_window_binds_redundancy_goes_before_copies(
+    window: int | None, copies: int, redundant: bool
+) -> None:
+    sender = make(lossy=True, srtt_s=0.2)
+    sender._path.window_bytes = window
+    for token in range(40):
+        now = 1.0 + 0.01 * token
+        sender._path.blocked_at = now
+        generate(sender, now)
+        bundle = send(sender, now)
+        sent = sender.bundles_sent
+        if (due := sender.next_time()) is not None and due <= now:
+            send(sender, now)
+        made = sender.bundles_sent - sent
+    assert made == copies
+    assert (len(bundle.data) > 10 * TOKEN_BYTES) is redundant
+    assert sender._path.is_limited is (not redundant)
+
+
+def test_when_not_even_a_packet_per_token_fits_tokens_share_one() -> None:
+    sender = make(srtt_s=0.2)
+    sender._path.window_bytes = 450  # 2 kB/s: a packet of 112 B in 56 ms
+    sent = []
+    for tick in range(200):
+        now = 1.0 + 0.01 * tick
+        generate(sender, now)
+        due = sender.next_time()
+        if due is not None and due <= now:
+            sent.append(now)
+            assert send(sender, now).data
+    gaps = [later - earlier for earlier, later in pairwise(sent[5:])]
+    assert min(gaps) >= 0.05
+    assert max(gaps) <= 0.1 + 0.01  # half a round trip, and the tick
+
+
+def test_losses_in_bursts_spread_the_copies() -> None:
+    sender = make(lossy=True)
+    for _ in range(20):
+        sender._path.on_pair(True, True)
+    due = []
+    for token in range(20):
+        now = 1.0 + 0.1 * token
+        generate(sender, now)
+        sender.on_acked(send(sender, now).number)
+        generate(sender, now)
+        send(sender, now)
+        at = sender.next_time()
+        assert at is not None
+        due.append(at - now)
+    # Now and then one goes at once, to learn when the bursts are over.
+    assert sum(wait > 0.01 for wait in due) > 12
+    assert any(wait == 0 for wait in due)
+
+
+def test_losses_of_pairs_are_told_to_the_path() -> None:
+    sender = make(lossy=True)
+    for _ in range(10):
+        generate(sender)
+        first = send(sender).number
+        due = sender.next_time()
+        assert due is not None
+        second = send(sender, max(due, 0.0)).number
+        sender.on_lost(second)
+        sender.on_lost(first)
+    assert sender._path.is_bursty
+
+
+def test_independent_losses_are_no_bursts() -> None:
+    sender = make(lossy=True)
+    for token in range(10):
+        generate(sender, 1.0 + 0.1 * token)
+        first, second = send(sender, 1.0 + 0.1 * token), send(sender, 1.0 + 0.1 * token)
+        sender.on_lost(first.number)
+        sender.on_acked(second.number)
+    assert sender._path.both_lost == 0
+
+
+def test_a_late_acknowledgement_counts() -> None:
+    sender = make()
+    generate(sender)
+    number = send(sender).number
+    sender.on_lost(number)
+    assert sender.next_time() == NOW
+    loss = sender._path.loss
+    sender.on_acked(number)
+    assert sender._path.loss < loss
+    assert sender.next_time() is None
 
 
 def test_what_is_acknowledged_is_not_repeated() -> None:
-    sender = make(loss=0.5)
+    sender = make(lossy=True)
     generate(sender)
     sender.on_acked(send(sender, now=1.0).number)
     assert sender.next_time() is None
@@ -368,7 +472,60 @@ def test_what_is_acknowledged_is_not_repeated() -> None:
 
 
 def test_a_path_without_a_round_trip_time_yet_repeats_the_tail_all_the_same() -> None:
-    sender = EloquentSender(TURN, TokenLog(), Path())
+    sender = make()
     generate(sender)
     send(sender)
-    assert sender.next_time() == pytest.approx(0.135)
+    assert sender.next_time() == pytest.approx(0.16)  # 1.25 round trips, ACK delay, slack
+
+
+# Outages.
+
+
+def test_through_an_outage_a_beat_goes_on_and_new_tokens_wait_for_it() -> None:
+    sender = make()
+    sender._path.waiting_since = 1.0
+    sent = []
+    for tick in range(1000):
+        now = 1.0 + 0.01 * tick
+        if tick % 3 == 0:
+            generate(sender, now)
+        due = sender.next_time()
+        if due is not None and due <= now:
+            sent.append((now, send(sender, now)))
+    beats = [(now, bundle) for now, bundle in sent if now > 3.0]
+    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(beats)]
+    assert all(0.15 - 1e-9 <= gap <= 0.2 for gap in gaps)
+    assert all(bundle.offset == 0 for _, bundle in beats)
+
+
+def test_the_beats_of_all_connections_together_are_bounded() -> None:
+    limit = BeatLimit(beats_per_s=10)
+    senders = [make() for _ in range(20)]
+    for sender in senders:
+        sender._path.beats = limit
+        sender._path.waiting_since = -10.0
+        generate(sender)
+        send(sender)
+    before = sum(sender.bundles_sent for sender in senders)
+    for tick in range(1000):
+        now = 1.0 + 0.01 * tick
+        for sender in senders:
+            due = sender.next_time()
+            if due is not None and due <= now:
+                sender.next_bundle(now, ROOM)
+    beats = sum(sender.bundles_sent for sender in senders) - before
+    assert 80 <= beats <= 10 * 10 + 10
+
+
+def test_an_acknowledgement_ends_the_beat() -> None:
+    sender = make()
+    sender._path.waiting_since = -10.0
+    generate(sender)
+    number = send(sender, 1.0).number
+    generate(sender, 1.01)
+    due = sender.next_time()
+    assert due is not None
+    assert due > 1.1
+    sender._path.waiting_since = None
+    sender.on_acked(number)
+    assert sender.next_time() == NOW

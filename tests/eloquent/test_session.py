@@ -51,6 +51,7 @@ def test_an_outage_is_seen_within_two_seconds_and_its_end_too() -> None:
         await world.cut(5.0)
         back_s = now()
         await reading
+        await asyncio.sleep(1.0)
         silent_s = world.time_of(LinkState.SILENT)
         return silent_s - cut_s, world.time_of(LinkState.UP, after=silent_s) - back_s, world.seen()
 

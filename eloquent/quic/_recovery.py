@@ -1,0 +1,305 @@
+"""Loss detection by time, and what a silence means; it touches aioquic's internals (1.7.2).
+
+aioquic's recovery follows RFC 9002. What differs here, for application data only:
+
+- A packet is lost by time, never because three later ones came: a path may reorder.
+- Packets given up are remembered. A late acknowledgement of one takes back what its loss did, tells
+  the source, and makes the detection more patient.
+- In a silence nothing in flight blocks the window, and probes do not double for ever.
+- An acknowledgement of what was never sent ends the connection (RFC 9000 sections 13.1, 21.4).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import Any
+
+from aioquic.quic.connection import QuicConnectionError
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
+from aioquic.quic.packet_builder import QuicSentPacket
+from aioquic.quic.rangeset import RangeSet
+from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
+
+from eloquent.quic.thin import RttHistory, ThinControl
+
+TIME_THRESHOLD = 9 / 8
+"RFC 9002 section 6.1.2."
+
+GRANULARITY_S = 0.001
+
+SLACK_DECAY = 1 / 64
+"By this share the reordering slack shrinks with each acknowledgement."
+
+REMEMBERED_PACKETS = 512
+REMEMBERED_S = 3.0
+REMEMBERED_RTTS = 4
+"""Packets that were given up are remembered for a late acknowledgement: at most so many, for the
+longer of the two times."""
+
+REMEMBERED_SKIPS = 16
+"So many packet numbers that were left out are remembered."
+
+PROBE_FACTOR = 1.5
+"QUIC's own probes wait so many probe timeouts: the sender's repeats, with data, come first."
+
+MAX_PROBE_GAP_S = 2.0
+"Doubling ends here, or at one probe timeout if that is longer."
+
+SILENT_TIMEOUTS = 3
+"A silence of so many probe timeouts is an outage (RFC 9002 section 7.6.1 calls it persistent)."
+
+
+class TimedRecovery(QuicPacketRecovery):
+    """aioquic's recovery with the differences above.
+
+    `on_late_ack` gets a packet that was given up and is acknowledged after all.
+    """
+
+    def __init__(self, *, on_late_ack: Callable[[QuicSentPacket], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._on_late_ack = on_late_ack
+        self._thin = self._cc if isinstance(self._cc, ThinControl) else None
+        self.rtts = self._thin.rtts if self._thin is not None else RttHistory()
+        self._slack_s = 0.0
+        self._given_up: dict[int, QuicSentPacket] = {}
+        self._largest_sent = -1
+        self._skipped: deque[int] = deque(maxlen=REMEMBERED_SKIPS)
+        self._waiting_since: float | None = None
+        self.losses_elsewhere = 0
+        "How many losses were seen in the handshake, and on the way to us."
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the first packet was sent that is newer than all that is acknowledged, or None."""
+        return self._waiting_since
+
+    @property
+    def floor_window(self) -> float:
+        """What random losses leave of the window, in bytes."""
+        return self._thin.floor_window if self._thin is not None else inf
+
+    @property
+    def reordering_slack_s(self) -> float:
+        """How much later than a round trip an acknowledgement may come, as measured."""
+        return self._slack_s
+
+    def is_silent(self, now: float, timeouts: float = 1.0) -> bool:
+        """Return whether an acknowledgement is overdue by so many probe timeouts."""
+        since = self._waiting_since
+        if since is None or not self._rtt_initialized:
+            return False
+        return now - since > timeouts * self.get_probe_timeout()
+
+    def skip(self, number: int) -> None:
+        """Take note that packet `number` will never be sent."""
+        self._skipped.append(number)
+
+    def on_blocked(self, now: float) -> None:
+        """Take note that something had to wait for the window."""
+        if self._thin is not None:
+            self._thin.on_blocked(now)
+
+    def on_packet_sent(self, *, packet: QuicSentPacket, space: QuicPacketSpace) -> None:
+        """See `QuicPacketRecovery.on_packet_sent`."""
+        super().on_packet_sent(packet=packet, space=space)
+        self._largest_sent = max(self._largest_sent, packet.packet_number)
+        if self._waiting_since is None and space.is_application_data and packet.is_ack_eliciting:
+            self._waiting_since = packet.sent_time
+
+    def on_ack_received(
+        self, *, ack_rangeset: RangeSet, ack_delay: float, now: float, space: QuicPacketSpace
+    ) -> None:
+        """See `QuicPacketRecovery.on_ack_received`.
+
+        Raises:
+            QuicConnectionError: it acknowledges what was never sent; the connection must end.
+        """
+        self._check_was_sent(ack_rangeset)
+        largest = ack_rangeset.bounds().stop - 1
+        if not self._rtt_initialized and largest in self._given_up:
+            self._start_rtt(self._given_up[largest], now)
+        if space.is_application_data:
+            self._sample_rtt(space.sent_packets.get(largest), ack_delay, now)
+            was_silent = self.is_silent(now, SILENT_TIMEOUTS)
+            if self._thin is not None:
+                self._thin.ack_delay_s = self.max_ack_delay
+            if self._take_late_acks(ack_rangeset, now):
+                self._pto_count = 0
+            if was_silent:
+                self._restart()
+        super().on_ack_received(
+            ack_rangeset=ack_rangeset, ack_delay=ack_delay, now=now, space=space
+        )
+        if space.is_application_data:
+            self._waiting_since = next(
+                (
+                    packet.sent_time
+                    for number, packet in space.sent_packets.items()
+                    if number > space.largest_acked_packet and packet.is_ack_eliciting
+                ),
+                None,
+            )
+
+    def get_loss_detection_time(self, *, amplification_limited: bool) -> float | None:
+        """See `QuicPacketRecovery.get_loss_detection_time`."""
+        time = super().get_loss_detection_time(amplification_limited=amplification_limited)
+        is_probe = self._get_loss_space() is None and self.handshake_confirmed
+        if time is not None and is_probe:
+            timeout = PROBE_FACTOR * self.get_probe_timeout()
+            gap = min(timeout * 2**self._pto_count, max(timeout, MAX_PROBE_GAP_S))
+            time = self._time_of_last_sent_ack_eliciting_packet + gap
+        return time
+
+    def expire(self, now: float) -> None:
+        """Count as in flight no more what a probe timeout has passed, if nothing is heard.
+
+        Without this the window would stay full of what an outage has swallowed.
+        """
+        if not self.is_silent(now):
+            return
+        before = now - self.get_probe_timeout()
+        for space in self.spaces:
+            if not space.is_application_data:
+                continue
+            expired = []
+            for packet in space.sent_packets.values():
+                if packet.sent_time is None or packet.sent_time > before:
+                    break
+                if packet.in_flight:
+                    packet.in_flight = False
+                    expired.append(packet)
+            self._cc.on_packets_expired(packets=expired)
+
+    def on_heard_again(self, now: float) -> None:
+        """Give up what is older than a round trip: the first packet after a silence came."""
+        before = now - self._rtt_smoothed
+        self._restart()
+        for space in self.spaces:
+            if space.is_application_data:
+                old = [
+                    packet
+                    for packet in space.sent_packets.values()
+                    if packet.sent_time is not None and packet.sent_time <= before
+                ]
+                self._on_packets_lost(congestion_event=False, now=now, packets=old, space=space)
+
+    def on_path_changed(self, now: float) -> None:
+        """Begin anew on another path: nothing of the old one's times holds (RFC 9000 9.4)."""
+        self.rtts.forget()
+        self._slack_s = 0.0
+        self._restart()
+        for space in self.spaces:
+            if space.is_application_data:
+                packets = list(space.sent_packets.values())
+                self._on_packets_lost(congestion_event=False, now=now, packets=packets, space=space)
+
+    def _restart(self) -> None:
+        if self._thin is not None:
+            self._thin.restart()
+            self._pacer.update_rate(
+                congestion_window=self._cc.congestion_window, smoothed_rtt=self._rtt_smoothed
+            )
+
+    def _check_was_sent(self, ack_rangeset: RangeSet) -> None:
+        largest = ack_rangeset.bounds().stop - 1
+        if largest > self._largest_sent or any(
+            number in acked for number in self._skipped for acked in ack_rangeset
+        ):
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.PROTOCOL_VIOLATION,
+                frame_type=QuicFrameType.ACK,
+                reason_phrase="a packet is acknowledged that was never sent",
+            )
+
+    def _start_rtt(self, packet: QuicSentPacket, now: float) -> None:
+        """Take a first sample from a packet that a probe has given up too early.
+
+        On a path longer than the first guess all of the handshake's packets are given up so.
+        """
+        assert packet.sent_time is not None
+        self._rtt_first_sample_time = now
+        self._rtt_initialized = True
+        self._rtt_latest = self._rtt_min = self._rtt_smoothed = now - packet.sent_time
+        self._rtt_variance = self._rtt_latest / 2
+
+    def _sample_rtt(self, newest: QuicSentPacket | None, ack_delay: float, now: float) -> None:
+        if newest is None or not newest.is_ack_eliciting or newest.sent_time is None:
+            return
+        rtt_s = now - newest.sent_time
+        without_delay_s = rtt_s - min(ack_delay, self.max_ack_delay)
+        # A peer that exaggerates its delay must not make the path look shorter than it is.
+        lowest_s = min(rtt_s, self.rtts.min_s or rtt_s)
+        self.rtts.add(now, max(without_delay_s, lowest_s))
+        self._slack_s -= SLACK_DECAY * self._slack_s
+
+    def _take_late_acks(self, ack_rangeset: RangeSet, now: float) -> bool:
+        """Take back what the loss of packets did that are acknowledged after all."""
+        forget_before = now - max(REMEMBERED_S, REMEMBERED_RTTS * self._rtt_smoothed)
+        while self._given_up:
+            number, packet = next(iter(self._given_up.items()))
+            assert packet.sent_time is not None
+            if packet.sent_time > forget_before and len(self._given_up) <= REMEMBERED_PACKETS:
+                break
+            del self._given_up[number]
+        late = [
+            number for number in self._given_up if any(number in acked for acked in ack_rangeset)
+        ]
+        for number in late:
+            packet = self._given_up.pop(number)
+            assert packet.sent_time is not None
+            late_s = now - packet.sent_time - self._rtt_smoothed
+            # No more than a round trip, or a peer could stretch the detection at will.
+            self._slack_s = min(max(self._slack_s, late_s), self._rtt_smoothed)
+            if self._thin is not None:
+                self._thin.on_spurious_loss(packet)
+            self._on_late_ack(packet)
+        return bool(late)
+
+    def _loss_delay(self) -> float:
+        if not self._rtt_initialized:
+            return TIME_THRESHOLD * self._rtt_initial
+        return max(
+            TIME_THRESHOLD * max(self._rtt_smoothed, self._rtt_latest),
+            self._rtt_smoothed + self._slack_s,
+            GRANULARITY_S,
+        )
+
+    def _detect_loss(self, *, now: float, space: QuicPacketSpace) -> None:
+        """Declare lost what is older than something acknowledged, and than the threshold."""
+        if not space.is_application_data:
+            super()._detect_loss(now=now, space=space)
+            return
+        delay = self._loss_delay()
+        lost = []
+        space.loss_time = None
+        for number, packet in space.sent_packets.items():
+            if number > space.largest_acked_packet:
+                break
+            assert packet.sent_time is not None
+            if packet.sent_time + delay > now:
+                space.loss_time = packet.sent_time + delay
+                break
+            lost.append(packet)
+        self._on_packets_lost(now=now, packets=lost, space=space)
+
+    def _on_packets_lost(
+        self,
+        *,
+        congestion_event: bool = True,
+        now: float,
+        packets: Iterable[QuicSentPacket],
+        persistent_congestion: bool = False,
+        space: QuicPacketSpace,
+    ) -> None:
+        packets = list(packets)
+        for packet in packets:
+            self._given_up[packet.packet_number] = packet
+        if congestion_event and not space.is_application_data:
+            self.losses_elsewhere += len(packets)
+        super()._on_packets_lost(
+            congestion_event=congestion_event,
+            now=now,
+            packets=packets,
+            persistent_congestion=persistent_congestion,
+            space=space,
+        )
