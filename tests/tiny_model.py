@@ -1,6 +1,7 @@
 """Tiny models with random weights, a byte-level tokenizer, and a sink for an engine's events."""
 
 import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from eloquent.core.events import Failure, TextDelta
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.loader import LoadedModel, prepare
+from eloquent_server.engine.turn import EngineEvent, Tokens
 
 CONTEXT_TOKENS = 192
 # Two threads on two busy cores wait for each other far longer than a tiny model computes.
@@ -105,11 +107,16 @@ class Sink:
 
     def __init__(self) -> None:
         self.events: list[TextDelta | Failure | Finish] = []
+        "All but the token ids."
+        self.tokens: list[int] = []
         self._condition = threading.Condition()
 
-    def __call__(self, event: TextDelta | Failure | Finish) -> None:
+    def __call__(self, event: EngineEvent) -> None:
         with self._condition:
-            self.events.append(event)
+            if isinstance(event, Tokens):
+                self.tokens += event.ids
+            else:
+                self.events.append(event)
             self._condition.notify_all()
 
     @property
@@ -138,19 +145,23 @@ class ScriptedModel:
     def __init__(self, script: Sequence[int]) -> None:
         self.device = torch.device("cpu")
         self.calls: list[tuple[int, int]] = []
-        "Per forward: rows, new tokens."
+        "Per forward: turns, and tokens of all of them."
         self._script = torch.tensor(script)
 
-    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
-        self.calls.append(tuple(input_ids.shape))
-        following = self._script[position_ids[:, -1] + 1]
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_to_keep: torch.Tensor,
+        **_: Any,
+    ) -> Any:
+        self.calls.append((len(logits_to_keep), input_ids.shape[1]))
+        following = self._script[position_ids[:, logits_to_keep] + 1]
         logits = torch.nn.functional.one_hot(following, 256 + len(SPECIALS)).float() * 100
-        return type("Output", (), {"logits": logits[:, None]})
+        return type("Output", (), {"logits": logits})
 
 
 def scripted(script: Sequence[int]) -> LoadedModel:
     """Return a model that says `script[len(prompt):]`."""
     loaded = tiny_loaded()
-    return LoadedModel(
-        "scripted", ScriptedModel(script), loaded.tokenizer, CONTEXT_TOKENS, loaded.end_tokens
-    )
+    return dataclasses.replace(loaded, name="scripted", model=ScriptedModel(script))

@@ -1,7 +1,6 @@
 """Greedy answers equal those of transformers alone, whatever else the engine does."""
 
 import copy
-import dataclasses
 import random
 
 import pytest
@@ -12,11 +11,13 @@ from tiny_model import (
     reference_tokens,
     tiny_loaded,
     tiny_model,
+    tiny_tokenizer,
 )
 
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.engine import Engine
 from eloquent_server.engine.linear import PrepackedLinear, prepack, prepacking_works
+from eloquent_server.engine.loader import prepare
 from eloquent_server.engine.turn import TurnRequest
 
 MODELS = ["llama", "qwen2", "qwen3", "mistral"]
@@ -107,7 +108,7 @@ def test_prepacked_weights() -> None:
     model = copy.deepcopy(tiny_model())
     assert prepack(model) == 2 * 7 + 1
     assert isinstance(model.lm_head, PrepackedLinear)
-    engine = Engine(dataclasses.replace(tiny_loaded(), model=model), prefill_chunk_tokens=16)
+    engine = Engine(prepare(model, tiny_tokenizer(), "tiny"), prefill_chunk_tokens=16)
     jobs = [(prompt, Sink()) for prompt in prompts(6)]
     for prompt, sink in jobs:
         engine.submit(greedy(prompt, 24), sink)

@@ -94,8 +94,7 @@ def test_a_model_that_ignores_the_cache_is_refused() -> None:
     forward = model.forward
 
     def forgetful(**inputs: Any) -> Any:
-        if inputs.pop("past_key_values", None) is not None:
-            inputs.pop("attention_mask")
+        inputs.pop("eloquent_plan", None)
         return forward(**inputs)
 
     model.forward = forgetful

@@ -15,13 +15,15 @@ from tiny_model import (
     scripted,
     tiny_loaded,
     tiny_model,
+    tiny_tokenizer,
 )
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.engine import Engine
-from eloquent_server.engine.turn import TurnRequest
+from eloquent_server.engine.loader import prepare
+from eloquent_server.engine.turn import EngineEvent, TurnRequest
 
 A = 65
 
@@ -68,7 +70,7 @@ def test_cancel_takes_effect_before_the_next_step() -> None:
     submitted = threading.Event()
     calls_at_cancel = 0
 
-    def emit(event: TextDelta | Failure | Finish) -> None:
+    def emit(event: EngineEvent) -> None:
         nonlocal calls_at_cancel
         sink(event)
         if len(sink.events) == 3:
@@ -126,7 +128,7 @@ def test_more_turns_than_may_run_wait_in_order() -> None:
     sinks = [Sink() for _ in range(6)]
 
     def emit_to(i: int) -> Any:
-        def emit(event: TextDelta | Failure | Finish) -> None:
+        def emit(event: EngineEvent) -> None:
             if i not in order:
                 order.append(i)
             sinks[i](event)
@@ -159,7 +161,7 @@ def test_a_row_of_nan_fails_alone_and_leaves_nothing_behind() -> None:
     bad = 200
     model = copy.deepcopy(tiny_model())
     model.model.embed_tokens.weight[bad] = float("nan")
-    engine = Engine(dataclasses.replace(tiny_loaded(), model=model))
+    engine = Engine(prepare(model, tiny_tokenizer(), "bad"))
     good = [1, 2, 3, 4]
     for _ in range(2):  # The second time, rows that held NaN are used again.
         sinks = [Sink() for _ in range(4)]
@@ -187,7 +189,7 @@ class FragileModel:
     def __call__(self, **inputs: Any) -> Any:
         if (inputs["position_ids"] == self._position).any():
             raise RuntimeError("no memory left, say")
-        return tiny_model()(**inputs)
+        return tiny_loaded().model(**inputs)
 
 
 def test_an_exception_in_a_step_fails_only_the_turn_that_causes_it(
@@ -212,7 +214,7 @@ def test_a_callback_that_raises_ends_its_turn_only() -> None:
     engine, other = Engine(scripted([A] * CONTEXT_TOKENS)), Sink()
     calls = 0
 
-    def emit(event: TextDelta | Failure | Finish) -> None:
+    def emit(event: EngineEvent) -> None:
         nonlocal calls
         calls += 1
         raise RuntimeError("Event loop is closed")
@@ -233,10 +235,10 @@ class GatedModel(ScriptedModel):
         super().__init__(script)
         self.entered = threading.Event()
 
-    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         self.entered.set()
         assert self.gate.wait(60)
-        return super().__call__(input_ids, position_ids)
+        return super().__call__(*args, **inputs)
 
 
 def test_close_fails_what_runs_and_refuses_what_comes() -> None:

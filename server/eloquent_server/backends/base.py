@@ -18,6 +18,8 @@ class Finish:
     "Tokens of the prompt, after the chat template."
     completion_tokens: int
     "Tokens generated."
+    cached_tokens: int = 0
+    "Prompt tokens that a prefix cache had, so that they were not computed."
 
 
 BackendEvent = TextDelta | Failure | Finish

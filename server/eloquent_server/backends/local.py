@@ -83,7 +83,7 @@ class LocalBackend:
             )
         # A long conversation takes tens of milliseconds to encode; the event loop must not wait.
         prompt = await asyncio.to_thread(self._prompts.encode, request.messages)
-        from eloquent_server.engine.turn import EngineEvent, TurnRequest
+        from eloquent_server.engine.turn import EngineEvent, Tokens, TurnRequest
 
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[EngineEvent] = asyncio.Queue()
@@ -104,6 +104,8 @@ class LocalBackend:
         try:
             while True:
                 event = await events.get()
+                if isinstance(event, Tokens):
+                    continue
                 yield event
                 if not isinstance(event, TextDelta):
                     return

@@ -1,139 +1,251 @@
-"""The key-value cache: one slab per layer, one row per turn.
+"""Keys and values on CPU: one slab, one contiguous row per turn, read by torch's attention.
 
-transformers' forward takes it as `past_key_values` unmodified: `update` is all that a decoder
-with full attention asks of a cache once it is given a 4-D mask (transformers 5.23,
-`masking_utils._preprocess_mask_arguments`: "If the mask is already 4D, simply return as-is").
+A slab is [layers, keys and values, rows, heads, tokens, head_dim]. Rows never move. Decoding rows
+that lie side by side are attended to in one call, their query heads grouped by key-value head, so
+that keys are read once and never repeated; a prompt's chunk is a call of its own.
 """
 
 import math
 import mmap
-from typing import Any
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-_LAZY_TOKENS = 4096
-"Length of a fresh slab in memory that the system maps when it is first touched."
-_EAGER_TOKENS = 256
-"Length of a fresh slab elsewhere. Either way it doubles when it is full."
+from eloquent_server.engine.attention import KvShape, Segment
+
+GROUP_WASTE_TOKENS = 256
+"A group of rows is read to its longest; a call of its own costs as much as reading so many tokens."
+
+_KEPT_TOKENS = 512
+"So much of a row that became free stays in memory for the next turn."
+_ALIGNED_TOKENS = 1024
+"Rows are a multiple of this, so that each starts on a page whatever its head_dim."
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"Python's mmap module does not name it."
 
 
-class SlotCache:
-    """Keys and values of the turns in rows 0, 1, 2, ..., grown as needed.
+class SlabCache:
+    """Implements `KvLayout` with one slab whose memory the system maps when it is touched.
 
-    Rows in use must be contiguous, so that a batch is a view; `move_row` closes gaps. Whatever
-    stands in a row beyond a turn's length is finite, since a masked NaN would still spoil sums.
+    Whatever stands in a row beyond a turn's length is finite, since a masked NaN would still spoil
+    sums.
     """
 
-    def __init__(self, *, max_tokens: int, device: torch.device, rows: int = 1) -> None:
-        """Make room for `rows` turns of `max_tokens` at most; memory is taken as they grow."""
-        self._max_tokens = max_tokens
-        self._lazy = device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE")
-        self._first_rows = rows if self._lazy else 1
-        self._rows = 0
-        self._tokens = 0
-        self._filled = 0
-        # Per layer [rows, heads, tokens, head_dim], made when the layer first writes.
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._first = 0
-        self._positions = torch.zeros(0, dtype=torch.long)
-        self._longest = 0
+    def __init__(
+        self, shape: KvShape, *, max_tokens: int, device: torch.device, rows: int = 1
+    ) -> None:
+        """Make room for `rows` turns of `max_tokens`; memory is taken as they grow."""
+        self._shape = shape
+        self._rows = rows
+        tokens = -(-max_tokens // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
+        self._filled = [0] * rows
+        self._pages: mmap.mmap | None = None
+        self._slab = self._allocate(
+            (shape.layers, 2, rows, shape.heads, tokens, shape.head_dim), device
+        )
 
     @property
-    def capacity(self) -> tuple[int, int]:
-        """The rows and the tokens per row that the slabs hold."""
-        return self._rows, self._tokens
+    def shape(self) -> KvShape:
+        """What a token looks like."""
+        return self._shape
 
-    def aim(self, first_row: int, positions: torch.Tensor, longest: int) -> None:
-        """Say where the next forward writes.
+    @property
+    def rows(self) -> int:
+        """How many turns may run."""
+        return self._rows
 
-        `positions` is [rows, new tokens], for the rows from `first_row` on; more than one new token
-        only with a single row, at consecutive positions. `longest` is the greatest position + 1.
-        """
-        self._reserve(first_row + positions.shape[0], longest)
-        self._first, self._positions, self._longest = first_row, positions, longest
-        self._filled = max(self._filled, longest)
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [rows, heads, new tokens, head_dim] and return views [rows, heads, longest, ...].
-
-        transformers calls it in every attention layer.
-        """
-        if layer_idx == len(self._keys):
-            slabs = self._new_slab(keys), self._new_slab(values)
-            self._keys.append(slabs[0])
-            self._values.append(slabs[1])
-        return self._write(self._keys[layer_idx], keys), self._write(
-            self._values[layer_idx], values
+    def order(self, segments: Sequence[Segment]) -> list[int]:
+        """Single tokens by row first, so that a group of rows is a slice; then the rest."""
+        return sorted(
+            range(len(segments)), key=lambda i: (len(segments[i].tokens) > 1, segments[i].row)
         )
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another row."""
-        if length == 0:
+    def plan(self, segments: Sequence[Segment]) -> "SlabPlan":
+        """Prepare a forward; see `KvLayout.plan`."""
+        for segment in segments:
+            self._filled[segment.row] = max(self._filled[segment.row], segment.end)
+        return SlabPlan(self._slab, segments)
+
+    def read(self, row: int, start: int, end: int) -> torch.Tensor:
+        """Return a copy of tokens; see `KvLayout.read`."""
+        return self._slab[:, :, row, :, start:end].clone()
+
+    def write(self, row: int, start: int, blocks: Sequence[torch.Tensor]) -> None:
+        """Copy blocks into a row; see `KvLayout.write`."""
+        for block in blocks:
+            end = start + block.shape[3]
+            self._slab[:, :, row, :, start:end] = block
+            start = end
+        self._filled[row] = max(self._filled[row], start)
+
+    def free(self, row: int, *, clear: bool = False) -> None:
+        """Forget a row's content and give most of its memory back; see `KvLayout.free`."""
+        filled = self._filled[row]
+        if clear:
+            self._slab[:, :, row, :, :filled] = 0
+        if filled > _KEPT_TOKENS and self._pages is not None:
+            self._give_back(row, filled)
+            filled = _KEPT_TOKENS
+        self._filled[row] = filled
+
+    def _give_back(self, row: int, filled: int) -> None:
+        if self._pages is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        for slab in (*self._keys, *self._values):
-            slab[target, :, :length] = slab[source, :, :length]
+        layers, _, rows, heads, tokens, dim = self._slab.shape
+        token_bytes = dim * self._slab.element_size()
+        page = mmap.PAGESIZE
+        start = -(-_KEPT_TOKENS * token_bytes // page) * page
+        length = -(-filled * token_bytes // page) * page - start
+        for plane in range(layers * 2):
+            for head in range(heads):
+                first = ((plane * rows + row) * heads + head) * tokens * token_bytes
+                if length > 0:
+                    self._pages.madvise(mmap.MADV_DONTNEED, first + start, length)
 
-    def clear_row(self, row: int) -> None:
-        """Zero a row, which may hold NaN."""
-        if row < self._rows:
-            for slab in (*self._keys, *self._values):
-                slab[row, :, : self._filled] = 0
-
-    def release(self) -> None:
-        """Give the memory back; only when no turn is left."""
-        self._rows = self._tokens = self._filled = 0
-        self._keys.clear()
-        self._values.clear()
-
-    def _write(self, slab: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows, _, count, _ = new.shape
-        view = slab[self._first : self._first + rows, :, : self._longest]
-        if rows == 1:
-            view[:, :, self._longest - count :] = new
-        else:
-            index = torch.arange(rows, device=new.device)
-            view[index, :, self._positions[:, 0]] = new[:, :, 0]
-        return view
-
-    def _new_slab(self, like: torch.Tensor) -> torch.Tensor:
-        return self._zeros(like, self._rows, self._tokens)
-
-    def _reserve(self, rows: int, tokens: int) -> None:
-        if rows <= self._rows and tokens <= self._tokens:
-            return
-        first_tokens = _LAZY_TOKENS if self._lazy else _EAGER_TOKENS
-        new_tokens, new_rows = self._tokens, self._rows
-        if tokens > new_tokens:
-            new_tokens = max(tokens, min(max(2 * new_tokens, first_tokens), self._max_tokens))
-        if rows > new_rows:
-            new_rows = max(rows, 2 * new_rows, self._first_rows)
-        # Both lists are complete before either is taken, so that running out of memory on the way
-        # leaves the cache as it was.
-        grown = [
-            [self._grow(slab, new_rows, new_tokens) for slab in slabs]
-            for slabs in (self._keys, self._values)
-        ]
-        self._keys, self._values = grown
-        self._rows, self._tokens = new_rows, new_tokens
-
-    def _grow(self, slab: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-        grown = self._zeros(slab, rows, tokens)
-        grown[: slab.shape[0], :, : self._filled] = slab[:, :, : self._filled]
-        return grown
-
-    def _zeros(self, like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-        shape = (rows, like.shape[1], tokens, like.shape[3])
-        if not self._lazy:
-            return like.new_zeros(shape)
-        # `torch.zeros` writes every page, which takes longer than a decode step; fresh pages from
-        # the system are zero, and cost nothing until a turn grows into them.
+    def _allocate(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(shape, dtype=self._shape.dtype, device=device)
+        # `torch.zeros` would write every page; fresh pages from the system are zero, and cost
+        # nothing until a turn grows into them.
         count = math.prod(shape)
-        pages = mmap.mmap(
-            -1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._pages = mmap.mmap(
+            -1,
+            count * self._shape.dtype.itemsize,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
         )
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            pages.madvise(mmap.MADV_NOHUGEPAGE)  # One token would take two megabytes.
-        return torch.frombuffer(pages, dtype=like.dtype, count=count).view(shape)
+            self._pages.madvise(mmap.MADV_NOHUGEPAGE)  # One token would take two megabytes.
+        return torch.frombuffer(self._pages, dtype=self._shape.dtype, count=count).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Decoding rows side by side: packed tokens `first` to `last`, rows from `row` on."""
+
+    first: int
+    last: int
+    row: int
+    longest: int
+    mask: torch.Tensor
+    "[rows, 1, 1, longest], 0 or -inf; empty if all rows are equally long."
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Several tokens of one row: packed tokens `first` to `last`, positions `start` to `end`."""
+
+    first: int
+    last: int
+    row: int
+    start: int
+    end: int
+    mask: torch.Tensor
+    "[tokens, end], 0 or -inf; empty if the chunk starts its row: then it is simply causal."
+
+
+class SlabPlan:
+    """One forward over a slab; implements `Plan`."""
+
+    def __init__(self, slab: torch.Tensor, segments: Sequence[Segment]) -> None:
+        self._slab = slab
+        singles = [segment for segment in segments if len(segment.tokens) == 1]
+        self._count = len(singles)
+        self._single_rows = torch.tensor([s.row for s in singles], device=slab.device)
+        self._single_positions = torch.tensor([s.start for s in singles], device=slab.device)
+        self._groups = [self._group(singles, a, b) for a, b in group_rows(singles)]
+        self._chunks: list[_Chunk] = []
+        first = self._count
+        for segment in segments[self._count :]:
+            self._chunks.append(self._chunk(segment, first))
+            first += len(segment.tokens)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Write and attend; see `Plan.attend`."""
+        slab = self._slab[layer]
+        for plane, new in ((slab[0], keys[0]), (slab[1], values[0])):
+            if self._count:
+                at = self._single_rows, slice(None), self._single_positions
+                plane[at] = new[:, : self._count].transpose(0, 1)
+            for chunk in self._chunks:
+                plane[chunk.row, :, chunk.start : chunk.end] = new[:, chunk.first : chunk.last]
+        _, heads, tokens, dim = query.shape
+        output = query.new_empty(1, tokens, heads, dim)
+        grouped = query[0].view(keys.shape[1], -1, tokens, dim)  # [kv heads, group, tokens, dim]
+        for group in self._groups:
+            rows = slice(group.row, group.row + group.last - group.first)
+            attended = scaled_dot_product_attention(
+                grouped[:, :, group.first : group.last].permute(2, 0, 1, 3),
+                slab[0, rows, :, : group.longest],
+                slab[1, rows, :, : group.longest],
+                attn_mask=group.mask if group.mask.numel() else None,
+                scale=scaling,
+            )
+            output[0, group.first : group.last] = attended.flatten(1, 2)
+        for chunk in self._chunks:
+            # Every query head of a group reads the same keys: a stride of zero, no copy.
+            stored = slab[:, chunk.row, :, None, : chunk.end].expand(
+                -1, -1, grouped.shape[1], -1, -1
+            )
+            attended = scaled_dot_product_attention(
+                grouped[:, :, chunk.first : chunk.last],
+                stored[0],
+                stored[1],
+                attn_mask=chunk.mask if chunk.start else None,
+                is_causal=not chunk.start,
+                scale=scaling,
+            )
+            output[0, chunk.first : chunk.last] = attended.flatten(0, 1).transpose(0, 1)
+        return output
+
+    def _group(self, singles: Sequence[Segment], first: int, last: int) -> _Group:
+        ends = [segment.end for segment in singles[first:last]]
+        longest = max(ends)
+        mask = torch.zeros(0, device=self._slab.device)
+        if min(ends) < longest:
+            limits = torch.tensor(ends, device=self._slab.device)[:, None, None, None]
+            hidden = torch.arange(longest, device=self._slab.device) >= limits
+            mask = self._additive(hidden)
+        return _Group(first, last, singles[first].row, longest, mask)
+
+    def _chunk(self, segment: Segment, first: int) -> _Chunk:
+        mask = torch.zeros(0, device=self._slab.device)
+        if segment.start:
+            keys = torch.arange(segment.end, device=self._slab.device)
+            mask = self._additive(keys[None, :] > keys[segment.start :, None])
+        last = first + len(segment.tokens)
+        return _Chunk(first, last, segment.row, segment.start, segment.end, mask)
+
+    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(hidden.shape, dtype=self._slab.dtype, device=self._slab.device)
+        return zeros.masked_fill_(hidden, -math.inf)
+
+
+def group_rows(singles: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Cut segments of single tokens, sorted by row, into groups that are worth one call each.
+
+    Returns index ranges. The rows of a group lie side by side, and reading them all to the longest
+    reads at most `GROUP_WASTE_TOKENS` in vain.
+    """
+    groups: list[tuple[int, int]] = []
+    first = longest = total = 0
+    for i, segment in enumerate(singles):
+        count, most = i - first + 1, max(longest, segment.end)
+        beside = i == first or segment.row == singles[i - 1].row + 1
+        if beside and count * most - (total + segment.end) <= GROUP_WASTE_TOKENS:
+            longest, total = most, total + segment.end
+        else:
+            groups.append((first, i))
+            first, longest, total = i, segment.end, segment.end
+    if singles:
+        groups.append((first, len(singles)))
+    return groups

@@ -1,6 +1,7 @@
 """Loading: a directory in the Hugging Face layout becomes a model ready for the engine."""
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eloquent.errors import ConfigurationError
-from eloquent_server.engine.kv import SlotCache
+from eloquent_server.engine.attention import KvShape, Segment, UnsupportedAttentionError, install
+from eloquent_server.engine.kv import SlabCache
 from eloquent_server.engine.linear import prepack, prepacking_works
 from eloquent_server.engine.runner import Runner
 
@@ -22,6 +24,8 @@ _log = logging.getLogger(__name__)
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 0.1
 "Relative; rounding in bfloat16 is below it, another architecture's semantics far above."
+_SAMPLED_WEIGHTS = 1024
+"Of each tensor, for the fingerprint."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,12 @@ class LoadedModel:
     "The most tokens of prompt and answer together."
     end_tokens: frozenset[int]
     "Token ids that end an answer."
+    kv: KvShape
+    "What a token's keys and values look like."
+    vocab_tokens: int
+    "Token ids are below this."
+    fingerprint: bytes = b""
+    "Tells models apart whose keys and values differ; the same at every start."
     temperature: float = 1.0
     top_p: float = 1.0
     "Sampling where a request names none: the model's `generation_config.json`, as far as it says."
@@ -78,16 +88,21 @@ def load(directory: Path, name: str, *, device: str = "auto") -> LoadedModel:
             ) from error
     model.eval().requires_grad_(False)
     model.to(chosen)
+    fingerprint = _fingerprint(model)
     if chosen == "cpu":
         if prepacking_works():
             prepack(model)
         else:
             _log.warning("This torch cannot prepack weights; the model runs at half the speed")
-    return prepare(model, tokenizer, name)
+    return prepare(model, tokenizer, name, fingerprint=fingerprint)
 
 
-def prepare(model: Any, tokenizer: Any, name: str) -> LoadedModel:
-    """Check a model in memory and gather what the engine needs to know of it.
+def prepare(
+    model: Any, tokenizer: Any, name: str, *, fingerprint: bytes | None = None
+) -> LoadedModel:
+    """Check a model in memory, give it our attention, and gather what the engine needs to know.
+
+    `fingerprint` is taken from the weights if it is not given; prepacked weights show too little.
 
     Raises:
         ConfigurationError: the engine does not support the model.
@@ -97,13 +112,19 @@ def prepare(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     # Settings for training batches: here nothing may be cut or filled up.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    _probe(model, name)
+    if fingerprint is None:
+        fingerprint = _fingerprint(model)
+    shape = _kv_shape(model)
+    _probe(model, shape, name)
     return LoadedModel(
         name=name,
         model=model,
         tokenizer=tokenizer,
         context_tokens=int(model.config.max_position_embeddings),
         end_tokens=_end_tokens(model, tokenizer),
+        kv=shape,
+        vocab_tokens=int(model.get_input_embeddings().num_embeddings),
+        fingerprint=fingerprint,
         **_advised_sampling(model),
     )
 
@@ -189,21 +210,61 @@ def _advised_sampling(model: Any) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
+def _kv_shape(model: Any) -> KvShape:
+    config = model.config
+    heads = int(config.num_attention_heads)
+    return KvShape(
+        layers=int(config.num_hidden_layers),
+        heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        dtype=model.dtype,
+    )
+
+
+def _fingerprint(model: Any) -> bytes:
+    """Digest the architecture and a sample of every weight.
+
+    A sample suffices: models that were trained apart, however little, differ nearly everywhere.
+    """
+    digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.digest()
+
+
 @torch.inference_mode()
-def _probe(model: Any, name: str) -> None:
-    """Compare a short text through our cache with the plain forward: they must agree."""
+def _probe(model: Any, shape: KvShape, name: str) -> None:
+    """Compare a short text, packed in our cache, with the plain forward: they must agree."""
     count = min(_PROBE_TOKENS, int(model.config.max_position_embeddings))
     tokens = [(7 * i + 3) % model.config.vocab_size for i in range(count)]
     problem = "its logits through the engine's cache differ from its own"
     try:
         ids = torch.tensor([tokens], device=model.device)
-        expected = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        runner = Runner(model, SlotCache(max_tokens=count, device=model.device))
-        runner.prefill(0, tokens[: count // 2], 0)
-        for position in range(count // 2, count):
-            logits = runner.decode(0, [tokens[position]], [position])
-        difference = (logits[0].float() - expected).norm() / expected.norm()
-        agrees = bool(difference < _PROBE_TOLERANCE)
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        install(model)
+        runner = Runner(
+            model, SlabCache(shape, max_tokens=count, device=torch.device(model.device), rows=2)
+        )
+        half = count // 2
+        runner.run([Segment(0, 0, tokens[:half])])
+        # Row 1 starts while row 0 decodes, then goes on in chunks.
+        got = runner.run([Segment(1, 0, tokens[:1]), Segment(0, half, tokens[half : half + 1])])
+        for position in range(half + 1, count):
+            got = runner.run(
+                [
+                    Segment(0, position, tokens[position : position + 1]),
+                    Segment(1, position - half, tokens[position - half : position - half + 1]),
+                ]
+            )
+        last = [(expected[-1], got[0][-1]), (expected[count - 1 - half], got[1][-1])]
+        agrees = all(
+            bool((mine.float() - its).norm() / its.norm() < _PROBE_TOLERANCE) for its, mine in last
+        )
+    except UnsupportedAttentionError as error:
+        agrees, problem = False, str(error)
     except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
         agrees, problem = False, f"its forward fails on the engine's cache: {_first_line(error)}"
     if not agrees:

@@ -1,59 +1,51 @@
-"""The model's forward over rows of the cache: one prompt's chunk, or one token of each turn."""
+"""The model's forward: all tokens of a step, of all its turns, packed in one row."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from eloquent_server.engine.kv import SlotCache
+from eloquent_server.engine.attention import KvLayout, Segment
 
 
 class Runner:
-    """Runs an unmodified causal language model of transformers on a `SlotCache`.
+    """Runs a causal language model of transformers, with our attention, on a layout.
 
     A call that failed may be repeated: it writes the same positions again.
     """
 
-    def __init__(self, model: Any, cache: SlotCache) -> None:
-        self.cache = cache
+    def __init__(self, model: Any, layout: KvLayout) -> None:
         self._model = model
+        self._layout = layout
         self._device: torch.device = model.device
 
-    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Take a chunk of one prompt at position `start` and return the logits after it, [vocab].
-
-        Raises:
-            RuntimeError: torch failed, for lack of memory for example.
-        """
-        end = start + len(tokens)
-        positions = torch.arange(start, end, device=self._device)
-        return self._forward(row, [list(tokens)], positions[None], end)[0]
-
-    def decode(
-        self, first_row: int, tokens: Sequence[int], positions: Sequence[int]
-    ) -> torch.Tensor:
-        """Take one token for each row from `first_row` on and return the logits, [rows, vocab].
-
-        Raises:
-            RuntimeError: torch failed, for lack of memory for example.
-        """
-        at = torch.tensor(positions, device=self._device)[:, None]
-        return self._forward(first_row, [[token] for token in tokens], at, max(positions) + 1)
-
     @torch.inference_mode()
-    def _forward(
-        self, first_row: int, tokens: list[list[int]], positions: torch.Tensor, longest: int
-    ) -> torch.Tensor:
-        self.cache.aim(first_row, positions, longest)
-        # [rows, 1, new tokens, longest]: a query sees the keys up to its own position.
-        mask = torch.arange(longest, device=self._device) <= positions[:, None, :, None]
+    def run(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        """Take the segments' tokens and return, for each, the logits [keep, vocab].
+
+        Raises:
+            RuntimeError, MemoryError: torch or the layout failed, for lack of memory for example.
+        """
+        order = self._layout.order(segments)
+        packed = [segments[i] for i in order]
+        plan = self._layout.plan(packed)
+        kept: list[int] = []
+        last = 0
+        for segment in packed:
+            last += len(segment.tokens)
+            kept += range(last - segment.keep, last)
         output = self._model(
-            input_ids=torch.tensor(tokens, device=self._device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=self._tensor([t for segment in packed for t in segment.tokens])[None],
+            position_ids=self._tensor([p for s in packed for p in range(s.start, s.end)])[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(kept),
+            eloquent_plan=plan,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: list[torch.Tensor] = [output.logits[0, :0]] * len(segments)
+        rows = output.logits[0].split([segment.keep for segment in packed])
+        for i, part in zip(order, rows, strict=True):
+            logits[i] = part
         return logits
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)

@@ -1,16 +1,26 @@
 """One turn in the engine: what was asked, how far it is, and its way out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.sampling import Sampler
 from eloquent_server.engine.text import TextStream
 
-EngineEvent = TextDelta | Failure | Finish
-"""A turn gets any number of `TextDelta` and then one `Finish` or `Failure`. The engine's `Finish`
-has one reason more than a backend's: `"cancelled"`."""
+LOCAL_TENANT = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The ids that a step added to a turn; comes before the text that they complete."""
+
+    ids: tuple[int, ...]
+
+
+EngineEvent = Tokens | TextDelta | Failure | Finish
+"""A turn gets, per step that moves it on, one `Tokens` and at most one `TextDelta`; then one
+`Finish` or `Failure`. The engine's `Finish` has one reason more than a backend's: `"cancelled"`."""
 
 Emit = Callable[[EngineEvent], None]
 "Called in the engine's thread; must not block. If it raises, the turn is dropped."
@@ -35,6 +45,13 @@ class TurnRequest:
     temperature: float = 1.0
     "0 is greedy decoding."
     top_p: float = 1.0
+    generated: Sequence[int] = ()
+    """Tokens of the answer that are out already: a continuation. They are not emitted again and
+    count towards `max_tokens`."""
+    tenant: str = LOCAL_TENANT
+    "Whose prefix cache and share of the engine this turn uses; authenticated by the server."
+    weight: float = 1.0
+    "The tenant's share of the engine against others'."
 
 
 @dataclass(slots=True, eq=False)
@@ -42,36 +59,93 @@ class Turn:
     """A turn's state; only the engine's thread touches it once it is submitted."""
 
     id: int
-    prompt: list[int]
+    tokens: list[int]
+    "The prompt and what was generated so far."
+    prompt_tokens: int
     token_limit: int
-    "Tokens that may be generated, at least 1."
+    "Tokens that may be generated, continued ones included; at least 1."
     sampler: Sampler
     text: TextStream
     end_tokens: frozenset[int]
     emit: Emit
-    prefilled: int = 0
-    "Prompt tokens that are in the cache."
-    generated: int = 0
-    last_token: int = -1
-    "Chosen, but not yet in the cache."
+    arrived: float = 0.0
+    "Seconds, on the engine's clock."
+    tenant: str = LOCAL_TENANT
+    weight: float = 1.0
+    row: int | None = None
+    "Its row of the key-value cache, while it runs."
+    cached: int = 0
+    "How many of `tokens` have their keys and values in the row."
+    reached: int = 0
+    "The greatest `cached` so far: what lies below was computed, or counted as cached, before."
+    cached_prompt: int = 0
+    "Prompt tokens that came from the prefix cache instead of being computed."
+    keys: list[bytes] = field(default_factory=list)
+    "The prefix cache's keys of the full blocks of `tokens`, as far as they were needed."
+    published: int = 0
+    "How many of its first full blocks were shared."
+    restoring: bool = False
+    "Blocks are on their way from the second tier."
+    tier_failed: bool = False
+    "The second tier could not deliver what it seemed to have."
+    started: bool = False
+    "It has had a row."
+    poisoned: bool = False
+    "Its row may hold NaN."
+    ran: int = 0
+    "Tokens chosen since it got its row."
+    dry_at: float = 0.0
+    "When the reader will have read all that is out, as far as known; seconds."
     done: bool = False
     "The terminal event is out."
+    _new_ids: list[int] = field(default_factory=list)
+    _new_text: list[str] = field(default_factory=list)
+    _deaf: bool = False
 
     @property
-    def position(self) -> int:
-        """Where `last_token` will stand in the cache."""
-        return len(self.prompt) + self.generated - 1
+    def generated(self) -> int:
+        """How many tokens of the answer there are."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has yet to take before it can give the next one; at least 1."""
+        return len(self.tokens) - self.cached
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take tokens of the answer that are out already."""
+        for token in tokens:
+            self.tokens.append(token)
+            self.text.push(token)
+
+    def settle(self) -> None:
+        """End a continued turn whose answer was complete."""
+        if self.generated and self.tokens[-1] in self.end_tokens:
+            self._finish("stop")
+        elif self.generated >= self.token_limit:
+            self._finish("length")
 
     def accept(self, token: int) -> None:
-        """Take the next token of the answer: emit its text, and the end if it is the last."""
-        self.last_token = token
-        self.generated += 1
+        """Take the next token of the answer; `flush` sends it, the end is sent at once."""
+        self.tokens.append(token)
+        self.ran += 1
+        self._new_ids.append(token)
         if token in self.end_tokens:
             self._finish("stop")
             return
-        self._send_text(self.text.push(token))
+        self._new_text.append(self.text.push(token))
         if self.generated >= self.token_limit:
             self._finish("length")
+
+    def flush(self) -> None:
+        """Send what the step added."""
+        ids, text = tuple(self._new_ids), "".join(self._new_text)
+        self._new_ids.clear()
+        self._new_text.clear()
+        if ids:
+            self._send(Tokens(ids))
+        if text:
+            self._send(TextDelta(text))
 
     def cancel(self) -> None:
         """End the turn because nobody wants it any more."""
@@ -79,6 +153,7 @@ class Turn:
 
     def fail(self, code: str, message: str) -> None:
         """End the turn because of an error."""
+        self.flush()
         if not self.done:
             self.done = True
             self._send(Failure(code, message))
@@ -86,20 +161,21 @@ class Turn:
     def _finish(self, reason: str) -> None:
         if self.done:
             return
-        self._send_text(self.text.flush())
+        self._new_text.append(self.text.flush())
+        self.flush()
         if not self.done:
             self.done = True
-            self._send(Finish(reason, len(self.prompt), self.generated))
-
-    def _send_text(self, text: str) -> None:
-        if text:
-            self._send(TextDelta(text))
+            self._send(
+                Finish(reason, self.prompt_tokens, self.generated, cached_tokens=self.cached_prompt)
+            )
 
     def _send(self, event: EngineEvent) -> None:
+        if self._deaf:
+            return
         try:
             self.emit(event)
         except Exception:  # noqa: BLE001 (the caller's code; its loop is closed, most likely)
-            self.done = True
+            self.done = self._deaf = True
 
 
 def step_failed(error: Exception) -> str:
