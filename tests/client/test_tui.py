@@ -12,12 +12,13 @@ from textual.pilot import Pilot
 from textual.widgets import RichLog
 
 from eloquent.core.events import Failure, TextDelta
+from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl
 from eloquent_client import Client, LocalServerError, StreamStats
 from eloquent_client.tui.app import ChatApp
 from eloquent_client.tui.chat import ChatScreen
 from eloquent_client.tui.loading import LoadingScreen
-from eloquent_client.tui.status import LinkState, Status, StatusBar, status_line
+from eloquent_client.tui.status import Status, StatusBar, status_line
 from eloquent_client.tui.widgets import Notice, Prompt, Question, Reply
 from eloquent_server.turns import Turn
 
@@ -187,6 +188,22 @@ async def test_a_link_that_is_lost_and_comes_back(start_server: StartServer) -> 
         await chat.until(lambda: chat.replies == ["here", "here"] and "connected" in chat.status)
 
 
+async def test_a_link_that_is_lost_in_mid_answer_is_shown_and_escape_still_works(
+    start_server: StartServer,
+) -> None:
+    server = await start_server(Hanging("So far"))
+    async with chatting(server.url) as chat:
+        await chat.send("go on")
+        await chat.until(lambda: chat.replies == ["So far"] and "receiving" in chat.status)
+        assert server._listener is not None
+        await server._listener.close()
+        await chat.until(lambda: "reconnecting at token 1" in chat.status)
+        await chat.pilot.press("escape")
+        await chat.until(lambda: chat.notices == ["Stopped."])
+        assert chat.replies == ["So far"]
+        await chat.until(lambda: "link lost" in chat.status)
+
+
 async def test_no_server_is_said_at_once() -> None:
     async with chatting(ServerUrl(HOST, 9)) as chat:
         await chat.until(lambda: len(chat.notices) == 1)
@@ -258,14 +275,14 @@ STATS = StreamStats(
     duration_ms=2500,
     rtt_ms=23.4,
 )
-RECEIVING = Status(LinkState.RECEIVING, rtt_ms=23.4, stats=STATS, tokens=101)
+RECEIVING = Status(LinkState.UP, is_answering=True, rtt_ms=23.4, stats=STATS, tokens=101)
 
 
 @pytest.mark.parametrize(
     ("status", "width", "line"),
     [
         (Status(LinkState.IDLE), 80, "● not connected"),
-        (Status(LinkState.CONNECTED, rtt_ms=0.42), 80, "● connected  RTT 0.4 ms"),
+        (Status(LinkState.UP, rtt_ms=0.42), 80, "● connected  RTT 0.4 ms"),
         (
             RECEIVING,
             120,
@@ -285,7 +302,17 @@ RECEIVING = Status(LinkState.RECEIVING, rtt_ms=23.4, stats=STATS, tokens=101)
         (
             replace(RECEIVING, stats=replace(STATS, ttft_ms=None), tokens=0, quiet_s=3.2),
             78,
-            "● receiving, quiet 3 s  RTT 23 ms  no loss  0 tok",
+            "● waiting for the model, quiet 3 s  RTT 23 ms  no loss  0 tok",
+        ),
+        (Status(LinkState.IDLE, had_link=True), 80, "● link lost"),
+        (Status(LinkState.CONNECTING, is_answering=True), 80, "● connecting"),
+        (Status(LinkState.SILENT, is_answering=True, tokens=37), 80, "● silent at token 37"),
+        (Status(LinkState.OFFLINE, is_answering=True, tokens=37), 80, "● offline at token 37"),
+        (Status(LinkState.OFFLINE), 80, "● offline"),
+        (
+            Status(LinkState.RECONNECTING, is_answering=True, tokens=37, quiet_s=9.0),
+            80,
+            "● reconnecting at token 37",
         ),
         (RECEIVING, 20, "● receiving  RTT 23…"),
     ],

@@ -15,11 +15,12 @@ from textual.worker import Worker, WorkerCancelled
 from eloquent.core.events import End, Event, Failure, TextDelta
 from eloquent.core.pacer import PaceMode, Pacer
 from eloquent.errors import EloquentError
+from eloquent.session.states import LinkState
 from eloquent_client.client import Client
 from eloquent_client.errors import APIConnectionError, status_error
 from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
-from eloquent_client.tui.status import LinkState, Status, StatusBar
+from eloquent_client.tui.status import Status, StatusBar
 from eloquent_client.tui.widgets import Conversation, Notice, Prompt, Question, Reply
 
 STATUS_EVERY_S = 0.1
@@ -193,23 +194,19 @@ class ChatScreen(Screen[None]):
         await self.query_one(Conversation).add(Notice(text, is_error=True))
 
     def _show_status(self) -> None:
+        link = self._client.link_state
+        if link is LinkState.IDLE and self._is_connecting:
+            link = LinkState.CONNECTING
+        self._had_link = self._had_link or link is LinkState.UP
         is_running = self._is_answering and self._stream is not None
         self.query_one(StatusBar).show(
             Status(
-                state=self._link_state(),
+                link,
+                is_answering=self._is_answering,
+                had_link=self._had_link,
                 rtt_ms=self._client.rtt_ms,
                 stats=self._stream.stats if self._stream is not None else None,
                 tokens=self._tokens,
                 quiet_s=time.monotonic() - self._heard_s if is_running else 0.0,
             )
         )
-
-    def _link_state(self) -> LinkState:
-        if self._is_connecting:
-            return LinkState.CONNECTING
-        if not self._client.is_connected:
-            return LinkState.LOST if self._had_link else LinkState.IDLE
-        self._had_link = True
-        if self._is_answering:
-            return LinkState.RECEIVING if self._tokens else LinkState.WAITING
-        return LinkState.CONNECTED

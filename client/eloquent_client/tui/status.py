@@ -1,11 +1,11 @@
 """The status line: the link to the server, and how the answer comes over it."""
 
 from dataclasses import dataclass
-from enum import Enum
 
 from rich.text import Text
 from textual.widgets import Static
 
+from eloquent.session.states import LinkState
 from eloquent_client.messages import StreamStats
 
 QUIET_AFTER_S = 1.0
@@ -17,24 +17,14 @@ WIDE = 110
 SEPARATOR = "  "
 
 
-class LinkState(Enum):
-    """What the link is doing; the value is what the reader sees."""
-
-    IDLE = "not connected"
-    CONNECTING = "connecting"
-    CONNECTED = "connected"
-    WAITING = "waiting for the model"
-    RECEIVING = "receiving"
-    LOST = "link lost"
-
-
 STYLES = {
     LinkState.IDLE: "dim",
     LinkState.CONNECTING: "yellow",
-    LinkState.CONNECTED: "green",
-    LinkState.WAITING: "yellow",
-    LinkState.RECEIVING: "bold green",
-    LinkState.LOST: "bold red",
+    LinkState.UP: "green",
+    LinkState.SILENT: "bold red",
+    LinkState.OFFLINE: "bold red",
+    LinkState.RECONNECTING: "bold yellow",
+    LinkState.CLOSED: "dim",
 }
 
 
@@ -42,7 +32,10 @@ STYLES = {
 class Status:
     """What the line says."""
 
-    state: LinkState
+    link: LinkState
+    is_answering: bool = False
+    had_link: bool = False
+    "Whether a connection was there or was tried: without one it is lost, not just missing."
     rtt_ms: float | None = None
     "Smoothed round-trip time in milliseconds; None: not connected."
     stats: StreamStats | None = None
@@ -51,6 +44,33 @@ class Status:
     "Of that answer, up to now."
     quiet_s: float = 0.0
     "Seconds since something came last, while an answer runs."
+
+    @property
+    def words(self) -> str:
+        """What the link, or over a good one the answer, is doing."""
+        if self.link is LinkState.UP:
+            return self._activity
+        if self.link is LinkState.IDLE:
+            return "link lost" if self.had_link else "not connected"
+        if self.is_answering and self.link is not LinkState.CONNECTING:
+            return f"{self.link.value} at token {self.tokens}"
+        return str(self.link.value)
+
+    @property
+    def _activity(self) -> str:
+        if not self.is_answering:
+            return "connected"
+        text = "receiving" if self.tokens else "waiting for the model"
+        return f"{text}, quiet {self.quiet_s:.0f} s" if self.quiet_s >= QUIET_AFTER_S else text
+
+    @property
+    def style(self) -> str:
+        """How the words are shown."""
+        if self.link is LinkState.UP and self.is_answering:
+            return "bold green" if self.tokens else "yellow"
+        if self.link is LinkState.IDLE and self.had_link:
+            return "bold red"
+        return STYLES[self.link]
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -64,10 +84,7 @@ class Status:
 def status_line(status: Status, width: int) -> Text:
     """Return the line in words, or in fewer words if there are less than `WIDE` columns."""
     is_short = width < WIDE
-    state = status.state.value
-    if status.quiet_s >= QUIET_AFTER_S:
-        state += f", quiet {status.quiet_s:.0f} s"
-    parts = [Text(f"● {state}", style=STYLES[status.state])]
+    parts = [Text(f"● {status.words}", style=status.style)]
     if status.rtt_ms is not None:
         parts.append(Text(f"RTT {_milliseconds(status.rtt_ms)}"))
     if status.stats is not None and status.stats.datagrams > 0:
