@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.log import Log, LogWindow
+from eloquent.core.padding import Padding
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import (
     SLOW_READER,
@@ -50,6 +51,7 @@ MESSAGE_OPEN = 5
 MESSAGE_REPLY = 6
 MESSAGE_CANCEL = 7
 MESSAGE_BEAT = 8
+MESSAGE_PADDED = 9
 
 BEAT_S = 0.5
 "A client with open turns that has sent nothing for so long sends a beat; without, `KEEPALIVE_S`."
@@ -142,8 +144,10 @@ class ServerChannel(Channel):
     (`ReaderDone`), cancels, is too slow, or is gone.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, padding: bool = True) -> None:
+        """`padding` hides the lengths of tokens in those of messages."""
         super().__init__(now)
+        self._padding = Padding() if padding else None
         self._highest_turn = -1
         self._asked: set[int] = set()
         "Turns that were neither accepted nor rejected yet."
@@ -185,7 +189,7 @@ class ServerChannel(Channel):
         """See `Channel.receive`."""
         kind = _kind(message, MAX_TO_SERVER_BYTES)
         if kind == MESSAGE_OPEN:
-            self._on_open(*_turn_and_rest(message))
+            self._on_open(*_number_and_rest(message))
         elif kind == MESSAGE_CANCEL:
             self._on_cancel(_turn_alone(message))
         elif kind == MESSAGE_BEAT:
@@ -223,8 +227,16 @@ class ServerChannel(Channel):
                 reader.bundles += 1
                 reader.sent += len(data)
                 self._confirm(turn, reader)
-                return encode_bundle(bundle)
+                return self._padded(encode_bundle(bundle), now)
         return None
+
+    def _padded(self, message: bytes, now: float) -> bytes:
+        if self._padding is None:
+            return message
+        wrapped = bytes((MESSAGE_PADDED,)) + encode_varint(len(message)) + message
+        # A message's bytes are new ones only, however long the round trip is.
+        size = self._padding.padded_size(len(wrapped), now, rtt_s=0.0)
+        return wrapped.ljust(size, b"\0")
 
     def _due_times(self) -> list[float]:
         readers = self._readers.values()
@@ -354,8 +366,11 @@ class ClientChannel(Channel):
     def receive(self, message: bytes, now: float) -> None:
         """See `Channel.receive`."""
         kind = _kind(message, MAX_TO_CLIENT_BYTES)
+        if kind == MESSAGE_PADDED:
+            message = _unpadded(message)
+            kind = _kind(message, MAX_TO_CLIENT_BYTES)
         if kind == MESSAGE_REPLY:
-            self._on_reply(*_turn_and_rest(message))
+            self._on_reply(*_number_and_rest(message))
         elif kind == MESSAGE_BEAT:
             _check_beat(message)
             if self._beat_at is not None:
@@ -482,16 +497,24 @@ def _kind(message: bytes, max_bytes: int) -> int:
     return message[0]
 
 
-def _turn_and_rest(message: bytes) -> tuple[int, bytes]:
+def _number_and_rest(message: bytes) -> tuple[int, bytes]:
+    """Return the number that follows a message's type, and what is behind it."""
     decoded = decode_varint(message, 1)
     if decoded is None:
-        raise WireError("A message ends within its turn number: the peer breaks the protocol.")
-    turn, position = decoded
-    return turn, message[position:]
+        raise WireError("A message ends within its first number: the peer breaks the protocol.")
+    number, position = decoded
+    return number, message[position:]
+
+
+def _unpadded(message: bytes) -> bytes:
+    length, rest = _number_and_rest(message)
+    if length > len(rest):
+        raise WireError("A padded message ends before what it pads: the server is broken.")
+    return rest[:length]
 
 
 def _turn_alone(message: bytes) -> int:
-    turn, rest = _turn_and_rest(message)
+    turn, rest = _number_and_rest(message)
     if rest:
         raise WireError("A cancel has bytes after its end: the peer breaks the protocol.")
     return turn

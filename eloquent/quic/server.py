@@ -101,6 +101,7 @@ class ServerConnection(Connection):
     ) -> None:
         super().__init__(configuration, padding=Padding() if padding else None, **options)
         self._make_sender = make_sender
+        self._has_padding = padding
         self._requests: dict[int, bytearray] = {}
         self._early: list[TurnRequested] | None = []
         "Requests for new turns that wait for the end of the handshake; None: it has ended."
@@ -328,7 +329,7 @@ class ServerConnection(Connection):
         assert isinstance(event, quic_events.StreamDataReceived)
         data = event.data
         if self._channel is None:
-            channel = ServerChannel(self._heard_at)
+            channel = ServerChannel(self._heard_at, padding=self._has_padding)
             self._channel = ChannelStream(self._quic, channel, MAX_TO_SERVER_BYTES, is_client=False)
             data = data.removeprefix(CHANNEL_MARK)
         self._channel.receive(data, self._heard_at)

@@ -74,11 +74,11 @@ class _HeardServer(HeardConnection, ServerConnection):
 class _Peer:
     """One connection, its channel, and the readers on it."""
 
-    def __init__(self, service: TurnService, websocket: _HeardServer) -> None:
+    def __init__(self, service: TurnService, websocket: _HeardServer, *, padding: bool) -> None:
         self._service = service
         self._websocket = websocket
         self._readers: dict[int, WebSocketReader] = {}
-        self.channel = ServerChannel(websocket.loop.time())
+        self.channel = ServerChannel(websocket.loop.time(), padding=padding)
         self.driver = ChannelDriver(self.channel, websocket, self._on_event, silent_s=SILENT_S)
 
     @property
@@ -108,8 +108,9 @@ class _Peer:
 class WebSocketListener:
     """Accepts connections on one TCP port and brings their readers to a service."""
 
-    def __init__(self, service: TurnService) -> None:
+    def __init__(self, service: TurnService, *, padding: bool) -> None:
         self._service = service
+        self._padding = padding
         self._peers: dict[_Peer, None] = {}
         self._server: Server | None = None
 
@@ -158,7 +159,7 @@ class WebSocketListener:
 
     async def _handle(self, websocket: ServerConnection) -> None:
         assert isinstance(websocket, _HeardServer)
-        peer = _Peer(self._service, websocket)
+        peer = _Peer(self._service, websocket, padding=self._padding)
         self._peers[peer] = None
         try:
             reason = await peer.driver.run()
@@ -177,14 +178,21 @@ class WebSocketListener:
 
 
 async def listen(
-    host: str, port: int, *, certificate: ServerCertificate, service: TurnService
+    host: str,
+    port: int,
+    *,
+    certificate: ServerCertificate,
+    service: TurnService,
+    padding: bool = True,
 ) -> WebSocketListener:
     """Listen on a TCP address; `port` 0 takes a free one (`WebSocketListener.port` tells).
+
+    `padding` hides the lengths of tokens from those who see the packets.
 
     Raises:
         ConfigurationError: the address cannot be had.
     """
-    listener = WebSocketListener(service)
+    listener = WebSocketListener(service, padding=padding)
     try:
         await listener.open(host, port, certificate)
     except (OSError, UnicodeError, OverflowError) as error:

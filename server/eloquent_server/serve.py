@@ -141,7 +141,11 @@ async def _listen_both(
         over_udp = await listen(options.port)
         try:
             over_tcp = await websocket.listen(
-                options.host, over_udp.port, certificate=certificate, service=service
+                options.host,
+                over_udp.port,
+                certificate=certificate,
+                service=service,
+                padding=options.padding,
             )
         except ConfigurationError:
             await over_udp.close()

@@ -21,6 +21,7 @@ from eloquent.core.channel import (
 from eloquent.core.events import End, TextDelta
 from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.log import TokenLog
+from eloquent.core.padding import SIZES
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import (
     SLOW_READER_S,
@@ -50,10 +51,10 @@ REQUEST = Request(bytes(16), b"{}")
 class Pair:
     """A client and a server whose messages arrive at once, and a clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, padding: bool = False) -> None:
         self.now = 0.0
         self.client = ClientChannel(self.now)
-        self.server = ServerChannel(self.now)
+        self.server = ServerChannel(self.now, padding=padding)
         self.sent: list[tuple[str, bytes]] = []
         self.events: list[TurnEvent] = []
 
@@ -255,6 +256,29 @@ def test_an_answer_that_is_not_what_was_generated_fails_its_turn_alone() -> None
     assert pair.of(TurnCancelled) == [TurnCancelled(turn)]
 
 
+def test_padding_hides_the_lengths_of_tokens() -> None:
+    sizes = []
+    for length in (1, 20, 60):
+        pair = Pair(padding=True)
+        turn = pair.ask()
+        log = told("x" * length, is_closed=False)
+        pair.accept(turn, log)
+        pair.run()
+        assert pair.text() == "x" * length
+        sizes.append(len(pair.sent[-1][1]))
+    assert sizes == [SIZES[0]] * 3
+
+
+def test_a_padded_answer_is_the_same_answer() -> None:
+    pair = Pair(padding=True)
+    texts = ["x" * size for size in (1, 100, 1000, 10_000, 100_000)]
+    turn = pair.ask()
+    pair.accept(turn, told(*texts))
+    pair.run(1.0)
+    assert pair.text() == "".join(texts)
+    assert pair.of(ReaderDone) == [ReaderDone(turn)]
+
+
 # Readers that do not read, and peers that say nothing.
 
 
@@ -399,7 +423,18 @@ def test_a_server_refuses_what_breaks_the_protocol(message: bytes) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [b"", b"\x06", b"\x08\x00", b"\x05\x00", b"\x07\x00", encode_report(Report(0, 0, -1))],
+    [
+        b"",
+        b"\x09",
+        b"\x09\x05\x08",
+        b"\x09\x00",
+        b"\x09\x01\x09\x00",
+        b"\x06",
+        b"\x08\x00",
+        b"\x05\x00",
+        b"\x07\x00",
+        encode_report(Report(0, 0, -1)),
+    ],
 )
 def test_a_client_refuses_what_breaks_the_protocol(message: bytes) -> None:
     client = ClientChannel(0.0)
