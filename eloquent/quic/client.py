@@ -6,7 +6,8 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.channel import MAX_TO_CLIENT_BYTES, ClientChannel
+from eloquent.core.channel import MAX_TO_CLIENT_BYTES
+from eloquent.core.channel_client import ClientChannel
 from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress

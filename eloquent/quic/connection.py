@@ -13,7 +13,8 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.channel import ClientChannel, ServerChannel
+from eloquent.core.channel_client import ClientChannel
+from eloquent.core.channel_server import ServerChannel
 from eloquent.core.path import Path
 from eloquent.core.turns import TurnEvent
 from eloquent.core.wire import ALPN, Frame, decode_frame
@@ -22,11 +23,11 @@ from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
 from eloquent.quic._roaming import RoamingConnection
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.stream import ChannelStream
+from eloquent.quic.thin import THIN
 
 StreamEvent = (
     quic_events.StreamDataReceived | quic_events.StreamReset | quic_events.StopSendingReceived
 )
-from eloquent.quic.thin import THIN
 
 Address = Any
 "A socket address, as the socket's family has it."

@@ -7,7 +7,8 @@ from typing import Any
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 
-from eloquent.core.channel import MAX_TO_SERVER_BYTES, ServerChannel
+from eloquent.core.channel import MAX_TO_SERVER_BYTES
+from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S, SERVER_PROBE_AFTER_S, SERVER_PROBE_EVERY_S
 from eloquent.core.log import Log, LogWindow
 from eloquent.core.padding import Padding

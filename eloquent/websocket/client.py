@@ -8,7 +8,8 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import InvalidHandshake
 
-from eloquent.core.channel import MAX_TO_CLIENT_BYTES, ClientChannel
+from eloquent.core.channel import MAX_TO_CLIENT_BYTES
+from eloquent.core.channel_client import ClientChannel
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnEvent, TurnFailed, TurnProgress
 from eloquent.core.wire import Request

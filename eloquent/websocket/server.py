@@ -11,7 +11,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from eloquent.core.channel import MAX_TO_SERVER_BYTES, ServerChannel
+from eloquent.core.channel import MAX_TO_SERVER_BYTES
+from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S
 from eloquent.core.log import Log
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnEvent, TurnRequested

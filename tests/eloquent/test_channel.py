@@ -13,11 +13,11 @@ from eloquent.core.channel import (
     MESSAGE_OPEN,
     MESSAGE_REPLY,
     Channel,
-    ClientChannel,
     MessageSplitter,
-    ServerChannel,
     with_length,
 )
+from eloquent.core.channel_client import ClientChannel
+from eloquent.core.channel_server import ServerChannel
 from eloquent.core.events import End, TextDelta
 from eloquent.core.liveness import KEEPALIVE_S
 from eloquent.core.log import TokenLog

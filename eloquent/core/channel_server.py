@@ -1,0 +1,235 @@
+"""The server's end of a channel: turns come in, their logs go out in bundles."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from eloquent.core.channel import (
+    MAX_BUNDLE_DATA_BYTES,
+    MAX_OPEN_TURNS,
+    MAX_TO_SERVER_BYTES,
+    MESSAGE_BEAT,
+    MESSAGE_CANCEL,
+    MESSAGE_OPEN,
+    MESSAGE_PADDED,
+    MESSAGE_REPLY,
+    NOW,
+    Channel,
+    check_beat,
+    kind_of,
+    number_and_rest,
+)
+from eloquent.core.log import Log, LogWindow
+from eloquent.core.padding import Padding
+from eloquent.core.turns import (
+    SLOW_READER,
+    SLOW_READER_S,
+    TOO_LARGE,
+    ReaderDone,
+    TurnCancelled,
+    TurnRequested,
+)
+from eloquent.core.varint import encode_varint
+from eloquent.core.wire import (
+    MAX_REASON_CHARS,
+    MAX_REQUEST_BODY_BYTES,
+    READER_WINDOW_BYTES,
+    Bundle,
+    Ended,
+    Rejected,
+    Report,
+    UnsupportedVersionError,
+    decode_frame,
+    decode_request,
+    encode_bundle,
+    encode_reply,
+)
+from eloquent.errors import WireError
+
+
+@dataclass(slots=True)
+class _Reader:
+    """An accepted turn: its reader gets the log through a window."""
+
+    window: LogWindow
+    sent: int
+    "The offset up to which the log has been sent."
+    bundles: int = 0
+    full_at: float | None = None
+    "Since when there has been more than the window lets through."
+    is_confirmed: bool = False
+
+
+class ServerChannel(Channel):
+    """One client.
+
+    A turn's life here is that on a `ServerConnection`: the application gets `TurnRequested` and
+    answers with `accept` or `reject`; an accepted turn is read until the reader has everything
+    (`ReaderDone`), cancels, is too slow, or is gone.
+    """
+
+    def __init__(self, now: float, *, padding: bool = True) -> None:
+        """`padding` hides the lengths of tokens in those of messages."""
+        super().__init__(now)
+        self._padding = Padding() if padding else None
+        self._highest_turn = -1
+        self._asked: set[int] = set()
+        "Turns that were neither accepted nor rejected yet."
+        self._readers: dict[int, _Reader] = {}
+        self._order: deque[int] = deque()
+        self._replies: dict[int, bytes] = {}
+        "By turn, those that were not sent yet."
+
+    def accept(self, turn: int, log: Log, offset: int = 0) -> None:
+        """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled.
+
+        `log_grew` must follow.
+        """
+        if turn in self._asked:
+            self._asked.remove(turn)
+            window = LogWindow(log, offset + READER_WINDOW_BYTES)
+            self._readers[turn] = _Reader(window, offset)
+            self._order.append(turn)
+
+    def reject(self, turn: int, code: str, message: str) -> None:
+        """Decline a turn, or give up one that was accepted, unless its reader cancelled.
+
+        `docs/protocol.md` lists the codes.
+        """
+        reader = self._readers.get(turn)
+        if turn in self._asked or (reader is not None and not reader.is_confirmed):
+            self._drop(turn)
+            self._reply(turn, Rejected(code, message[:MAX_REASON_CHARS]))
+
+    def log_grew(self, turn: int, now: float) -> None:
+        """Tell the channel that the turn's log has more, or is closed."""
+        reader = self._readers.get(turn)
+        if reader is not None:
+            if reader.window.is_full and reader.full_at is None:
+                reader.full_at = now
+            self._confirm(turn, reader)
+
+    def receive(self, message: bytes, now: float) -> None:
+        """See `Channel.receive`."""
+        kind = kind_of(message, MAX_TO_SERVER_BYTES)
+        if kind == MESSAGE_OPEN:
+            self._on_open(*number_and_rest(message))
+        elif kind == MESSAGE_CANCEL:
+            self._on_cancel(_turn_alone(message))
+        elif kind == MESSAGE_BEAT:
+            check_beat(message)
+            self._beat_is_due = True
+        else:
+            frame = decode_frame(message)
+            if not isinstance(frame, Report):
+                raise WireError("A client sent a bundle; only servers send bundles.")
+            self._on_report(frame, now)
+
+    def _do_what_is_due(self, now: float) -> None:
+        slow = [
+            turn
+            for turn, reader in self._readers.items()
+            if reader.full_at is not None and reader.full_at + SLOW_READER_S <= now
+        ]
+        for turn in slow:
+            self.reject(turn, "slow_reader", SLOW_READER)
+            self._events.append(ReaderDone(turn))
+
+    def _make_message(self, now: float) -> bytes | None:
+        """Return a reply, a beat or a bundle; the turns take their chances in rotation."""
+        for turn in self._replies:
+            return bytes((MESSAGE_REPLY,)) + encode_varint(turn) + self._replies.pop(turn)
+        if self._beat_is_due:
+            return self._make_beat()
+        for _ in range(len(self._order)):
+            turn = self._order[0]
+            self._order.rotate(-1)
+            reader = self._readers[turn]
+            if reader.sent < reader.window.length:
+                data = reader.window.read(reader.sent, reader.sent + MAX_BUNDLE_DATA_BYTES)
+                bundle = Bundle(turn, reader.bundles, reader.sent, data)
+                reader.bundles += 1
+                reader.sent += len(data)
+                self._confirm(turn, reader)
+                return self._padded(encode_bundle(bundle), now)
+        return None
+
+    def _padded(self, message: bytes, now: float) -> bytes:
+        if self._padding is None:
+            return message
+        wrapped = bytes((MESSAGE_PADDED,)) + encode_varint(len(message)) + message
+        # A message's bytes are new ones only, however long the round trip is.
+        size = self._padding.padded_size(len(wrapped), now, rtt_s=0.0)
+        return wrapped.ljust(size, b"\0")
+
+    def _due_times(self) -> list[float]:
+        readers = self._readers.values()
+        if self._replies or any(reader.sent < reader.window.length for reader in readers):
+            return [NOW]
+        return [r.full_at + SLOW_READER_S for r in readers if r.full_at is not None]
+
+    def _on_open(self, turn: int, data: bytes) -> None:
+        if turn <= self._highest_turn:
+            raise WireError(f"Turn {turn} was opened after turn {self._highest_turn}.")
+        if len(self._asked | self._readers.keys() | self._replies.keys()) >= MAX_OPEN_TURNS:
+            raise WireError(f"More than {MAX_OPEN_TURNS} turns are open: the client is broken.")
+        self._highest_turn = turn
+        self._asked.add(turn)
+        try:
+            request = decode_request(data)
+        except UnsupportedVersionError as error:
+            self.reject(turn, "unsupported_version", str(error))
+        except WireError as error:
+            self.reject(turn, "malformed_request", str(error))
+        else:
+            if len(request.body) > MAX_REQUEST_BODY_BYTES:
+                self.reject(turn, "request_too_large", TOO_LARGE)
+            else:
+                self._events.append(TurnRequested(turn, request))
+
+    def _on_cancel(self, turn: int) -> None:
+        self._check_opened(turn)
+        self._replies.pop(turn, None)
+        if turn in self._asked or turn in self._readers:
+            self._drop(turn)
+            self._events.append(TurnCancelled(turn))
+
+    def _on_report(self, report: Report, now: float) -> None:
+        self._check_opened(report.turn)
+        reader = self._readers.get(report.turn)
+        if reader is None:
+            return
+        if report.contiguous > reader.sent or report.newest >= reader.bundles:
+            raise WireError("A report acknowledges what was never sent: the client is broken.")
+        limit = report.contiguous - report.unread + READER_WINDOW_BYTES
+        if limit > reader.window.limit:
+            reader.window.limit = limit
+            reader.full_at = now if reader.window.is_full else None
+            self._confirm(report.turn, reader)
+        if reader.is_confirmed and report.contiguous == reader.sent:
+            self._drop(report.turn)
+            self._events.append(ReaderDone(report.turn))
+
+    def _check_opened(self, turn: int) -> None:
+        if turn > self._highest_turn:
+            raise WireError(f"A message names turn {turn}, which was never opened.")
+
+    def _confirm(self, turn: int, reader: _Reader) -> None:
+        end = reader.window.end
+        if end is not None and reader.sent >= reader.window.length and not reader.is_confirmed:
+            reader.is_confirmed = True
+            self._reply(turn, Ended(end.length, end.digest))
+
+    def _reply(self, turn: int, reply: Rejected | Ended) -> None:
+        self._replies[turn] = encode_reply(reply)
+
+    def _drop(self, turn: int) -> None:
+        self._asked.discard(turn)
+        if self._readers.pop(turn, None) is not None:
+            self._order.remove(turn)
+
+
+def _turn_alone(message: bytes) -> int:
+    turn, rest = number_and_rest(message)
+    if rest:
+        raise WireError("A cancel has bytes after its end: the peer breaks the protocol.")
+    return turn
