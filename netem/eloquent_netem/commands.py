@@ -12,6 +12,7 @@ from typing import Annotated, ParamSpec
 from cyclopts import App, Parameter
 
 from eloquent_netem.errors import NetemError
+from eloquent_netem.realtime import LATENESS_BOUND_S
 from eloquent_netem.scenario import Scenario, library_names, load_scenario
 
 EXIT_ERROR = 1
@@ -111,6 +112,7 @@ def run(
     seed: int | None = None,
     live: Annotated[bool, Parameter(negative="")] = False,
     pcap: Path | None = None,
+    lateness_bound_ms: float = 1e3 * LATENESS_BOUND_S,
 ) -> None:
     """Run a command, or two, inside an emulated network (Linux; needs root or user namespaces).
 
@@ -132,6 +134,8 @@ def run(
         Show rates, delays, losses and queues on the screen; what the commands print goes to a file.
     pcap
         Write the packets as they come out of the network to this file, for Wireshark or tcpdump.
+    lateness_bound_ms
+        Refuse the run if one packet in 100 comes out later than this.
     """
     from eloquent_netem.run import run_commands
 
@@ -140,7 +144,14 @@ def run(
     found = load(scenario)
     chosen = found.seed if seed is None else seed
     code = run_commands(
-        found, chosen, command, server=server, report=sys.stderr, live=live, pcap=pcap
+        found,
+        chosen,
+        command,
+        server=server,
+        report=sys.stderr,
+        live=live,
+        pcap=pcap,
+        lateness_bound_s=lateness_bound_ms / 1e3,
     )
     sys.exit(code)
 
@@ -155,6 +166,7 @@ def proxy(
     seed: int | None = None,
     live: Annotated[bool, Parameter(negative="")] = False,
     pcap: Path | None = None,
+    lateness_bound_ms: float = 1e3 * LATENESS_BOUND_S,
 ) -> None:
     """Forward UDP to a server through an emulated network; needs no privileges.
 
@@ -175,12 +187,23 @@ def proxy(
     pcap
         Write what comes out of the network to this file, for Wireshark or tcpdump; the IP and UDP
         headers are made up.
+    lateness_bound_ms
+        Refuse the run if one packet in 100 comes out later than this.
     """
     from eloquent_netem.run import run_proxy
 
     found = load(scenario)
     chosen = found.seed if seed is None else seed
-    run_proxy(found, chosen, listen=listen, target=to, report=sys.stderr, live=live, pcap=pcap)
+    run_proxy(
+        found,
+        chosen,
+        listen=listen,
+        target=to,
+        report=sys.stderr,
+        live=live,
+        pcap=pcap,
+        lateness_bound_s=lateness_bound_ms / 1e3,
+    )
 
 
 def load(name_or_path: str | Path) -> Scenario:

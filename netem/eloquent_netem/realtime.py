@@ -68,7 +68,8 @@ class Lateness:
         raise LatenessError(
             f"One packet in 100 came out {self.p99_s * 1e3:.2f} ms late or later, and "
             f"{bound_s * 1e3:.2f} ms is the bound, so this run's figures would show the machine "
-            f"and not the network: {advice}, or set a wider lateness_bound_s."
+            f"and not the network: {advice}, or widen the bound (--lateness-bound-ms; in code "
+            "lateness_bound_s)."
         )
 
 

@@ -21,7 +21,7 @@ from eloquent_netem.namespaces import CLIENT_ADDRESS, SERVER_ADDRESS
 from eloquent_netem.packet import Packet
 from eloquent_netem.proxy import start_proxy
 from eloquent_netem.queues import Queue
-from eloquent_netem.realtime import DriverStats, MakeLinks
+from eloquent_netem.realtime import LATENESS_BOUND_S, DriverStats, MakeLinks
 from eloquent_netem.scenario import Scenario
 from eloquent_netem.tun import tun_network, with_ecn
 
@@ -54,12 +54,14 @@ def run_commands(
     report: TextIO,
     live: bool = False,
     pcap: Path | None = None,
+    lateness_bound_s: float = LATENESS_BOUND_S,
 ) -> int:
     """Run a command on the client's side, and perhaps one on the server's; return its exit code.
 
     The server's command is started first and ended with the client's. With `live` the terminal
     shows the links, and what the commands print goes to a file. `pcap` is where to write the
-    packets that come out of the links.
+    packets that come out of the links. A run in which more than 1% of the packets come out later
+    than `lateness_bound_s` is refused.
 
     Raises:
         CommandError: the server's command is none.
@@ -80,7 +82,9 @@ def run_commands(
             stack.callback(print, f"The commands' output is in {output}", file=report)
             file = stack.enter_context(output.open("wb"))
             options |= {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        network = stack.enter_context(tun_network(links, cross=cross))
+        network = stack.enter_context(
+            tun_network(links, cross=cross, lateness_bound_s=lateness_bound_s)
+        )
         stack.enter_context(sigterm_as_exit())
         network.start()
         if server_words is not None:
@@ -108,10 +112,12 @@ def run_proxy(
     report: TextIO,
     live: bool = False,
     pcap: Path | None = None,
+    lateness_bound_s: float = LATENESS_BOUND_S,
 ) -> None:
     """Forward UDP through a scenario until SIGINT or SIGTERM.
 
-    `live` and `pcap` are those of `run_commands`; the packets get headers that are made up.
+    `live`, `pcap` and `lateness_bound_s` are those of `run_commands`; the packets get headers that
+    are made up.
 
     Raises:
         AddressError: an address is not HOST:PORT.
@@ -124,6 +130,7 @@ def run_proxy(
         target=parse_address(target),
         listen=parse_address(listen),
         cross=partial(scenario.cross_flows, seed=seed),
+        lateness_bound_s=lateness_bound_s,
     ) as proxy:
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
