@@ -194,7 +194,8 @@ class PrefixCache:
 
     def _publish_block(self, turn: Turn, i: int, key: bytes, now: float) -> bool:
         parent = turn.keys[i - 1] if i else None
-        if parent is not None and parent not in self.tree:
+        # Found, so of use now: making room below cannot evict it.
+        if parent is not None and not self.tree.find(parent, now):
             return False
         over = self._tenant_blocks is not None and (
             self.tree.count(turn.tenant) >= self._tenant_blocks

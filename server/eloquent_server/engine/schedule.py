@@ -6,6 +6,7 @@ tenant's weight, and who has had least goes first. Within a tenant, the earliest
 moment from which the reader waits. Newcomers have later ones, so nobody starves.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -66,10 +67,7 @@ class FairShare:
 
     def leave(self, tenant: str) -> None:
         """A turn of the tenant has ended."""
-        account = self._accounts[tenant]
-        account.turns -= 1
-        if not account.turns and account.spent <= self._floor:
-            del self._accounts[tenant]  # Coming back it would start at the floor all the same.
+        self._accounts[tenant].turns -= 1
 
     def charge(self, job: Job, *, prompt: int = 0, decoded: int = 0) -> None:
         """Count tokens that were computed for a turn."""
@@ -83,9 +81,9 @@ class FairShare:
         )
 
     def tidy(self) -> None:
-        """Forget tenants without turns whom the others have overtaken."""
+        """Forget tenants without turns whom the others have overtaken, or if nobody is left."""
         present = [a.spent for a in self._accounts.values() if a.turns]
-        floor = min(present) if present else self._floor
+        floor = min(present, default=math.inf)
         for tenant, account in list(self._accounts.items()):
             if not account.turns and account.spent <= floor:
                 del self._accounts[tenant]
