@@ -21,6 +21,7 @@ from rungs import (
     udp_between,
     virtually,
 )
+from session_world import FakeMachine
 from telling import Telling
 
 from eloquent.core.events import End, Event
@@ -34,6 +35,7 @@ from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.websocket.client import STAGGER_S
 from eloquent.websocket.client import connect as connect_websocket
+from eloquent.websocket.server import listen as listen_websocket
 from eloquent_netem.packet import Packet
 from eloquent_netem.tcp.segment import TcpPacket
 from eloquent_netem.vloop import VirtualNetwork
@@ -189,6 +191,39 @@ def test_udp_that_comes_back_is_climbed_back_to_and_nothing_is_lost_or_repeated(
     assert rungs[-1][0] - rungs[-2][0] == pytest.approx(CLIMB_FIRST_S + RTT_S, abs=0.2)
 
 
+def test_a_change_of_network_brings_the_climb_at_once() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S)):
+            machine = FakeMachine()
+            session = racing(machine=machine)
+            reading = asyncio.ensure_future(collect(session.ask(b"{}")))
+            await asyncio.sleep(3.0)
+            assert rung_of(session) is Rung.WEBSOCKET
+            machine.change("wlan")  # addresses came and went, and the way is the same
+            await asyncio.sleep(0.2)
+            assert rung_of(session) is Rung.DATAGRAMS
+            assert text_of(await reading) == TEXT
+            await session.close()
+
+    virtually(main, udp_between(0.0, 2.0))
+
+
+def test_another_network_with_udp_is_used_at_once() -> None:
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, GAP_S)):
+            machine = FakeMachine()
+            session = racing(machine=machine)
+            reading = asyncio.ensure_future(collect(session.ask(b"{}")))
+            await asyncio.sleep(3.0)
+            machine.change("cellular")
+            await asyncio.sleep(2.0)
+            assert rung_of(session) is Rung.DATAGRAMS
+            assert text_of(await reading) == TEXT
+            await session.close()
+
+    virtually(main, udp_between(0.0, 2.0))
+
+
 def test_a_climb_that_fails_is_tried_again_a_minute_later() -> None:
     events, rungs = whole_turn(udp_between(0.0, 30.0), tokens=TOKENS * 10)
     assert text_of(events) == TEXT * 10
@@ -311,6 +346,28 @@ def test_the_wrong_certificate_is_refused_either_way() -> None:
             await session.close()
 
     virtually(main)
+
+
+# Over real sockets.
+
+
+async def test_a_port_that_swallows_udp_is_passed_by_over_tcp() -> None:
+    telling = Telling(TOKENS, 0.001)
+    listener = await listen_websocket("127.0.0.1", 0, certificate=CERTIFICATE, service=telling)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as swallowing:
+        swallowing.bind(("127.0.0.1", listener.port))
+        url = dataclasses.replace(URL, host="127.0.0.1", port=listener.port)
+        session = racing(url)
+        try:
+            async with asyncio.timeout(30):
+                before = now()
+                await session.connect()
+                print(f"connected after {(now() - before) * 1e3:.0f} ms")  # noqa: T201
+                assert text_of(await collect(session.ask(b"{}"))) == TEXT
+            assert rung_of(session) is Rung.WEBSOCKET
+        finally:
+            await session.close()
+            await listener.close()
 
 
 # Addresses.
