@@ -26,8 +26,7 @@ from aioquic.quic.congestion.base import (
 )
 from aioquic.quic.packet_builder import QuicSentPacket
 
-INNER = "reno"
-"What `prague` is put on when a configuration names it."
+from eloquent.quic.thin import THIN
 
 SHARE_WEIGHT = 1 / 16
 MIN_VIRTUAL_RTT_S = 0.025
@@ -248,7 +247,7 @@ class PraguePacer:
 
 
 def _prague(*, max_datagram_size: int) -> Prague:
-    inner = create_congestion_control(INNER, max_datagram_size=max_datagram_size)
+    inner = create_congestion_control(THIN, max_datagram_size=max_datagram_size)
     return Prague(inner, max_datagram_size=max_datagram_size)
 
 

@@ -17,6 +17,7 @@ from eloquent.quic.client import client_configuration
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import MarkingPolicy
 from eloquent.quic.server import server_configuration
+from eloquent.quic.thin import THIN
 from eloquent_netem import packet as netem
 from eloquent_netem.link import Link
 from eloquent_netem.sim import Actor, simulate
@@ -149,7 +150,7 @@ class EcnPair:
         down: Link | None = None,
         rewrite: Rewrite = as_is,
         client_class: type[LateBoundConnection] = EcnConnection,
-        congestion_control: str = "reno",
+        congestion_control: str = THIN,
         others: tuple[Actor, ...] = (),
     ) -> None:
         self.up = Link(delay_s=0.02, seed=0, name="up") if up is None else up

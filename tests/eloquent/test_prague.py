@@ -13,9 +13,11 @@ from aioquic.tls import Epoch
 
 from eloquent.quic.marking import all_c, all_l, marking
 from eloquent.quic.prague import Prague, PraguePacer
+from eloquent.quic.thin import ThinControl
 from eloquent_netem.cross import CubicFlow
 from eloquent_netem.dualpi2 import DualPi2
-from eloquent_netem.link import Link
+from eloquent_netem.link import Link, stage_rng
+from eloquent_netem.loss import IndependentLoss
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import FixedRate
 from tests.eloquent.ecn_pair import Datagrams, EcnPair, always, every
@@ -206,6 +208,7 @@ def test_a_configuration_can_name_it() -> None:
         configuration.congestion_control_algorithm, max_datagram_size=FULL_BYTES
     )
     assert isinstance(control, Prague)
+    assert isinstance(control.inner, ThinControl)
     assert control.congestion_window == 10 * FULL_BYTES
 
 
@@ -273,6 +276,30 @@ def test_policies_have_names() -> None:
     assert marking("classic") is all_c
     with pytest.raises(Exception, match="no marking policy 'l4'"):
         marking("l4")
+
+
+@pytest.mark.parametrize("loss", [0.02, 0.2])
+def test_random_loss_is_answered_as_without_prague(loss: float) -> None:
+    def windows(policy: str) -> list[int]:
+        """Return the window at the end of each second."""
+        up, down = (
+            Link(
+                delay_s=0.05, seed=1, name=name, loss=IndependentLoss(loss, stage_rng(1, name, ""))
+            )
+            for name in ("up", "down")
+        )
+        make_marking = marking(policy)
+        pair = EcnPair(
+            every(0.01), None if make_marking is None else make_marking(), up=up, down=down
+        )
+        seen = []
+        for second in range(2, 12):
+            pair.run(second)
+            seen.append(pair.quic._loss.congestion_window)
+        assert pair.source.lost > 0
+        return seen
+
+    assert windows("l4s") == windows("off")
 
 
 class Shared(Link):
