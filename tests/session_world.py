@@ -3,18 +3,22 @@
 import asyncio
 import datetime
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from telling import Telling
 
 from eloquent.core.events import End, Event, TextDelta
 from eloquent.quic.certificate import make_certificate
+from eloquent.quic.connect import connect
 from eloquent.quic.listen import Listener, listen
+from eloquent.quic.tickets import Tickets
 from eloquent.serving import TurnService
 from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl
+from eloquent_netem.capture import Address
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import IndependentLoss, Loss, NoLoss
 from eloquent_netem.packet import Packet
@@ -26,6 +30,8 @@ T = TypeVar("T")
 PORT = 4433
 CERTIFICATE = make_certificate("server", datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
 SERVER = "server"
+URL = ServerUrl(SERVER, PORT, CERTIFICATE.pin)
+KEPT_PACKETS = 1000
 OTHER_IP = "203.0.113.9"
 
 
@@ -41,11 +47,15 @@ class Road:
         "Changes a packet's addresses; False: it vanishes."
         self.ports: dict[int, None] = {}
         "From which packets were sent."
+        self.packets: list[tuple[Address, bytes]] = []
+        "The first packets that were sent, with their source."
         self.sizes: list[tuple[float, int]] = []
         "Of the packets that were sent, IP and UDP headers included, with their times."
 
     def send(self, now: float, packet: Packet) -> None:
         assert isinstance(packet, Datagram)
+        if len(self.packets) < KEPT_PACKETS:
+            self.packets.append((packet.source, packet.data))
         self.ports[packet.source[1]] = None
         self.sizes.append((now, packet.size))
         is_too_large = self.max_bytes is not None and packet.size > self.max_bytes
@@ -94,9 +104,11 @@ class World:
         self.machine = FakeMachine()
         self.states: list[tuple[float, LinkState]] = []
         self.listener: Listener | None = None
+        self.tickets = Tickets(URL)
         self.session = Session(
-            ServerUrl(SERVER, PORT, CERTIFICATE.pin),
+            URL,
             on_state=lambda state: self.states.append((now(), state)),
+            connector=partial(connect, tickets=self.tickets),
             machine=self.machine,
         )
 

@@ -12,6 +12,7 @@ from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import EloquentError
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.quic.tickets import Tickets
 from eloquent.session.race import Race
 from eloquent.session.session import OnState, Session
 from eloquent.session.states import LinkState
@@ -43,11 +44,13 @@ class Client:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         on_link_state: OnState = lambda state: None,
         qlog_dir: Path | None = None,
+        ticket: bytes | None = None,
     ) -> None:
         """`timeout_s` bounds a turn in all, `connect_timeout_s` the handshake; both in seconds.
 
         `on_link_state` is called with each new state of the link. `qlog_dir` is a directory for a
-        log of each connection: packets, sizes and times, and no text.
+        log of each connection: packets, sizes and times, and no text. `ticket` is what another
+        client's `take_ticket` gave: `resume` is a round trip faster with it.
 
         Raises:
             ConfigurationError: `url` is no server URL, or nothing can be written to `qlog_dir`.
@@ -57,6 +60,9 @@ class Client:
         self._connect_timeout_s = connect_timeout_s
         self._on_link_state = on_link_state
         self._qlog = None if qlog_dir is None else QlogDirectory(qlog_dir)
+        self._tickets = Tickets(self._url)
+        if ticket is not None:
+            self._tickets.load(ticket)
         self._session: Session | None = None
 
     @property
@@ -120,6 +126,13 @@ class Client:
         """
         await self._connect()
 
+    def take_ticket(self) -> bytes | None:
+        """Return a ticket for a client in another process, which may use it once; None: none yet.
+
+        The server gives one with each connection. Keep it as secret as a password.
+        """
+        return self._tickets.exported()
+
     def fail(self, error: EloquentError) -> None:
         """Let all turns fail with `error`, those that run and those asked later.
 
@@ -149,7 +162,7 @@ class Client:
 
     def _get_session(self) -> Session:
         if self._session is None:
-            race = Race(qlog=self._qlog)
+            race = Race(qlog=self._qlog, tickets=self._tickets)
             self._session = Session(
                 self._url,
                 connect_timeout_s=self._connect_timeout_s,

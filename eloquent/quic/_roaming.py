@@ -45,6 +45,16 @@ class RoamingConnection(EcnConnection):
             first = self._host_cids[0]
             first.stateless_reset_token = reset_key.token(first.cid)
 
+    @property
+    def can_send_early(self) -> bool:
+        """Whether requests may leave before the handshake is done (0-RTT, client)."""
+        return self._cryptos[Epoch.ZERO_RTT].send.is_valid()
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether a ticket showed who the peer is, so that it showed no certificate again."""
+        return self.tls.session_resumed
+
     # Probes and migration.
 
     def send_probe(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.tls import SessionTicket
 
 from eloquent.core.channel import MAX_TO_CLIENT_BYTES
 from eloquent.core.channel_client import ClientChannel
@@ -34,6 +35,7 @@ from eloquent.quic.connection import (
 )
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.stream import CHANNEL_STREAM, ChannelStream
+from eloquent.quic.tickets import Tickets
 
 MAX_REPORT_BYTES = 25
 "A report's type and three of the longest varints."
@@ -56,10 +58,22 @@ class ClientConnection(Connection):
     """One server; turns are opened with `request` and seen through events."""
 
     def __init__(
-        self, configuration: QuicConfiguration, *, pin: str | None = None, **options: Any
+        self,
+        configuration: QuicConfiguration,
+        *,
+        pin: str | None = None,
+        tickets: Tickets | None = None,
+        **options: Any,
     ) -> None:
+        """`tickets` are those of the server, and get its new ones."""
+        if tickets is not None:
+            configuration.session_ticket = tickets.take()
+            options["session_ticket_handler"] = self._on_ticket
         super().__init__(configuration, **options)
         self._pin = pin
+        self._tickets = tickets
+        self._is_trusted = False
+        "Whether the server is the right one."
         self._receivers: dict[int, Receiver] = {}
         self._replies: dict[int, bytearray] = {}
         self._keepalive_at: float | None = None
@@ -126,6 +140,11 @@ class ClientConnection(Connection):
             return self._channel.channel.has_turn(turn)
         return turn in self._receivers
 
+    @property
+    def can_request_early(self) -> bool:
+        """Whether resumes may be sent already while the handshake goes on (0-RTT)."""
+        return self._quic.can_send_early and self._quic.can_send_datagrams
+
     def probe(self) -> None:
         """Send something soon that the server answers, whatever the congestion window says."""
         self._quic.send_probe()
@@ -170,10 +189,7 @@ class ClientConnection(Connection):
         return [time for time in (*times, self._keepalive_at) if time is not None]
 
     def _on_handshake_completed(self) -> None:
-        certificate = self._quic.peer_certificate
-        if self._pin is not None and (
-            certificate is None or certificate_pin(certificate) != self._pin.lower()
-        ):
+        if not self._is_pinned_one():
             self.close("the server's certificate is not the pinned one", CLOSE_BAD_CERTIFICATE)
             return
         is_unused = self._quic.get_next_available_stream_id() == CHANNEL_STREAM
@@ -181,7 +197,18 @@ class ClientConnection(Connection):
             self._channel = ChannelStream(
                 self._quic, ClientChannel(self._heard_at), MAX_TO_CLIENT_BYTES, is_client=True
             )
+        self._is_trusted = True
         self._events.append(Connected())
+
+    def _is_pinned_one(self) -> bool:
+        if self._pin is None or self._quic.is_resumed:
+            return True  # TLS has looked, now or when it gave the ticket
+        certificate = self._quic.peer_certificate
+        return certificate is not None and certificate_pin(certificate) == self._pin.lower()
+
+    def _on_ticket(self, ticket: SessionTicket) -> None:
+        if self._is_trusted and self._tickets is not None:
+            self._tickets.put(ticket)
 
     def _on_frame(self, frame: Frame, now: float) -> None:
         if not isinstance(frame, Bundle):

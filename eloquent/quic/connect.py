@@ -13,6 +13,7 @@ from eloquent.quic.connection import Address, Connected, ConnectionEnded, Connec
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.quic.tickets import Tickets
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.url import ServerUrl
 
@@ -22,13 +23,19 @@ CONNECT_TIMEOUT_S = 5.0
 class QuicLink:
     """A `Link` over QUIC."""
 
-    def __init__(self, url: ServerUrl, user: LinkUser, qlog: QlogDirectory | None = None) -> None:
+    def __init__(
+        self,
+        url: ServerUrl,
+        user: LinkUser,
+        qlog: QlogDirectory | None = None,
+        tickets: Tickets | None = None,
+    ) -> None:
         self._url = url
         self._user = user
         self._transport: UdpTransport | None = None
         configuration = client_configuration(url.host, pin=url.pin)
         configuration.quic_logger = qlog
-        self._connection = ClientConnection(configuration, pin=url.pin)
+        self._connection = ClientConnection(configuration, pin=url.pin, tickets=tickets)
         self._driver = Driver(self._connection, self._send, self._on_event)
         self._address: Address = None
         self._connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -110,6 +117,8 @@ class QuicLink:
         """
         self._address = address
         self._connection.connect(address, self._driver.now())
+        if self._connection.can_request_early:
+            self._user.on_early(self)
         self._driver.pump()
         try:
             await asyncio.wait_for(asyncio.shield(self._connected), timeout_s)
@@ -190,16 +199,18 @@ async def connect(
     *,
     address: str | None = None,
     qlog: QlogDirectory | None = None,
+    tickets: Tickets | None = None,
 ) -> QuicLink:
     """Connect to a server; the connection's log goes to `qlog`.
 
-    `address` is the one of the host's addresses to take; None: any.
+    `address` is the one of the host's addresses to take; None: any. With one of the `tickets`,
+    resumes leave at once (0-RTT).
 
     Raises:
         ConnectionFailedError: the name is unknown, no server answers within `timeout_s` seconds,
             or it is not the one that the URL's pin names (`ServerRefusedError`).
     """
-    link = QuicLink(url, user, qlog)
+    link = QuicLink(url, user, qlog, tickets)
     try:
         transport = await open_udp(link, remote=(address or url.host, url.port))
     except (OSError, UnicodeError) as error:

@@ -24,6 +24,7 @@ from eloquent.quic.marking import MakeMarking
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.reset import ResetKey, ResetLimit
 from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent.quic.tickets import TicketBook
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.serving import TurnService
 
@@ -125,6 +126,7 @@ class Listener:
         self._make_marking = make_marking
         self._reset_key = ResetKey.of(certificate.private_key)
         self._reset_limit = ResetLimit()
+        self._tickets = TicketBook()
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
         self._transport: UdpTransport | None = None
@@ -225,6 +227,8 @@ class Listener:
             marking=self._make_marking() if self._make_marking is not None else None,
             original_destination_connection_id=destination_cid,
             reset_key=self._reset_key,
+            session_ticket_fetcher=self._tickets.take,
+            session_ticket_handler=self._tickets.put,
         )
         peer = _Peer(self, connection)
         self._peers[peer] = None

@@ -104,8 +104,8 @@ class ServerConnection(Connection):
         self._make_sender = make_sender
         self._has_padding = padding
         self._requests: dict[int, bytearray] = {}
-        self._early: list[TurnRequested] | None = []
-        "Requests for new turns that wait for the end of the handshake; None: it has ended."
+        self._early: list[TurnRequested | TurnCancelled] | None = []
+        "New turns' requests, and cancels, that wait for the handshake's end; None: it has ended."
         self._given_up: set[int] = set()
         "Cancelled by the reader, or refused before the request was whole: nothing more is said."
         self._readers: dict[int, _Reader] = {}
@@ -257,7 +257,11 @@ class ServerConnection(Connection):
 
     def _on_handshake_completed(self) -> None:
         early, self._early = self._early or [], None
-        self._events.extend(request for request in early if request.turn not in self._given_up)
+        self._events.extend(
+            event
+            for event in early
+            if isinstance(event, TurnCancelled) or event.turn not in self._given_up
+        )
 
     @property
     def _channel_stream(self) -> ChannelStream[ServerChannel] | None:
@@ -286,7 +290,7 @@ class ServerConnection(Connection):
             self._given_up.add(turn)
         if is_cancelled:
             self._drop(turn)
-            self._events.append(TurnCancelled(turn))
+            (self._events if self._early is None else self._early).append(TurnCancelled(turn))
 
     def _on_request_data(self, turn: int, event: quic_events.StreamDataReceived) -> None:
         if turn in self._given_up:

@@ -15,6 +15,7 @@ from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedE
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.quic.tickets import Tickets
 from eloquent.url import ServerUrl
 from eloquent.websocket.client import STAGGER_S
 from eloquent.websocket.client import connect as connect_websocket
@@ -32,9 +33,12 @@ Entrant = tuple[float, Callable[[], Awaitable[Link]]]
 class Race:
     """A `Connector`, and a `Climber`, that takes the best rung that the path carries."""
 
-    def __init__(self, *, qlog: QlogDirectory | None = None) -> None:
-        """`qlog` takes the logs of QUIC connections."""
+    def __init__(
+        self, *, qlog: QlogDirectory | None = None, tickets: Tickets | None = None
+    ) -> None:
+        """`qlog` takes the logs of QUIC connections, `tickets` are the server's."""
         self._qlog = qlog
+        self._tickets = tickets
         self._lost_s = float("-inf")
         "When QUIC last lost."
 
@@ -79,7 +83,9 @@ class Race:
         def entrant(index: int, address: str) -> Entrant:
             async def over_udp() -> Link:
                 left_s = deadline_s - loop.time()
-                return await connect_quic(url, user, left_s, address=address, qlog=self._qlog)
+                return await connect_quic(
+                    url, user, left_s, address=address, qlog=self._qlog, tickets=self._tickets
+                )
 
             return index * STAGGER_S, over_udp
 

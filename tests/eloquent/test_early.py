@@ -1,0 +1,191 @@
+"""Session tickets and 0-RTT: what leaves with the first packet, and what repeating it does."""
+
+import asyncio
+from functools import partial
+
+import pytest
+from session_world import (
+    CERTIFICATE,
+    PORT,
+    SERVER,
+    URL,
+    FakeMachine,
+    World,
+    first_events,
+    in_world,
+    now,
+    read,
+    tokens,
+)
+from telling import Telling
+from virtual_hosts import Inbox, opened
+
+from eloquent.core.receiver import Receiver
+from eloquent.core.wire import Request
+from eloquent.quic.connect import QuicLink, connect
+from eloquent.quic.tickets import TicketBook, Tickets
+from eloquent.serving import Reader
+from eloquent.session.session import Session
+from eloquent.url import ServerUrl
+
+ALL = "".join(tokens(100))
+RTT_S = 0.1
+
+
+class Noting(Telling):
+    """Tells, and notes when which request came."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens(100), 0.05)
+        self.requests: list[tuple[float, Request]] = []
+
+    def on_request(self, reader: Reader) -> None:
+        self.requests.append((now(), reader.request))
+        super().on_request(reader)
+
+
+def another_session(ticket: bytes | None, world: World) -> Session:
+    """Return the session of another process."""
+    tickets = Tickets(URL)
+    if ticket is not None:
+        assert tickets.load(ticket)
+    return Session(URL, connector=partial(connect, tickets=tickets), machine=FakeMachine())
+
+
+async def leave(world: World, count: int) -> Request:
+    """Read some of a turn, close the session as a process that ends, and return what resumes it."""
+    turn = world.session.ask(b"{}")
+    await first_events(turn, count)
+    request = turn.request
+    await world.session.close()
+    await asyncio.sleep(1.0)
+    return request
+
+
+@pytest.mark.parametrize("has_ticket", [True, False])
+def test_a_resume_from_another_process_is_a_round_trip_faster_with_a_ticket(
+    has_ticket: bool,
+) -> None:
+    async def play(world: World) -> tuple[float, str]:
+        request = await leave(world, 20)
+        ticket = world.tickets.exported()
+        assert ticket is not None
+        session = another_session(ticket if has_ticket else None, world)
+        times: list[float] = []
+        begun_s = now()
+        text = await read(session.open(request), times)
+        await session.close()
+        return times[0] - begun_s, text
+
+    first_s, text = in_world(play)
+    assert first_s == pytest.approx((1 if has_ticket else 2) * RTT_S, abs=0.02)
+    assert text == "".join(tokens(100)[20:])
+
+
+def test_a_ticket_that_a_restarted_server_does_not_know_costs_nothing() -> None:
+    async def play(world: World) -> str:
+        request = await leave(world, 20)
+        await world.kill_server()
+        await world.start_server()
+        session = another_session(world.tickets.exported(), world)
+        text = await read(session.open(request))
+        await session.close()
+        return text
+
+    assert in_world(play) == "".join(tokens(100)[20:])
+
+
+def test_a_new_turn_is_never_asked_early() -> None:
+    async def play(world: World) -> float:
+        await leave(world, 20)
+        session = another_session(world.tickets.exported(), world)
+        begun_s = now()
+        await read(session.ask(b"{}"))
+        await session.close()
+        assert isinstance(world.service, Noting)
+        return world.service.requests[-1][0] - begun_s
+
+    assert in_world(play, Noting) >= 1.5 * RTT_S - 1e-6
+
+
+def test_a_server_lets_an_early_ask_wait_for_the_end_of_the_handshake() -> None:
+    """Even if a client of somebody else's makes asks early."""
+
+    class Hasty(Session):
+        def on_early(self, link: object) -> None:
+            assert isinstance(link, QuicLink)
+            link._connection.request(Request(bytes(16), b"{}", bytes(16)), Receiver())
+
+    async def play(world: World) -> list[float]:
+        await leave(world, 20)
+        ticket = world.tickets.exported()
+        assert ticket is not None
+        tickets = Tickets(URL)
+        tickets.load(ticket)
+        session = Hasty(URL, connector=partial(connect, tickets=tickets), machine=FakeMachine())
+        begun_s = now()
+        await session.connect()
+        await asyncio.sleep(1.0)
+        await session.close()
+        assert isinstance(world.service, Noting)
+        return [time - begun_s for time, _ in world.service.requests if time >= begun_s]
+
+    (asked_s,) = in_world(play, Noting)
+    assert asked_s >= 1.5 * RTT_S - 1e-6
+
+
+def test_a_first_flight_that_somebody_repeats_is_not_heard_and_hurts_nobody() -> None:
+    async def play(world: World) -> tuple[str, int, int]:
+        request = await leave(world, 20)
+        session = another_session(world.tickets.exported(), world)
+        world.up.packets.clear()
+        reading = asyncio.ensure_future(read(session.open(request)))
+        await asyncio.sleep(1.0)
+        assert isinstance(world.service, Noting)
+        before = len(world.service.requests)
+        first_source = world.up.packets[0][0]
+        flight = [data for source, data in world.up.packets if source == first_source]
+        transport, inbox = await opened(Inbox, remote_addr=(SERVER, PORT))
+        for data in flight:
+            transport.sendto(data)
+        text = await reading
+        await session.close()
+        transport.close()
+        sent = sum(len(data) for data in flight)
+        got = sum(len(data) for _, data, _ in inbox.items if isinstance(data, bytes))
+        assert got <= 3 * sent
+        return text, before, len(world.service.requests)
+
+    text, before, after = in_world(play, Noting)
+    assert text == "".join(tokens(100)[20:])
+    assert before == after == 2
+
+
+def test_a_book_is_bounded_and_each_ticket_good_once() -> None:
+    async def play(world: World) -> list[bytes]:
+        await leave(world, 20)
+        ticket = world.tickets.take()
+        assert ticket is not None
+        book = TicketBook(limit=2)
+        names = [b"1", b"2", b"3"]
+        for name in names:
+            ticket.ticket = name
+            book.put(ticket)
+        assert len(book) == 2
+        return [name for name in names + names if book.take(name) is not None]
+
+    assert in_world(play) == [b"2", b"3"]
+
+
+def test_a_ticket_for_another_server_or_what_is_none_is_not_taken() -> None:
+    async def play(world: World) -> bytes | None:
+        await leave(world, 20)
+        return world.tickets.exported()
+
+    ticket = in_world(play)
+    assert ticket is not None
+    assert Tickets(URL).load(ticket)
+    assert not Tickets(ServerUrl(SERVER, PORT + 1, CERTIFICATE.pin)).load(ticket)
+    assert not Tickets(ServerUrl(SERVER, PORT, "00" * 32)).load(ticket)
+    for broken in (b"", b"\xc1", ticket[:-1], b"\x00" + ticket):
+        assert not Tickets(URL).load(broken)
