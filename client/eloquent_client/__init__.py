@@ -3,7 +3,15 @@
 The library is what this module exports; `docs/protocol.md` has the fields of a request.
 """
 
-from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.core.events import (
+    ChosenLogprob,
+    End,
+    Event,
+    Failure,
+    Logprobs,
+    TextDelta,
+    TokenLogprob,
+)
 from eloquent.core.pacer import Pacer
 from eloquent.errors import ConfigurationError, EloquentError
 from eloquent.url import ServerUrl
@@ -31,6 +39,7 @@ __all__ = [
     "APIStatusError",
     "APITimeoutError",
     "BadRequestError",
+    "ChosenLogprob",
     "Client",
     "ConfigurationError",
     "EloquentError",
@@ -38,6 +47,7 @@ __all__ = [
     "Event",
     "Failure",
     "LocalServerError",
+    "Logprobs",
     "Message",
     "MessageStream",
     "NotFoundError",
@@ -46,6 +56,7 @@ __all__ = [
     "ServerUrl",
     "StreamStats",
     "TextDelta",
+    "TokenLogprob",
     "Usage",
     "local_client",
     "local_server",

@@ -15,6 +15,7 @@ from eloquent.errors import IntegrityError, WireError
 KIND_TEXT = 1
 KIND_FAILURE = 2
 KIND_END = 3
+KIND_LOGPROBS = 4
 
 MAX_EVENT_BYTES = 1 << 20
 DIGEST_BYTES = 16
@@ -26,6 +27,32 @@ class TextDelta:
 
     text: str
     "Whole code points; the pieces joined are the answer's text."
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that the model chose or might have chosen, and how likely it held it to be."""
+
+    token: bytes
+    "Its text in UTF-8; a token may be part of a character. Empty for a token without text."
+    logprob: float
+    "Natural logarithm of its probability before penalties, temperature and cuts; at most 0."
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenLogprob(TokenLogprob):
+    """A token of the answer."""
+
+    top: tuple[TokenLogprob, ...] = ()
+    "The likeliest tokens in its place, likeliest first; as many as the request asked for."
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How likely tokens were whose text is out; only if the request asked for it."""
+
+    tokens: tuple[ChosenLogprob, ...]
+    "In the order of the answer; each token once, over all events of this kind."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +83,20 @@ class End:
     "BLAKE2b (16 bytes) of those bytes; `log_digest` makes it."
 
 
-Event = TextDelta | Failure | End
+Delta = TextDelta | Logprobs | Failure
+"What a backend adds to an answer."
+Event = Delta | End
 
 
 class _FailureBody(msgspec.Struct, array_like=True, frozen=True):
     code: str
     message: str
+
+
+class _Token(msgspec.Struct, array_like=True, frozen=True):
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
 
 
 class _EndBody(msgspec.Struct, array_like=True, frozen=True):
@@ -86,6 +121,8 @@ def encode_event(event: Event) -> bytes:
     """
     if isinstance(event, TextDelta):
         kind, body = KIND_TEXT, event.text.encode()
+    elif isinstance(event, Logprobs):
+        kind, body = KIND_LOGPROBS, _encode_logprobs(event)
     elif isinstance(event, Failure):
         kind, body = KIND_FAILURE, msgspec.msgpack.encode(_FailureBody(event.code, event.message))
     else:
@@ -185,6 +222,24 @@ class EventDecoder:
             )
 
 
+def _encode_logprobs(event: Logprobs) -> bytes:
+    return msgspec.msgpack.encode(
+        [
+            _Token(each.token, each.logprob, tuple((t.token, t.logprob) for t in each.top))
+            for each in event.tokens
+        ]
+    )
+
+
+def _decode_logprobs(body: bytes) -> Logprobs:
+    return Logprobs(
+        tuple(
+            ChosenLogprob(each.token, each.logprob, tuple(TokenLogprob(*t) for t in each.top))
+            for each in msgspec.msgpack.decode(body, type=tuple[_Token, ...])
+        )
+    )
+
+
 def _decode_body(kind: int, body: bytes) -> Event | None:
     try:
         if kind == KIND_TEXT:
@@ -192,6 +247,8 @@ def _decode_body(kind: int, body: bytes) -> Event | None:
         if kind == KIND_FAILURE:
             failure = msgspec.msgpack.decode(body, type=_FailureBody)
             return Failure(failure.code, failure.message)
+        if kind == KIND_LOGPROBS:
+            return _decode_logprobs(body)
         if kind == KIND_END:
             end: Any = msgspec.msgpack.decode(body, type=_EndBody)
             return End(*(getattr(end, name) for name in _EndBody.__struct_fields__))

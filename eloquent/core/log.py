@@ -2,15 +2,7 @@
 
 from typing import Protocol, Self
 
-from eloquent.core.events import (
-    End,
-    Event,
-    EventDecoder,
-    Failure,
-    TextDelta,
-    encode_event,
-    log_digest,
-)
+from eloquent.core.events import Delta, End, Event, EventDecoder, encode_event, log_digest
 
 
 class Log(Protocol):
@@ -82,7 +74,7 @@ class TokenLog:
         """The log's last event, once it may be sent."""
         return self._end if self.length == len(self._bytes) else None
 
-    def append(self, event: TextDelta | Failure) -> None:
+    def append(self, event: Delta) -> None:
         """Add an event.
 
         Raises:

@@ -5,7 +5,7 @@ import time
 from contextlib import aclosing
 from typing import Any, cast
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import Delta, Failure
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import Backend, Finish
 from eloquent_server.chat import ChatRequest, parse_chat_body
@@ -51,7 +51,7 @@ class Gateway:
                         completion_tokens=event.completion_tokens,
                     )
                     return event.reason, event.completion_tokens
-                turn.append(cast(TextDelta | Failure, event))
+                turn.append(cast(Delta, event))
                 if isinstance(event, Failure):
                     logger.error("turn %s failed: %s", turn.name, event.message)
                     break

@@ -21,7 +21,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import Delta, Failure
 from eloquent.core.log import TokenLog
 from eloquent.core.wire import Request
 from eloquent.errors import EloquentError
@@ -93,7 +93,7 @@ class Turn:
         """Whether nothing will be appended any more."""
         return self.log.is_closed
 
-    def append(self, event: TextDelta | Failure) -> None:
+    def append(self, event: Delta) -> None:
         """Add an event to the answer; it leaves as soon as it is stored."""
         self.log.append(event)
         self._hub.keep(self)

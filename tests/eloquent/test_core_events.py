@@ -6,11 +6,15 @@ from hypothesis import strategies as st
 
 from eloquent.core.events import (
     MAX_EVENT_BYTES,
+    ChosenLogprob,
+    Delta,
     End,
     Event,
     EventDecoder,
     Failure,
+    Logprobs,
     TextDelta,
+    TokenLogprob,
     encode_event,
     log_digest,
 )
@@ -18,7 +22,11 @@ from eloquent.core.varint import encode_varint
 from eloquent.errors import IntegrityError, WireError
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
-deltas = st.builds(TextDelta, texts) | st.builds(Failure, texts, texts)
+scores = st.floats(max_value=0, allow_nan=False)
+tops = st.lists(st.builds(TokenLogprob, st.binary(max_size=8), scores), max_size=3).map(tuple)
+chosen = st.builds(ChosenLogprob, st.binary(max_size=8), scores, tops)
+logprobs = st.builds(Logprobs, st.lists(chosen, max_size=3).map(tuple))
+deltas = st.builds(TextDelta, texts) | st.builds(Failure, texts, texts) | logprobs
 
 
 def raw(kind: int, body: bytes) -> bytes:
@@ -39,7 +47,7 @@ def end_after(before: bytes, **changes: object) -> End:
     return End(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def closed_log(events: list[TextDelta | Failure]) -> tuple[bytes, list[Event]]:
+def closed_log(events: list[Delta]) -> tuple[bytes, list[Event]]:
     before = b"".join(map(encode_event, events))
     end = end_after(before)
     return before + encode_event(end), [*events, end]
@@ -61,6 +69,11 @@ logs = st.lists(deltas, max_size=6).map(closed_log)
         (
             End("stop", "m", 3, 200, 1000, bytes(range(16))),
             "03 20 96 a4 73746f70 a1 6d 03 ccc8 cd03e8 c410 000102030405060708090a0b0c0d0e0f",
+        ),
+        # kind 04 | length | array of tokens: bytes, logprob, alternatives of bytes and logprob
+        (
+            Logprobs((ChosenLogprob(b"\xc3", -0.5, (TokenLogprob(b"a", -1.0),)),)),
+            "04 1c 91 93 c401c3 cbbfe0000000000000 91 92 c40161 cbbff0000000000000",
         ),
     ],
 )
@@ -149,6 +162,8 @@ def test_bytes_after_the_end_are_a_wire_error(extra: bytes, together: bool) -> N
         raw(2, bytes.fromhex("92 a0 01")),
         raw(3, bytes.fromhex("96 a0 a0 00 00 00")),
         raw(3, bytes.fromhex("96 a0 a0 00 00 a0 c400")),
+        raw(4, bytes.fromhex("91 92 c400 00")),
+        raw(4, bytes.fromhex("91 93 c400 cbbfe0000000000000 91 91 c400")),
     ],
 )
 def test_a_body_that_cannot_be_read_is_a_wire_error(encoded: bytes) -> None:
@@ -156,10 +171,10 @@ def test_a_body_that_cannot_be_read_is_a_wire_error(encoded: bytes) -> None:
         EventDecoder().feed(encoded)
 
 
-@pytest.mark.parametrize("kind", [2, 3])
+@pytest.mark.parametrize("kind", [2, 3, 4])
 def test_a_body_nested_too_deeply_is_a_wire_error(kind: int) -> None:
-    known = "92 a0 a0" if kind == 2 else "96 a0 a0 00 00 00 c400"
-    fields = bytearray.fromhex(known)
+    known = {2: "92 a0 a0", 3: "96 a0 a0 00 00 00 c400", 4: "90"}
+    fields = bytearray.fromhex(known[kind])
     fields[0] += 1
     with pytest.raises(WireError):
         EventDecoder().feed(raw(kind, bytes(fields) + b"\x91" * 100_000 + b"\x90"))

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import Delta
 from eloquent_server.chat import ChatRequest
 
 
@@ -22,7 +22,7 @@ class Finish:
     "Prompt tokens that a prefix cache had, so that they were not computed."
 
 
-BackendEvent = TextDelta | Failure | Finish
+BackendEvent = Delta | Finish
 
 
 class Backend(Protocol):
