@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent_server.backends.base import Finish
-from eloquent_server.engine.sampling import Sampler
-from eloquent_server.engine.text import TextStream
+
+if TYPE_CHECKING:  # The server's process takes types from here, and has no torch.
+    from eloquent_server.engine.sampling import Sampler
+    from eloquent_server.engine.text import TextStream
 
 LOCAL_TENANT = "local"
 
@@ -48,6 +51,9 @@ class TurnRequest:
     generated: Sequence[int] = ()
     """Tokens of the answer that are out already: a continuation. They are not emitted again and
     count towards `max_tokens`."""
+    emitted_chars: int | None = None
+    """How much of the answer's text is out; the rest of what they complete comes with the next
+    event. None: all that they complete."""
     tenant: str = LOCAL_TENANT
     "Whose prefix cache and share of the engine this turn uses; authenticated by the server."
     weight: float = 1.0
@@ -64,8 +70,8 @@ class Turn:
     prompt_tokens: int
     token_limit: int
     "Tokens that may be generated, continued ones included; at least 1."
-    sampler: Sampler
-    text: TextStream
+    sampler: "Sampler"
+    text: "TextStream"
     end_tokens: frozenset[int]
     emit: Emit
     arrived: float = 0.0
@@ -100,6 +106,8 @@ class Turn:
     "The terminal event is out."
     _new_ids: list[int] = field(default_factory=list)
     _new_text: list[str] = field(default_factory=list)
+    _out_already: int = 0
+    "Characters that are not to be sent again."
     _deaf: bool = False
 
     @property
@@ -112,11 +120,14 @@ class Turn:
         """Tokens that the model has yet to take before it can give the next one; at least 1."""
         return len(self.tokens) - self.cached
 
-    def replay(self, tokens: Sequence[int]) -> None:
-        """Take tokens of the answer that are out already."""
+    def replay(self, tokens: Sequence[int], emitted_chars: int | None = None) -> None:
+        """Take tokens of the answer that are out already, and how much of the text is."""
         for token in tokens:
             self.tokens.append(token)
-            self.text.push(token)
+            if token not in self.end_tokens:
+                self._new_text.append(self.text.push(token))
+        complete = sum(map(len, self._new_text))
+        self._out_already = complete if emitted_chars is None else emitted_chars
 
     def settle(self) -> None:
         """End a continued turn whose answer was complete."""
@@ -142,6 +153,10 @@ class Turn:
         ids, text = tuple(self._new_ids), "".join(self._new_text)
         self._new_ids.clear()
         self._new_text.clear()
+        text, self._out_already = (
+            text[self._out_already :],
+            max(0, self._out_already - len(text)),
+        )
         if ids:
             self._send(Tokens(ids))
         if text:
