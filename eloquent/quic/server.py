@@ -104,7 +104,7 @@ class ServerConnection(Connection):
         self._make_sender = make_sender
         self._has_padding = padding
         self._requests: dict[int, bytearray] = {}
-        self._early: list[TurnRequested | TurnCancelled] | None = []
+        self._early: list[TurnEvent] | None = []
         "New turns' requests, and cancels, that wait for the handshake's end; None: it has ended."
         self._given_up: set[int] = set()
         "Cancelled by the reader, or refused before the request was whole: nothing more is said."
@@ -268,10 +268,8 @@ class ServerConnection(Connection):
         return self._channel
 
     def _on_channel_event(self, event: TurnEvent) -> None:
-        if isinstance(event, TurnRequested) and event.request.body and self._early is not None:
-            self._early.append(event)
-        else:
-            super()._on_channel_event(event)
+        # A channel that begins in 0-RTT waits as a whole: its carrier is in order anyway.
+        (self._events if self._early is None else self._early).append(event)
 
     def _on_stream_event(self, event: StreamEvent) -> None:
         turn, kind = divmod(event.stream_id, 4)

@@ -6,19 +6,21 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.events import StreamDataReceived
 from rungs import CERTIFICATE, DELAY_S, PORT, RTT_S, URL, collect, now, racing, text_of, virtually
 from telling import Telling
 
-from eloquent.core.channel import with_length
+from eloquent.core.channel import MESSAGE_OPEN, with_length
 from eloquent.core.events import End, Event
-from eloquent.core.turns import SLOW_READER_S
+from eloquent.core.turns import SLOW_READER_S, TurnRequested
 from eloquent.core.wire import Request, encode_request
 from eloquent.errors import RequestError
 from eloquent.link import Rung
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connect import connect
 from eloquent.quic.listen import Listener, listen
-from eloquent.quic.stream import CHANNEL_MARK
+from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent.quic.stream import CHANNEL_MARK, CHANNEL_STREAM
 from eloquent.session.session import Session
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import IndependentLoss
@@ -209,6 +211,19 @@ def test_a_client_that_takes_no_datagrams_and_opens_no_channel_is_told(
         await listener.close()
 
     virtually(main)
+
+
+def test_what_a_channel_asks_before_the_handshake_is_done_waits_for_it() -> None:
+    """It may be what somebody else sent before, repeated (0-RTT)."""
+    connection = ServerConnection(
+        server_configuration(CERTIFICATE), original_destination_connection_id=bytes(8)
+    )
+    request = Request(bytes(16), b"{}")
+    opening = with_length(bytes((MESSAGE_OPEN, 0)) + encode_request(request))
+    connection._on_stream_event(StreamDataReceived(CHANNEL_MARK + opening, False, CHANNEL_STREAM))
+    assert connection.next_event() is None
+    connection._on_handshake_completed()
+    assert connection.next_event() == TurnRequested(0, request)
 
 
 def test_the_mark_is_no_version_of_a_request() -> None:
