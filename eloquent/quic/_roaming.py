@@ -19,9 +19,6 @@ from eloquent.quic._ecn import EcnConnection
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.reset import MIN_RESET_BYTES, TOKEN_BYTES, ResetKey
 
-INITIAL_WINDOW_PACKETS = 10
-"What may be in flight on a new path (RFC 9002 section 7.2)."
-
 MIGRATION_PACKET_BYTES = 1200
 """The first packet from a new address: until the server has validated the address it may send
 three times what came from there (RFC 9000 section 8.1), which this makes enough for a backlog."""
@@ -61,10 +58,11 @@ class RoamingConnection(EcnConnection):
         """Send a PING with the next packet, even if the congestion window is full."""
         self._send_probe()
 
-    def migrate(self) -> None:
+    def migrate(self, now: float) -> None:
         """Let the next packet leave under a new connection id, as from a new address (client)."""
         self.change_connection_id()
-        self._on_new_path()
+        self._packet_size_limit = PacketSize()
+        self._recovery.on_path_changed(now)
         self._is_ping_padded = True
         self._send_probe()
 
@@ -77,19 +75,8 @@ class RoamingConnection(EcnConnection):
         self._packet_size_limit.on_heard(now)
         super().receive_datagram(data, addr, now, ecn)
         after = self._network_paths[0] if self._network_paths else None
-        if before is not None and after is not None and after.addr[0] != before.addr[0]:
-            self._on_new_path()  # a mere change of port is a NAT's (RFC 9000 section 9.4)
-
-    def _on_new_path(self) -> None:
-        """Begin anew with what was learned of the path (RFC 9000 section 9.4)."""
-        self._packet_size_limit = PacketSize()
-        loss = self._loss
-        loss._rtt_initial = self.srtt_s
-        loss._rtt_initialized = False
-        loss._rtt_min = float("inf")
-        loss._pto_count = 0
-        window = INITIAL_WINDOW_PACKETS * self._max_datagram_size
-        loss._cc.congestion_window = max(window, loss._cc.bytes_in_flight + window)
+        if before is not None and after is not before:
+            self._packet_size_limit = PacketSize()
 
     def _write_ping_frame(
         self, builder: QuicPacketBuilder, uids: list[int] | None = None, comment: str = ""

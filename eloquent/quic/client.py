@@ -7,6 +7,7 @@ from aioquic.quic import events as quic_events
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.tls import SessionTicket
 
+from eloquent.core.beat import ClientBeat
 from eloquent.core.channel import MAX_TO_CLIENT_BYTES
 from eloquent.core.channel_client import ClientChannel
 from eloquent.core.liveness import KEEPALIVE_S
@@ -23,6 +24,7 @@ from eloquent.core.wire import (
     encode_request,
 )
 from eloquent.errors import ConnectionFailedError, EloquentError, RequestError, WireError
+from eloquent.quic._aioquic import MAX_ACK_DELAY_S
 from eloquent.quic.certificate import certificate_pin
 from eloquent.quic.connection import (
     CLOSE_BAD_CERTIFICATE,
@@ -79,6 +81,11 @@ class ClientConnection(Connection):
         self._keepalive_at: float | None = None
         self._channel: ChannelStream[ClientChannel] | None = None
         self._heard_at = float("-inf")
+        self._answered: dict[int, Receiver] = {}
+        "Turns of which something came over this connection, so that the server knows them."
+        self._beat = ClientBeat()
+        self._has_content = False
+        "Whether the packet just received had something of a turn."
 
     def connect(self, address: Address, now: float) -> None:
         """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
@@ -88,13 +95,19 @@ class ClientConnection(Connection):
         """See `Connection.receive`."""
         self._keepalive_at = now + KEEPALIVE_S
         self._heard_at = now
+        self._has_content = False
         super().receive(data, address, now, ecn)
+        self._beat.on_heard(now, has_content=self._has_content)
 
     def handle_timer(self, now: float) -> None:
         """See `Connection.handle_timer`."""
         if self._keepalive_at is not None and now >= self._keepalive_at:
             self._keepalive_at = now + KEEPALIVE_S
             self._quic.send_ping(0)
+        beat_time = self._beat_time()
+        if beat_time is not None and beat_time <= now:
+            self._beat.on_beat(now)
+            self.probe()
         super().handle_timer(now)
 
     def request(self, request: Request, receiver: Receiver | None = None) -> int:
@@ -146,14 +159,17 @@ class ClientConnection(Connection):
         return self._quic.can_send_early and self._quic.can_send_datagrams
 
     def probe(self) -> None:
-        """Send something soon that the server answers, whatever the congestion window says."""
+        """Send something soon that the server answers, whatever the congestion window says.
+
+        With a turn open it is a report, which tells the server at once where to go on.
+        """
+        self._report_again(1)
         self._quic.send_probe()
 
-    def migrate(self) -> None:
+    def migrate(self, now: float) -> None:
         """Go on from a new local address, which the server learns from the next packet."""
-        for receiver in self._receivers.values():
-            receiver.report_again()
-        self._quic.migrate()
+        self._report_again(len(self._answered))
+        self._quic.migrate(now)
 
     def has_datagram(self, now: float) -> bool:
         """See `DatagramSource`."""
@@ -186,7 +202,19 @@ class ClientConnection(Connection):
     def _due_times(self) -> list[float]:
         times = [receiver.next_time() for receiver in self._receivers.values()]
         times.append(self._channel.channel.next_time() if self._channel is not None else None)
-        return [time for time in (*times, self._keepalive_at) if time is not None]
+        return [t for t in (*times, self._keepalive_at, self._beat_time()) if t is not None]
+
+    def _report_again(self, count: int) -> None:
+        """Make the reports of so many turns due, of those that the server knows."""
+        self._answered = {t: r for t, r in self._answered.items() if t in self._receivers}
+        for receiver in list(self._answered.values())[:count]:
+            receiver.report_again()
+
+    def _beat_time(self) -> float | None:
+        """Return when to ask whether the link is alive, as an answer has fallen silent."""
+        if not self._is_trusted or not self._receivers:
+            return None
+        return self._beat.next_time(self._quic.srtt_s, MAX_ACK_DELAY_S)
 
     def _on_handshake_completed(self) -> None:
         if not self._is_pinned_one():
@@ -216,6 +244,8 @@ class ClientConnection(Connection):
         receiver = self._receivers.get(frame.turn)
         if receiver is None:
             return
+        self._has_content = True
+        self._answered[frame.turn] = receiver
         try:
             events = receiver.on_bundle(frame, now)
         except EloquentError as error:

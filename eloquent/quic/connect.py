@@ -99,7 +99,7 @@ class QuicLink:
         if self._is_over:
             self._end()
             return False
-        self._connection.migrate()
+        self._connection.migrate(self._driver.now())
         self._driver.pump()
         return True
 

@@ -5,6 +5,7 @@ import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from eloquent.core.beat import CLIENT_RTTS, beat_s
 from eloquent.core.events import Event
 from eloquent.core.liveness import (
     DEAD_AFTER_S,
@@ -183,6 +184,8 @@ class Session:
 
     def on_progress(self, link: Link, turn: int, events: Sequence[Event]) -> None:
         """See `LinkUser.on_progress`."""
+        if self._state in (LinkState.SILENT, LinkState.OFFLINE):
+            self._news.set()
         found = self._find(link, turn)
         if found is not None:
             found.deliver(events)
@@ -311,7 +314,13 @@ class Session:
             while silent is self._link and silent.heard_s == silent_since and not making.done():
                 await self._follow_machine(silent)
                 silent.probe()
-                await asyncio.wait((making,), timeout=PROBE_EVERY_S)
+                wait_s = beat_s(_now() - silent_since, silent.srtt_s, CLIENT_RTTS)
+                self._news.clear()
+                news = asyncio.ensure_future(self._news.wait())
+                await asyncio.wait(
+                    (making, news), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                news.cancel()
         finally:
             new = await _result_or_stop(making)
         if new is not None:

@@ -329,3 +329,23 @@ class Choosy(Telling):
             reader.reject("bad_offset", "There is no such byte.")
         else:
             super().on_request(reader)
+
+
+@pytest.mark.parametrize(("outage_s", "bound_s"), [(1.0, 0.05), (5.0, 0.05), (60.0, 0.35)])
+@pytest.mark.parametrize("rtt_s", [0.05, 0.1, 0.3])
+def test_after_an_outage_the_next_token_comes_soon(
+    outage_s: float, bound_s: float, rtt_s: float
+) -> None:
+    """1.5 round trips + 50 ms after the link's return, 300 ms more after a long outage."""
+
+    async def play(world: World) -> float:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(2.0)
+        await world.cut(outage_s)
+        back_s = now()
+        await reading
+        return next(time for time in times if time > back_s) - back_s
+
+    first_s = in_world(play, lambda: Telling(tokens(100), 0.05), rtt_s=rtt_s)
+    assert first_s <= 1.5 * rtt_s + bound_s

@@ -132,6 +132,7 @@ def test_without_a_network_nothing_is_tried_and_with_one_it_goes_on_at_once() ->
         world.machine.change("wlan")
         back_s = now()
         text = await reading
+        await asyncio.sleep(RTT_S)  # with a ticket all may come before the handshake's end
         first_s = next(time for time in times if time > back_s) - back_s
         return text, connects, first_s, [state for time, state in world.states if time >= gone_s]
 
@@ -139,7 +140,7 @@ def test_without_a_network_nothing_is_tried_and_with_one_it_goes_on_at_once() ->
     assert text == ALL
     assert connects == 0
     assert states == [LinkState.OFFLINE, LinkState.RECONNECTING, LinkState.UP]
-    assert first_s < 2.5 * RTT_S
+    assert first_s < 1.5 * RTT_S
 
 
 def test_a_network_that_comes_back_with_another_address_is_used_at_once() -> None:
