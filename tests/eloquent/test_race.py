@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rungs import (
     CERTIFICATE,
     RTT_S,
@@ -240,6 +242,35 @@ def test_udp_and_tcp_blocked_by_turns() -> None:
     events, rungs = whole_turn(drops, tokens=TOKENS * 3)
     assert text_of(events) == TEXT * 3
     assert {rung for _, rung in rungs} == {Rung.DATAGRAMS, Rung.WEBSOCKET}
+
+
+OUTAGES = st.lists(
+    st.tuples(st.sampled_from(["udp", "tcp", "both"]), st.floats(0.0, 30.0), st.floats(0.01, 8.0)),
+    max_size=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(OUTAGES)
+def test_whatever_is_blocked_and_when_all_comes_once(
+    outages: list[tuple[str, float, float]],
+) -> None:
+    def drops(time: float, packet: Packet) -> bool:
+        kind = "udp" if udp(time, packet) else "tcp"
+        return any(
+            what in (kind, "both") and start <= time < start + length
+            for what, start, length in outages
+        )
+
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, 0.1)):
+            session = racing(connect_timeout_s=30.0)
+            events = await collect(session.ask(b"{}"))
+            assert text_of(events) == TEXT
+            assert isinstance(events[-1], End)
+            await session.close()
+
+    virtually(main, drops)
 
 
 @pytest.mark.parametrize("mtu", [1227, 1200, 1000, 576, 296])
