@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 POLL_S = 1.0
@@ -15,6 +15,9 @@ POLL_S = 1.0
 
 SETTLE_S = 0.05
 "A change comes as several messages (link, address, route); they are waited for this long."
+
+WOKE_S = 1.0
+"So much sleep of the machine, or a wait that took so much longer than it should, is a waking up."
 
 _NETLINK_GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 "RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR and _IPV6_ROUTE of linux/rtnetlink.h."
@@ -111,6 +114,71 @@ def this_machine() -> Machine:
             return FixedMachine()
         loop.remove_reader(probe)
     return SystemMachine()
+
+
+class Route:
+    """The way to one server, as it was when it was last looked at."""
+
+    def __init__(self, host: str, machine: Machine | None) -> None:
+        """Without a `machine` it is the one that the loop is on."""
+        self._host = host
+        self._given = machine
+        self._source: str | None = None
+        self._slept_s = 0.0
+        self._looked = 0
+        self._was_used = False
+        self._changed = asyncio.Event()
+        self.changes = 0
+        "How often the network may have changed."
+
+    @property
+    def source(self) -> str | None:
+        """What `Machine.source_for` said."""
+        return self._source
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether no way leads to the server; not so if none was seen while there was a link."""
+        return self._was_used and self._machine.source_for(self._host) is None
+
+    def look(self) -> bool:
+        """Look at it; return whether it has changed, or the machine has slept."""
+        self._looked = self.changes
+        before = self._source, self._slept_s
+        self._source, self._slept_s = self._machine.source_for(self._host), self._machine.slept_s()
+        return self._source != before[0] or self._slept_s - before[1] > WOKE_S
+
+    def has_changed(self) -> bool:
+        """Return what `look` does, and look only if there is a reason to."""
+        if self._looked == self.changes and self._machine.slept_s() - self._slept_s <= WOKE_S:
+            return False
+        return self.look()
+
+    def note_use(self) -> None:
+        """Take note that there is a link to the server now."""
+        self.look()
+        self._was_used = self._source is not None
+
+    async def follow(self, on_change: Callable[[], None]) -> None:
+        """Watch the machine until this is cancelled."""
+        async for _ in self._machine.changes():
+            self.changes += 1
+            self._changed.set()
+            self._changed.clear()
+            on_change()
+
+    async def wait(self, changes: int, timeout_s: float) -> bool:
+        """Wait until the network changed more often than `changes`; return whether it did."""
+        if self.changes == changes:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+        return self.changes != changes
+
+    @property
+    def _machine(self) -> Machine:
+        if self._given is None:
+            self._given = this_machine()
+        return self._given
 
 
 def _open_netlink() -> socket.socket:

@@ -19,7 +19,7 @@ from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedE
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
-from eloquent.session.routes import Machine, this_machine
+from eloquent.session.routes import WOKE_S, Machine, Route
 from eloquent.session.states import (
     NEXT,
     OFFLINE_LOOK_S,
@@ -27,7 +27,6 @@ from eloquent.session.states import (
     RETRY_FIRST_S,
     RETRY_GROWTH,
     RETRY_MAX_S,
-    WOKE_S,
     LinkState,
 )
 from eloquent.session.turn import ClientTurn
@@ -71,7 +70,7 @@ class Session:
         self._connect_timeout_s = connect_timeout_s
         self._on_state = on_state
         self._connect = connector
-        self._given_machine = machine
+        self._route = Route(url.host, machine)
         self._state = LinkState.IDLE
         self._link: Link | None = None
         self._early: Link | None = None
@@ -88,16 +87,6 @@ class Session:
         "Since when packets are to be expected: the link's first, or the first open turn's."
         self._tried_s = float("-inf")
         "When the network had changed, or the machine woke up, and the link was tried."
-        self._changes = 0
-        "How often the network may have changed."
-        self._looked = 0
-        "How often it had when it was last looked at."
-        self._changed = asyncio.Event()
-        self._source: str | None = None
-        "The way to the server when it was last looked at."
-        self._can_tell = False
-        "Whether a way was seen while there was a link: if not, none being seen says nothing."
-        self._slept_s = 0.0
 
     @property
     def state(self) -> LinkState:
@@ -259,8 +248,8 @@ class Session:
 
     async def _work(self) -> None:
         """Make a link whenever one is needed, and watch the one there is."""
-        self._look()
-        noting = asyncio.ensure_future(self._note_changes())
+        self._route.look()
+        noting = asyncio.ensure_future(self._route.follow(self._news.set))
         try:
             while self._failure is None and (self._numbers or self._waiting or self._link):
                 self._news.clear()
@@ -279,9 +268,9 @@ class Session:
 
     async def _watch(self, link: Link) -> None:
         """Wait until there is news, or it is time to ask the server for a sign of life."""
-        await self._follow_machine(link)
+        await self._follow_route(link)
         last_s = self._tried_s + link.srtt_s  # what was on its way then has come
-        if self._source is None and self._can_tell and link.heard_s <= last_s:
+        if self._route.is_missing and link.heard_s <= last_s:
             self._set_state(LinkState.OFFLINE)
             await self._wait_for_news(OFFLINE_LOOK_S)
             return
@@ -312,7 +301,7 @@ class Session:
         making = asyncio.ensure_future(self._find_link(LinkState.SILENT))
         try:
             while silent is self._link and silent.heard_s == silent_since and not making.done():
-                await self._follow_machine(silent)
+                await self._follow_route(silent)
                 silent.probe()
                 wait_s = beat_s(_now() - silent_since, silent.srtt_s, CLIENT_RTTS)
                 self._news.clear()
@@ -355,12 +344,12 @@ class Session:
         wait_s = RETRY_FIRST_S
         refused_since: float | None = None
         while self._numbers or self._waiting:
-            if self._asked and self._can_tell and self._machine.source_for(self._url.host) is None:
+            if self._asked and self._route.is_missing:
                 self._set_state(LinkState.OFFLINE)
-                await self._changed.wait()
+                await self._route.wait(self._route.changes, OFFLINE_LOOK_S)
                 continue
             self._set_state(state)
-            changes = self._changes
+            changes = self._route.changes
             try:
                 return await self._connect(self._url, self, self._connect_timeout_s)
             except EloquentError as error:
@@ -371,7 +360,7 @@ class Session:
                 self._give_up(
                     error, self._numbers if is_gone else self._numbers.keys() - self._asked
                 )
-            if await self._wait_for_change(changes, wait_s):
+            if await self._route.wait(changes, wait_s):
                 wait_s = RETRY_FIRST_S
             else:
                 wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
@@ -381,8 +370,7 @@ class Session:
         early, self._early = self._early, None
         self._link = link
         self._expecting_s = _now()
-        self._look()
-        self._can_tell = self._source is not None
+        self._route.note_use()
         self._set_state(LinkState.UP)
         for turn, number in list(self._numbers.items()):
             if link is not early or number < 0:
@@ -395,7 +383,7 @@ class Session:
         """Try to go over to a better rung until one is found, or the link is no more in use."""
         wait_s = CLIMB_FIRST_S
         while True:
-            await self._wait_for_change(self._changes, wait_s)
+            await self._route.wait(self._route.changes, wait_s)
             wait_s = CLIMB_EVERY_S
             if link is not self._link:
                 return
@@ -417,49 +405,15 @@ class Session:
             self._early = None
             self._numbers = dict.fromkeys(self._numbers, -1)
 
-    # The machine.
-
-    @property
-    def _machine(self) -> Machine:
-        if self._given_machine is None:
-            self._given_machine = this_machine()
-        return self._given_machine
-
-    async def _note_changes(self) -> None:
-        async for _ in self._machine.changes():
-            self._changes += 1
-            self._changed.set()
-            self._changed.clear()
-            self._news.set()
-
-    async def _wait_for_change(self, changes: int, timeout_s: float) -> bool:
-        """Wait until the network changed more often than `changes`; return whether it did."""
-        if self._changes == changes:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-        return self._changes != changes
-
-    def _look(self) -> bool:
-        """Look at the way to the server; return whether it has changed, or the machine slept."""
-        self._looked = self._changes
-        before = self._source, self._slept_s
-        self._source, self._slept_s = (
-            self._machine.source_for(self._url.host),
-            self._machine.slept_s(),
-        )
-        return self._source != before[0] or self._slept_s - before[1] > WOKE_S
-
-    async def _follow_machine(self, link: Link) -> None:
+    async def _follow_route(self, link: Link) -> None:
         """After a change of the way to the server, or a sleep: go on from here, and ask at once."""
-        if self._looked == self._changes and self._machine.slept_s() - self._slept_s <= WOKE_S:
-            return
-        source = self._source
-        if not self._look():
+        before = self._route.source
+        if not self._route.has_changed():
             return
         self._tried_s = _now()
-        if self._source is None:
-            return
-        if self._source == source or await link.migrate():
+        if self._route.source is not None and (
+            self._route.source == before or await link.migrate()
+        ):
             link.probe()
 
     async def _wait_for_news(self, timeout_s: float) -> None:

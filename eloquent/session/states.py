@@ -7,9 +7,6 @@ RETRY_MAX_S = 5.0
 RETRY_GROWTH = 2.0
 "A failed attempt to reconnect is followed by the next after these waits, each twice the last."
 
-WOKE_S = 1.0
-"A wait that took so much longer than it should, or so much sleep of the machine, is a waking up."
-
 OFFLINE_LOOK_S = 1.0
 "Without a way to the server the link is looked at this often: what is heard proves there is one."
 
