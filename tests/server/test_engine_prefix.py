@@ -203,16 +203,16 @@ def test_blocks_after_a_nan_are_not_shared() -> None:
     loaded = tiny_loaded()
     engine = Engine(loaded)
     prompt = some_prompt(64)
-    run = engine._runner.run
+    run = engine._core._runner.run
 
     def spoil(segments: Any) -> list[torch.Tensor]:
         return [logits * float("nan") for logits in run(segments)]
 
-    engine._runner.run = spoil  # type: ignore[method-assign]
+    engine._core._runner.run = spoil  # type: ignore[method-assign]
     sink = Sink()
     engine.submit(request(prompt), sink)
     assert not isinstance(sink.end(), Finish)
-    engine._runner.run = run  # type: ignore[method-assign]
+    engine._core._runner.run = run  # type: ignore[method-assign]
     tokens, end = answer(engine, request(prompt))
     assert end.cached_tokens == 0
     assert tokens == reference_tokens(prompt, 4)

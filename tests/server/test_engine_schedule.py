@@ -1,5 +1,6 @@
 """Who goes first, who gives way, and how much of a prompt a step takes."""
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -181,7 +182,7 @@ def test_chunks_grow_slowly_and_shrink_at_once() -> None:
     for _ in range(6):
         sizes.append(budget.tokens(0))
         budget.observe(0, sizes[-1], sizes[-1] * 0.0002)
-    assert all(b <= 2 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 2 * a for a, b in itertools.pairwise(sizes))
     budget.observe(0, sizes[-1], 10.0)
     assert budget.tokens(0) < sizes[-1]
 

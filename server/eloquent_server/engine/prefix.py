@@ -187,6 +187,15 @@ class PrefixCache:
                 return
             self._store(node.key, node.payload)
 
+    def leave(self, turn: Turn, now: float) -> None:
+        """Share what the turn's row holds, unless it may hold NaN, and free the row."""
+        assert turn.row is not None
+        self.disclaim(turn)
+        if not turn.poisoned:
+            self.publish(turn, now, again=True)
+            self.persist(turn)
+        self._layout.free(turn.row, clear=turn.poisoned)
+
     def close(self) -> None:
         """Offer all blocks to the second tier."""
         for node in self.tree.nodes():
