@@ -40,6 +40,7 @@ NEXT: dict[LinkState, frozenset[LinkState]] = {
     ),
     LinkState.UP: frozenset(
         {
+            LinkState.CONNECTING,
             LinkState.SILENT,
             LinkState.OFFLINE,
             LinkState.RECONNECTING,
