@@ -25,6 +25,7 @@ from eloquent.core.wire import (
 )
 from eloquent.errors import ConnectionFailedError, EloquentError, RequestError, WireError
 from eloquent.quic._aioquic import MAX_ACK_DELAY_S
+from eloquent.quic._streams import repeat_stop
 from eloquent.quic.certificate import certificate_pin
 from eloquent.quic.connection import (
     CLOSE_BAD_CERTIFICATE,
@@ -38,6 +39,9 @@ from eloquent.quic.connection import (
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.stream import CHANNEL_STREAM, ChannelStream
 from eloquent.quic.tickets import Tickets
+
+CANCEL_AGAIN_S = (0.003, 0.03, 0.1, 0.3)
+"A cancel is said again after each of these times, until the server has ended the stream."
 
 MAX_REPORT_BYTES = 25
 "A report's type and three of the longest varints."
@@ -78,6 +82,8 @@ class ClientConnection(Connection):
         "Whether the server is the right one."
         self._receivers: dict[int, Receiver] = {}
         self._replies: dict[int, bytearray] = {}
+        self._cancels: dict[int, list[float] | None] = {}
+        "When to say again which cancels; None: it was not sent yet."
         self._keepalive_at: float | None = None
         self._channel: ChannelStream[ClientChannel] | None = None
         self._heard_at = float("-inf")
@@ -108,7 +114,15 @@ class ClientConnection(Connection):
         if beat_time is not None and beat_time <= now:
             self._beat.on_beat(now)
             self.probe()
+        self._cancel_again(now)
         super().handle_timer(now)
+
+    def send(self, now: float) -> list[tuple[bytes, Address, Ecn]]:
+        """See `Connection.send`."""
+        for turn, times in self._cancels.items():
+            if times is None:
+                self._cancels[turn] = [now + wait_s for wait_s in CANCEL_AGAIN_S]
+        return super().send(now)
 
     def request(self, request: Request, receiver: Receiver | None = None) -> int:
         """Open a turn, or go on with one; return its number on this connection.
@@ -134,6 +148,7 @@ class ClientConnection(Connection):
             return
         if self._replies.pop(turn, None) is not None:
             self._quic.stop_stream(turn * 4, STREAM_CANCELLED)
+            self._cancels[turn] = None
 
     def detach(self, turn: int) -> None:
         """Leave a turn that goes on over another connection; nothing is said to the server."""
@@ -202,7 +217,16 @@ class ClientConnection(Connection):
     def _due_times(self) -> list[float]:
         times = [receiver.next_time() for receiver in self._receivers.values()]
         times.append(self._channel.channel.next_time() if self._channel is not None else None)
+        times += [again[0] for again in self._cancels.values() if again]
         return [t for t in (*times, self._keepalive_at, self._beat_time()) if t is not None]
+
+    def _cancel_again(self, now: float) -> None:
+        for turn, times in list(self._cancels.items()):
+            if times is None or times[0] > now:
+                continue
+            del times[0]
+            if not repeat_stop(self._quic, turn * 4) or not times:
+                del self._cancels[turn]
 
     def _report_again(self, count: int) -> None:
         """Make the reports of so many turns due, of those that the server knows."""

@@ -13,7 +13,7 @@ from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketSpace
 
 from eloquent.quic._aioquic import LateBoundConnection
-from eloquent.quic._streams import unsent_bytes
+from eloquent.quic._streams import repeat_stop, unsent_bytes
 from eloquent.quic.client import client_configuration
 
 USED_ATTRIBUTES = (
@@ -176,6 +176,20 @@ def test_a_stream_tells_what_was_written_and_not_sent() -> None:
     assert unsent_bytes(connection, 0) == 1000
     connection._streams[0].sender.get_frame(300)
     assert unsent_bytes(connection, 0) == 700
+
+
+def test_a_stop_can_be_said_again() -> None:
+    connection = stock_connection()
+    assert not repeat_stop(connection, 0)
+    connection.send_stream_data(0, b"a request", end_stream=True)
+    connection.stop_stream(0, 1)
+    receiver = connection._streams[0].receiver
+    receiver.get_stop_frame()
+    assert not receiver.stop_pending
+    assert repeat_stop(connection, 0)
+    assert receiver.stop_pending
+    receiver.is_finished = True
+    assert not repeat_stop(connection, 0)
 
 
 def test_packets_can_be_taken_for_lost() -> None:

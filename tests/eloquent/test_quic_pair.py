@@ -19,6 +19,7 @@ from eloquent.core.wire import (
     encode_request,
 )
 from eloquent.errors import IntegrityError, RequestError
+from eloquent.quic.client import CANCEL_AGAIN_S
 from eloquent.quic.connection import (
     CLOSE_PROTOCOL_ERROR,
     STREAM_CANCELLED,
@@ -35,6 +36,19 @@ from eloquent_netem.sim import simulate
 START_S = 1.0
 BODY = b'{"messages":[]}'
 TURN_ID = bytes(range(16))
+
+
+class CutOff:
+    """Loses everything until a time that the test sets."""
+
+    def __init__(self) -> None:
+        self.until_s = float("-inf")
+
+    def drops(self, now: float) -> bool:
+        return now < self.until_s
+
+    def passes_from(self, now: float) -> float:
+        return max(now, self.until_s)
 
 
 class World:
@@ -259,6 +273,22 @@ def test_cancel_reaches_the_server_and_stops_the_bundles() -> None:
     world.append(turn, log, " more")
     world.wait(1.0)
     assert world.text(turn) == "some"
+
+
+@pytest.mark.parametrize(("lost", "after_s"), [(1, 0.003), (2, 0.03), (3, 0.1)])
+def test_a_cancel_whose_packets_are_lost_is_said_again(lost: int, after_s: float) -> None:
+    loss = CutOff()
+    world = World(up=loss)
+    turn, log = world.accepted_turn()
+    world.append(turn, log, "some")
+    world.until(lambda: world.text(turn) == "some")
+    world.wait(1.0)
+    cancelled_at = world.now
+    loss.until_s = cancelled_at + (0.0, *CANCEL_AGAIN_S)[lost] - 1e-4
+    world.pair.client.cancel(turn)
+    world.pair.flush(world.now)
+    world.until(lambda: world.server(TurnCancelled) != [])
+    assert world.now == pytest.approx(cancelled_at + after_s + 0.05, abs=0.002)
 
 
 def test_a_cancelled_turn_may_still_be_closed_by_the_application() -> None:
