@@ -340,3 +340,18 @@ def test_the_library_needs_neither_textual_nor_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["False", "False"]
+
+
+async def test_a_ticket_lets_another_client_resume(start_server: StartServer) -> None:
+    server = await start_server(saying("one ", "two ", "three"))
+    async with Client(server.url) as first:
+        async with first.stream(messages=[{"role": "user", "content": "Count"}]) as stream:
+            await stream.get_final_message()
+        ticket = first.take_ticket()
+        assert ticket is not None
+        assert first.take_ticket() is None, "a ticket is good once"
+    async with (
+        Client(server.url, ticket=ticket) as second,
+        second.resume(stream.turn_id, stream.secret) as resumed,
+    ):
+        assert (await resumed.get_final_message()).text == "one two three"

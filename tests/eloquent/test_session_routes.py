@@ -6,6 +6,7 @@ import itertools
 import pytest
 from session_world import OTHER_IP, World, in_world, now, read, tokens, until
 
+from eloquent.errors import ConnectionFailedError
 from eloquent.session.states import LinkState
 from eloquent_netem.vloop_network import Datagram
 
@@ -215,3 +216,21 @@ def test_a_change_that_changes_nothing_costs_nothing() -> None:
         return world.seen()
 
     assert in_world(play) == [LinkState.CONNECTING, LinkState.UP]
+
+
+def test_what_is_asked_anew_without_a_network_fails_soon_when_no_other_turn_waits() -> None:
+    async def play(world: World) -> float:
+        turn = world.session.ask(b"{}")
+        await asyncio.sleep(2.0)
+        world.up.is_cut = world.down.is_cut = True
+        world.machine.change(None)
+        await asyncio.sleep(300.0)  # the connection is over by now
+        turn.cancel()
+        await asyncio.sleep(2.0)
+        assert world.session.state is LinkState.IDLE
+        asked_s = now()
+        with pytest.raises(ConnectionFailedError):
+            await read(world.session.ask(b"{}"))
+        return now() - asked_s
+
+    assert in_world(play) <= 5.0 + 1e-6
