@@ -27,8 +27,8 @@ MAX_OPEN_TURNS = 128
 "Turns of one channel that are not over; a client holds further ones back."
 
 MAX_BUNDLE_DATA_BYTES = 1 << 12
-"""After so many bytes the transport is asked again, and other turns have their chance. TLS hands out
-whole records only: each has to come well within `DEAD_AFTER_S`, on a slow link too."""
+"""After so many bytes the transport is asked again, and other turns have their chance. TLS hands
+out whole records only: each has to come well within `DEAD_AFTER_S`, on a slow link too."""
 
 MAX_TO_SERVER_BYTES = MAX_REQUEST_BODY_BYTES + 128
 MAX_TO_CLIENT_BYTES = MAX_REPLY_BYTES + 16
