@@ -96,6 +96,7 @@ class Core:
         for turn in self._turns():
             if turn.id == turn_id:
                 turn.cancel()
+        self._ready = True
         self._drop_done()
 
     def hint(self, turn_id: int, dry_at: float) -> None:
@@ -257,9 +258,7 @@ class Core:
             turn.dry_at = max(turn.dry_at, now)
             try:
                 sampler = turn.sampler
-                token = (
-                    tokens[i] if sampler.greedy else sampler.choose(logits[-1], turn.tokens)
-                )
+                token = tokens[i] if sampler.greedy else sampler.choose(logits[-1], turn.tokens)
                 turn.accept(token, sampler.logprob(logits[-1], token))
             except Exception as error:  # noqa: BLE001 (sampler or tokenizer; this turn's)
                 _log.exception("A token could not be chosen or decoded")

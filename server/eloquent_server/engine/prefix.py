@@ -18,6 +18,10 @@ MIN_RESTORED_BLOCKS = 4
 class Tier(Protocol):
     """Where blocks go that the tree has no room for; see `tiers`."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether blocks survive the process."""
+
     def holds(self, key: bytes) -> bool:
         """Return whether a block is likely to be there."""
 
@@ -26,6 +30,9 @@ class Tier(Protocol):
 
     def fetch(self, keys: Sequence[bytes], done: Callable[[list[torch.Tensor]], None]) -> None:
         """Call `done`, in another thread, with the blocks up to the first that cannot be had."""
+
+    def close(self) -> None:
+        """Keep what was offered, answer what was asked, and end."""
 
 
 @dataclass(slots=True)
@@ -179,7 +186,7 @@ class PrefixCache:
 
     def persist(self, turn: Turn) -> None:
         """Offer the turn's published blocks to the second tier, so that they survive a restart."""
-        if not self._enabled or self._tier is None:
+        if self._tier is None or not self._tier.durable:
             return
         for key in turn.keys[: turn.published]:
             node = self.tree.find(key, 0.0)
@@ -197,9 +204,13 @@ class PrefixCache:
         self._layout.free(turn.row, clear=turn.poisoned)
 
     def close(self) -> None:
-        """Offer all blocks to the second tier."""
-        for node in self.tree.nodes():
-            self._store(node.key, node.payload)
+        """Offer all blocks to the second tier, if that outlives us, and close it."""
+        if self._tier is None:
+            return
+        if self._tier.durable:
+            for node in self.tree.nodes():
+                self._store(node.key, node.payload)
+        self._tier.close()
 
     def _publish_block(self, turn: Turn, i: int, key: bytes, now: float) -> bool:
         parent = turn.keys[i - 1] if i else None
