@@ -100,7 +100,11 @@ def test_a_new_turn_is_never_asked_early() -> None:
         await leave(world, 20)
         session = another_session(world.tickets.exported(), world)
         begun_s = now()
-        await read(session.ask(b"{}"))
+        turn = session.ask(b"{}")
+        await asyncio.sleep(RTT_S / 2)
+        assert session._early is not None, "the ticket was to be used"
+        assert list(session._numbers.values()) == [-1]
+        await read(turn)
         await session.close()
         assert isinstance(world.service, Noting)
         return world.service.requests[-1][0] - begun_s

@@ -234,3 +234,31 @@ def test_what_is_asked_anew_without_a_network_fails_soon_when_no_other_turn_wait
         return now() - asked_s
 
     assert in_world(play) <= 5.0 + 1e-6
+
+
+def test_a_migration_shows_no_id_of_the_old_path_and_makes_room_for_a_backlog() -> None:
+    """RFC 9000 sections 9.5 and 8.1."""
+
+    async def play(world: World) -> tuple[set[bytes], set[bytes], int]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        old = set(world.up.ports)
+        Nat(world, ip=OTHER_IP, keeps_old=False)
+        world.machine.change("lte")
+        await reading
+        short = [
+            (source[1] in old, data)
+            for source, data in world.up.packets
+            if data and not data[0] & 0x80
+        ]
+        before, after = (
+            {data[1:9] for was, data in short if was is is_old} for is_old in (True, False)
+        )
+        first = next(data for is_old, data in short if not is_old)
+        return before, after, len(first)
+
+    before, after, first_bytes = in_world(play)
+    assert before
+    assert after
+    assert not before & after
+    assert first_bytes >= 1200
