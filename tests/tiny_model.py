@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import Failure, Logprobs, TextDelta
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.loader import LoadedModel, prepare
 from eloquent_server.engine.turn import EngineEvent, Tokens
@@ -106,7 +106,7 @@ class Sink:
     """Takes one turn's events in the engine's thread."""
 
     def __init__(self) -> None:
-        self.events: list[TextDelta | Failure | Finish] = []
+        self.events: list[TextDelta | Logprobs | Failure | Finish] = []
         "All but the token ids."
         self.tokens: list[int] = []
         self._condition = threading.Condition()
@@ -121,7 +121,7 @@ class Sink:
 
     @property
     def ends(self) -> list[Failure | Finish]:
-        return [event for event in self.events if not isinstance(event, TextDelta)]
+        return [event for event in self.events if isinstance(event, Failure | Finish)]
 
     @property
     def text(self) -> str:

@@ -33,6 +33,7 @@ ENGINE_PACKAGES = (
     "accelerate",
     "filelock",
     "gguf",
+    "llguidance",
     "platformdirs",
     "safetensors",
     "tokenizers",

@@ -5,10 +5,10 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from eloquent.core.events import TextDelta
+from eloquent.core.events import Failure
 from eloquent.errors import RequestError
 from eloquent_server import models
-from eloquent_server.backends.base import BackendEvent
+from eloquent_server.backends.base import BackendEvent, Finish
 from eloquent_server.chat import ChatRequest
 
 if TYPE_CHECKING:  # The engine imports torch, which may not be installed: see `load`.
@@ -17,10 +17,6 @@ if TYPE_CHECKING:  # The engine imports torch, which may not be installed: see `
 
 def _entropy() -> int:
     return secrets.randbits(63)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 class LocalBackend:
@@ -83,6 +79,7 @@ class LocalBackend:
             )
         # A long conversation takes tens of milliseconds to encode; the event loop must not wait.
         prompt = await asyncio.to_thread(self._prompts.encode, request.messages)
+        from eloquent_server.engine.options import sampling_fields
         from eloquent_server.engine.turn import EngineEvent, Tokens, TurnRequest
 
         loop = asyncio.get_running_loop()
@@ -94,10 +91,13 @@ class LocalBackend:
         turn = self._engine.submit(
             TurnRequest(
                 prompt=prompt,
-                seed=self._entropy() if request.seed is None else request.seed,
                 max_tokens=request.token_limit,
-                temperature=_given(request.temperature, self._temperature),
-                top_p=_given(request.top_p, self._top_p),
+                **sampling_fields(
+                    request,
+                    temperature=self._temperature,
+                    top_p=self._top_p,
+                    seed=self._entropy(),
+                ),
             ),
             emit,
         )
@@ -107,7 +107,7 @@ class LocalBackend:
                 if isinstance(event, Tokens):
                     continue
                 yield event
-                if not isinstance(event, TextDelta):
+                if isinstance(event, Failure | Finish):
                     return
         finally:
             self._engine.cancel(turn)

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import ChosenLogprob, Failure, Logprobs, TextDelta
 from eloquent_server.backends.base import Finish
+from eloquent_server.engine.options import SamplingOptions
 
 if TYPE_CHECKING:  # The server's process takes types from here, and has no torch.
     from eloquent_server.engine.sampling import Sampler
-    from eloquent_server.engine.text import TextStream
+    from eloquent_server.engine.text import AnswerText
 
 LOCAL_TENANT = "local"
 
@@ -21,7 +22,7 @@ class Tokens:
     ids: tuple[int, ...]
 
 
-EngineEvent = Tokens | TextDelta | Failure | Finish
+EngineEvent = Tokens | TextDelta | Logprobs | Failure | Finish
 """A turn gets, per step that moves it on, one `Tokens` and at most one `TextDelta`; then one
 `Finish` or `Failure`. The engine's `Finish` has one reason more than a backend's: `"cancelled"`."""
 
@@ -36,18 +37,13 @@ NOT_A_NUMBER = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TurnRequest:
-    """What to generate."""
+class TurnRequest(SamplingOptions):
+    """What to generate, and how."""
 
     prompt: Sequence[int]
     "Token ids after the chat template; at least one."
-    seed: int
-    "For sampling; fresh entropy if the user gave none."
     max_tokens: int | None = None
     "The most tokens to generate; None: as many as fit the context."
-    temperature: float = 1.0
-    "0 is greedy decoding."
-    top_p: float = 1.0
     generated: Sequence[int] = ()
     """Tokens of the answer that are out already: a continuation. They are not emitted again and
     count towards `max_tokens`."""
@@ -71,7 +67,7 @@ class Turn:
     token_limit: int
     "Tokens that may be generated, continued ones included; at least 1."
     sampler: "Sampler"
-    text: "TextStream"
+    text: "AnswerText"
     end_tokens: frozenset[int]
     emit: Emit
     arrived: float = 0.0
@@ -111,6 +107,12 @@ class Turn:
     _deaf: bool = False
 
     @property
+    def _is_complete(self) -> bool:
+        """Whether a stop string or the grammar ends the answer."""
+        grammar = self.sampler.grammar
+        return self.text.stopped or (grammar is not None and grammar.is_complete)
+
+    @property
     def generated(self) -> int:
         """How many tokens of the answer there are."""
         return len(self.tokens) - self.prompt_tokens
@@ -126,26 +128,36 @@ class Turn:
             self.tokens.append(token)
             if token not in self.end_tokens:
                 self._new_text.append(self.text.push(token))
+                if self.sampler.grammar is not None:
+                    self.sampler.grammar.accept(token)
         complete = sum(map(len, self._new_text))
         self._out_already = complete if emitted_chars is None else emitted_chars
 
     def settle(self) -> None:
         """End a continued turn whose answer was complete."""
-        if self.generated and self.tokens[-1] in self.end_tokens:
+        if self.generated and (self.tokens[-1] in self.end_tokens or self._is_complete):
             self._finish("stop")
         elif self.generated >= self.token_limit:
             self._finish("length")
 
-    def accept(self, token: int) -> None:
-        """Take the next token of the answer; `flush` sends it, the end is sent at once."""
+    def accept(self, token: int, logprob: ChosenLogprob | None = None) -> None:
+        """Take the next token of the answer; `flush` sends it, the end is sent at once.
+
+        Raises:
+            GrammarError: the grammar does not allow the token.
+        """
         self.tokens.append(token)
         self.ran += 1
         self._new_ids.append(token)
         if token in self.end_tokens:
             self._finish("stop")
             return
-        self._new_text.append(self.text.push(token))
-        if self.generated >= self.token_limit:
+        self._new_text.append(self.text.push(token, logprob))
+        if self.sampler.grammar is not None:
+            self.sampler.grammar.accept(token)
+        if self._is_complete:
+            self._finish("stop")
+        elif self.generated >= self.token_limit:
             self._finish("length")
 
     def flush(self) -> None:
@@ -161,6 +173,8 @@ class Turn:
             self._send(Tokens(ids))
         if text:
             self._send(TextDelta(text))
+        if logprobs := self.text.take_logprobs():
+            self._send(Logprobs(logprobs))
 
     def cancel(self) -> None:
         """End the turn because nobody wants it any more."""
@@ -168,6 +182,9 @@ class Turn:
 
     def fail(self, code: str, message: str) -> None:
         """End the turn because of an error."""
+        if self.done:
+            return
+        self._new_text.append(self.text.flush())
         self.flush()
         if not self.done:
             self.done = True
