@@ -10,7 +10,7 @@ from typing import Any
 
 from aioquic.quic.connection import END_STATES, QuicNetworkPath
 from aioquic.quic.events import ConnectionTerminated
-from aioquic.quic.packet import QuicErrorCode, QuicFrameType
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.tls import Epoch
 
@@ -51,6 +51,18 @@ class RoamingConnection(EcnConnection):
     def is_resumed(self) -> bool:
         """Whether a ticket showed who the peer is, so that it showed no certificate again."""
         return self.tls.session_resumed
+
+    def resend_refused(self, now: float) -> None:
+        """Send again at once what left early, if the server did not take it (client)."""
+        if self.tls.early_data_accepted:
+            return
+        space = self._spaces[Epoch.ONE_RTT]
+        packets = [
+            packet
+            for packet in space.sent_packets.values()
+            if packet.packet_type is QuicPacketType.ZERO_RTT
+        ]
+        self._loss._on_packets_lost(congestion_event=False, now=now, packets=packets, space=space)
 
     # Probes and migration.
 

@@ -250,6 +250,7 @@ class ClientConnection(Connection):
                 self._quic, ClientChannel(self._heard_at), MAX_TO_CLIENT_BYTES, is_client=True
             )
         self._is_trusted = True
+        self._quic.resend_refused(self._heard_at)
         self._events.append(Connected())
 
     def _is_pinned_one(self) -> bool:

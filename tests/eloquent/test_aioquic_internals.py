@@ -197,3 +197,12 @@ def test_packets_can_be_taken_for_lost() -> None:
     parameters = inspect.signature(connection._loss._on_packets_lost).parameters
     assert {"congestion_event", "now", "packets", "space"} <= set(parameters)
     assert "max_datagram_size=self._max_datagram_size" in quic_source("datagrams_to_send")
+
+
+def test_what_early_data_needs_is_there() -> None:
+    connection = stock_connection()
+    assert hasattr(connection, "_cryptos")
+    for used in ("session_resumed=self.tls.session_resumed", "early_data_accepted=self.tls."):
+        assert used in quic_source("_handle_crypto_frame"), f"aioquic lost {used!r}"
+    fields = QuicSentPacket.__dataclass_fields__
+    assert {"packet_type", "sent_bytes", "delivery_handlers", "is_ack_eliciting"} <= set(fields)

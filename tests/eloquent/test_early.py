@@ -83,16 +83,20 @@ def test_a_resume_from_another_process_is_a_round_trip_faster_with_a_ticket(
 
 
 def test_a_ticket_that_a_restarted_server_does_not_know_costs_nothing() -> None:
-    async def play(world: World) -> str:
+    async def play(world: World) -> tuple[str, float]:
         request = await leave(world, 20)
         await world.kill_server()
         await world.start_server()
         session = another_session(world.tickets.exported(), world)
-        text = await read(session.open(request))
+        times: list[float] = []
+        begun_s = now()
+        text = await read(session.open(request), times)
         await session.close()
-        return text
+        return text, times[0] - begun_s
 
-    assert in_world(play) == "".join(tokens(100)[20:])
+    text, first_s = in_world(play)
+    assert text == "".join(tokens(100)[20:])
+    assert first_s == pytest.approx(2 * RTT_S, abs=0.02)
 
 
 def test_a_new_turn_is_never_asked_early() -> None:
