@@ -25,6 +25,8 @@ class Path:
     def __init__(self, srtt_s: float = 0.1) -> None:
         self.srtt_s = srtt_s
         "Smoothed round-trip time in seconds; before the first sample QUIC's initial guess."
+        self.min_rtt_s = srtt_s
+        "The round-trip time without queues."
         self.ack_delay_s = 0.025
         "How long the peer may delay an acknowledgement."
         self.is_silent = False
@@ -94,12 +96,15 @@ class Path:
     def on_outcome(self, *, lost: bool) -> None:
         """Take the fate of one bundle into the loss estimate.
 
-        A loss while a queue stands is congestion: it must not make us send more.
+        A loss while a queue stands is congestion: it must not make us send more, and says that the
+        losses before it may have been congestion too.
         """
         self._bundles += 1
         if not lost:
             self.loss -= LOSS_WEIGHT * self.loss
-        elif not self.has_queue:
+        elif self.has_queue:
+            self._lossy_until = self._bundles
+        else:
             self.loss += LOSS_WEIGHT * (1 - self.loss)
             self._lossy_until = self._bundles + LOSS_MEMORY_BUNDLES
 

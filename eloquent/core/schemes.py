@@ -43,6 +43,8 @@ LOSSY_PACKET_BYTES = 896
 
 MAX_HEADER_BYTES = 12
 "A bundle's header is hardly ever longer."
+OVERHEAD_BYTES = 42
+"What a packet costs beside a bundle's data, without an acknowledgement."
 
 MIN_FRAME_S = 0.02
 MAX_FRAME_S = 0.25
@@ -101,6 +103,7 @@ class EloquentSender(Sender):
         super().__init__(turn, log, path)
         self._gap_s = FIRST_GAP_S
         self._grew_at: float | None = None
+        self._known_length = 0
         self._repeat_at = 0.0
         self._has_copy_due = False
         "What is due at `_repeat_at` is a copy of the last bundle."
@@ -113,6 +116,9 @@ class EloquentSender(Sender):
 
     def log_grew(self, now: float) -> None:
         """See `Sender.log_grew`."""
+        if self._log.length == self._known_length:
+            return
+        self._known_length = self._log.length
         if self._grew_at is not None:
             gap_s = min(max(now - self._grew_at, MIN_GAP_S), MAX_GAP_S)
             self._gap_s += GAP_WEIGHT * (gap_s - self._gap_s)
@@ -216,22 +222,16 @@ class EloquentSender(Sender):
         during a burst is lost anyway, and the first bundle after it should reach back.
         """
         path = self._path
-        plain = path.used_bytes + MAX_HEADER_BYTES + max(new, 0)
-        least = _packet_size(plain)
-        if path.has_queue:
-            return _Budget(least, has_copy=False)
-        is_rough = path.is_lossy or path.is_silent
-        most = LOSSY_PACKET_BYTES if is_rough else CLEAN_PACKET_BYTES
-        full = plain + round(TOKEN_BYTES * (path.srtt_s + path.ack_delay_s) / self._gap_s)
-        if path.is_silent:
-            full = plain + self._sent_end - self._mark
-        wanted = max(_packet_size(min(full, most)), least)
-        wants_copy = is_rough or (new > 0 and path.is_unknown)
+        least = _packet_size(path.used_bytes + MAX_HEADER_BYTES + max(new, 0))
+        wanted = max(least, self._wanted_size(new))
+        wants_copy = not path.has_queue and (
+            path.is_lossy or path.is_silent or (new > 0 and path.is_unknown)
+        )
         if path.bytes_per_s is None:
             return _Budget(wanted, has_copy=wants_copy)
         allowed = path.bytes_per_s * self._gap_s
         is_doubled = wants_copy and allowed >= 2 * least
-        holds_all = path.is_bursty and full <= wanted <= allowed
+        holds_all = path.is_bursty and self._full_size(new) <= wanted <= allowed
         copies = 2 if is_doubled and not holds_all else 1
         # Padding holds a size for a while: choose one that is affordable after a loss as well.
         lasting = min(path.bytes_per_s, path.floor_bytes_per_s) * self._gap_s
@@ -252,6 +252,23 @@ class EloquentSender(Sender):
             longest_s = min(max(FRAME_RTTS * path.srtt_s, MIN_FRAME_S), MAX_FRAME_S)
             frame_s = min(cost / max(path.bytes_per_s, 1.0), longest_s)
         return _Budget(packet, wants_copy and allowed >= 2 * cost, frame_s)
+
+    def _wanted_size(self, new: int) -> int:
+        """Return how large a packet would be if the window were no matter."""
+        path = self._path
+        if path.has_queue:
+            return 0
+        is_rough = path.is_lossy or path.is_silent
+        most = LOSSY_PACKET_BYTES if is_rough else CLEAN_PACKET_BYTES
+        return _packet_size(min(self._full_size(new), most))
+
+    def _full_size(self, new: int) -> int:
+        """Return how large a packet is that holds all that is not acknowledged."""
+        path = self._path
+        in_flight = round(TOKEN_BYTES * (path.min_rtt_s + path.ack_delay_s) / self._gap_s)
+        if path.is_silent:
+            in_flight = max(self._sent_end - self._mark, 0)
+        return OVERHEAD_BYTES + max(new, 0) + in_flight
 
     def _schedule(self, now: float, new: int, budget: _Budget) -> None:
         """Decide when to send next if no new token comes, and from when on if one does."""

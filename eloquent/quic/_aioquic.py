@@ -170,7 +170,8 @@ class LateBoundConnection(QuicConnection):
         )
         self._path = Path()
         self._heard_at = 0.0
-        self._heard_packets = 0
+        self.heard_packets = 0
+        "Packets that came since the handshake, newer than all before."
         self._unacked_bytes = 0
         self._skips = skips
         self._skip_at = self._next_skip()
@@ -202,13 +203,14 @@ class LateBoundConnection(QuicConnection):
             recovery.losses_elsewhere = 0
             path.on_loss_elsewhere()
         path.srtt_s = self.srtt_s
+        path.min_rtt_s = recovery.rtts.min_s or self.srtt_s
         path.ack_delay_s = recovery.max_ack_delay
         path.floor_bytes_per_s = recovery.floor_window / (self.srtt_s + recovery.max_ack_delay)
         self._path = path
         if self._padding is not None:
             path.padded_bytes = self._padding.padded_size(0, now, NO_FLIGHT_S)
         path.window_bytes = recovery.congestion_window
-        path.has_queue = recovery.rtts.has_queue
+        path.has_queue = recovery.is_congested
         path.waiting_since = recovery.waiting_since
         path.probe_timeout_s = recovery.get_probe_timeout()
 
@@ -243,13 +245,13 @@ class LateBoundConnection(QuicConnection):
         if space is None or space.largest_received_packet == received:
             return
         self._heard_at = now
-        self._heard_packets += self._handshake_confirmed
+        self.heard_packets += self._handshake_confirmed
         self._unacked_bytes = len(data) + (self._unacked_bytes if is_ack_due else 0)
         if self._unacked_bytes >= ACK_AFTER_BYTES and space.ack_at is not None:
             space.ack_at = now
         if 0 <= received < space.largest_received_packet - 1:
             # The handshake's packets are numbered in the same row.
-            if self._heard_packets > HANDSHAKE_PACKETS:
+            if self.heard_packets > HANDSHAKE_PACKETS:
                 self._recovery.losses_elsewhere += 1
             if space.ack_at is not None:
                 space.ack_at = now  # RFC 9000 section 13.2.1: a gap is told at once.

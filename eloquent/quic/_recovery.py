@@ -66,12 +66,17 @@ class TimedRecovery(QuicPacketRecovery):
         self._skipped: deque[int] = deque(maxlen=REMEMBERED_SKIPS)
         self._waiting_since: float | None = None
         self.losses_elsewhere = 0
-        "How many losses were seen in the handshake, and on the way to us."
+        "How many losses were seen on the way to us."
 
     @property
     def waiting_since(self) -> float | None:
         """When the first packet was sent that is newer than all that is acknowledged, or None."""
         return self._waiting_since
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the path is congested, as the congestion controller judges it."""
+        return self.rtts.has_queue if self._thin is None else self._thin.is_congested
 
     @property
     def floor_window(self) -> float:
@@ -131,14 +136,7 @@ class TimedRecovery(QuicPacketRecovery):
             ack_rangeset=ack_rangeset, ack_delay=ack_delay, now=now, space=space
         )
         if space.is_application_data:
-            self._waiting_since = next(
-                (
-                    packet.sent_time
-                    for number, packet in space.sent_packets.items()
-                    if number > space.largest_acked_packet and packet.is_ack_eliciting
-                ),
-                None,
-            )
+            self._await(space)
 
     def get_loss_detection_time(self, *, amplification_limited: bool) -> float | None:
         """See `QuicPacketRecovery.get_loss_detection_time`."""
@@ -182,16 +180,36 @@ class TimedRecovery(QuicPacketRecovery):
                     if packet.sent_time is not None and packet.sent_time <= before
                 ]
                 self._on_packets_lost(congestion_event=False, now=now, packets=old, space=space)
+                self._await(space)
 
     def on_path_changed(self, now: float) -> None:
         """Begin anew on another path: nothing of the old one's times holds (RFC 9000 9.4)."""
-        self.rtts.forget()
+        if self._rtt_initialized:
+            self._rtt_initial = self._rtt_smoothed
+        self._rtt_initialized = False
+        self._rtt_min = inf
+        self._pto_count = 0
         self._slack_s = 0.0
+        self.rtts.forget()
+        if self._thin is not None:
+            self._thin.congestion_window = 0
         self._restart()
         for space in self.spaces:
             if space.is_application_data:
                 packets = list(space.sent_packets.values())
                 self._on_packets_lost(congestion_event=False, now=now, packets=packets, space=space)
+                self._await(space)
+
+    def _await(self, space: QuicPacketSpace) -> None:
+        """Note since when an acknowledgement is awaited."""
+        self._waiting_since = next(
+            (
+                packet.sent_time
+                for number, packet in space.sent_packets.items()
+                if number > space.largest_acked_packet and packet.is_ack_eliciting
+            ),
+            None,
+        )
 
     def _restart(self) -> None:
         if self._thin is not None:
@@ -294,8 +312,6 @@ class TimedRecovery(QuicPacketRecovery):
         packets = list(packets)
         for packet in packets:
             self._given_up[packet.packet_number] = packet
-        if congestion_event and not space.is_application_data:
-            self.losses_elsewhere += len(packets)
         super()._on_packets_lost(
             congestion_event=congestion_event,
             now=now,

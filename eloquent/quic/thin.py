@@ -15,15 +15,22 @@ from aioquic.quic.packet_builder import QuicSentPacket
 THIN = "thin"
 "The controller's name in a QUIC configuration."
 
-MIN_RTT_WINDOW_S = 10.0
+MIN_RTT_WINDOW_S = 30.0
 "How long the smallest round-trip time is remembered, so that a change of route is forgotten."
 
-RECENT_RTT_WINDOW_S = 0.1
+MAX_RTT_WINDOW_S = 10.0
+"How long the largest is."
+
+RECENT_RTT_WINDOW_S = 0.2
 "The present round-trip time is the smallest of a round trip, and at least of this time."
 
 QUEUE_MIN_S = 0.005
 QUEUE_RTT_SHARE = 1 / 8
-"A queue stands when the round trip takes longer than the smallest by both of these."
+QUEUE_RANGE_SHARE = 1 / 2
+RANGE_MIN_S = 0.003
+"""A queue stands when the present round trip is longer than the smallest by `QUEUE_MIN_S` and by
+`QUEUE_RTT_SHARE` of it. Who comes to a full queue has never seen it empty: so also when it is
+longer by `QUEUE_RANGE_SHARE` of what it has varied, if that is more than `RANGE_MIN_S`."""
 
 INITIAL_WINDOW_PACKETS = 10
 "Full packets, at the start and after an outage (RFC 9002 section 7.2)."
@@ -34,6 +41,12 @@ MIN_WINDOW_BYTES = 320
 
 CONGESTION_FACTOR = 0.5
 "What is left of the window when loss comes with a queue (RFC 9002 section 7.3.2)."
+
+YIELD_S = 30.0
+YIELD_QUEUE_SHARE = 0.6
+YIELD_FACTOR = 0.9
+"""For some time after such a loss the window also shrinks, once a round trip, while the queue is
+longer than this share of what it was then: many thin flows would keep it full otherwise."""
 
 RANDOM_LOSS_FACTOR = 0.7
 "What is left when loss comes without one, down to the floor."
@@ -47,6 +60,11 @@ is what a policer looks like, it leaves `POLICED_BYTES_PER_S`."""
 FLOOR_SLACK = 1.25
 "The floor's window holds this many round trips: lost packets count until they are known as such."
 
+CONGESTED_WEIGHT = 1 / 8
+CONGESTED_ABOVE = 0.3
+"""If more than this share of the recent losses came with a queue, all count as if they had: who
+came to a full queue sees its length hardly vary."""
+
 LOSS_WEIGHT = 1 / 64
 SIZE_WEIGHT = 1 / 16
 "Weights of one packet in the averages of loss and of packet size."
@@ -58,6 +76,7 @@ class RttHistory:
     def __init__(self) -> None:
         self._lowest: deque[tuple[float, float]] = deque()
         "(time, sample) with rising samples: the first is the smallest of the window."
+        self._highest: deque[tuple[float, float]] = deque()
         self._recent: deque[tuple[float, float]] = deque()
 
     @property
@@ -80,23 +99,31 @@ class RttHistory:
     @property
     def has_queue(self) -> bool:
         """Whether a queue stands, by more than jitter explains."""
-        return self.queue_s > max(QUEUE_MIN_S, QUEUE_RTT_SHARE * (self.min_s or 0.0))
+        if self.min_s is None:
+            return False
+        range_s = self._highest[0][1] - self.min_s
+        is_high = range_s > RANGE_MIN_S and self.queue_s > QUEUE_RANGE_SHARE * range_s
+        return is_high or self.queue_s > max(QUEUE_MIN_S, QUEUE_RTT_SHARE * self.min_s)
 
     def add(self, now: float, rtt_s: float) -> None:
         """Take one sample, measured at `now`."""
         while self._lowest and self._lowest[-1][1] >= rtt_s:
             self._lowest.pop()
-        self._lowest.append((now, rtt_s))
-        while self._lowest[0][0] < now - MIN_RTT_WINDOW_S:
-            self._lowest.popleft()
-        self._recent.append((now, rtt_s))
-        while self._recent[0][0] < now - max(RECENT_RTT_WINDOW_S, rtt_s):
-            self._recent.popleft()
+        while self._highest and self._highest[-1][1] <= rtt_s:
+            self._highest.pop()
+        for samples, window_s in (
+            (self._lowest, MIN_RTT_WINDOW_S),
+            (self._highest, MAX_RTT_WINDOW_S),
+            (self._recent, max(RECENT_RTT_WINDOW_S, rtt_s)),
+        ):
+            samples.append((now, rtt_s))
+            while samples[0][0] < now - window_s:
+                samples.popleft()
 
     def forget(self) -> None:
         """Begin anew: the path is another one."""
-        self._lowest.clear()
-        self._recent.clear()
+        for samples in (self._lowest, self._highest, self._recent):
+            samples.clear()
 
 
 class ThinControl(QuicCongestionControl):
@@ -126,11 +153,24 @@ class ThinControl(QuicCongestionControl):
         self._growth_bytes = 0.0
         self._window_before = 0
         self._lost_in_episode: set[int] = set()
+        self._peak_bytes = 0
+        "The most in flight in this round trip,"
+        self._last_peak_bytes = 0
+        "and in the one before."
+        self._round_from = -inf
+        self._congested_share = 0.0
+        self._queue_at_loss_s = inf
+        self._yields_until = -inf
 
     @property
     def loss(self) -> float:
         """Share of recent packets that were lost, exponentially weighted."""
         return self._loss
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether a queue stands on the way, or stood at enough of the recent losses."""
+        return self.rtts.has_queue or self._congested_share > CONGESTED_ABOVE
 
     @property
     def min_window(self) -> int:
@@ -147,6 +187,7 @@ class ThinControl(QuicCongestionControl):
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
         """Count a packet as in flight."""
         self.bytes_in_flight += packet.sent_bytes
+        self._peak_bytes = max(self._peak_bytes, self.bytes_in_flight)
         if self.bytes_in_flight + packet.sent_bytes > self.congestion_window:
             self._bound_at = max(self._bound_at, packet.sent_time or 0.0)
         self._packet_bytes += SIZE_WEIGHT * (packet.sent_bytes - self._packet_bytes)
@@ -159,12 +200,14 @@ class ThinControl(QuicCongestionControl):
         """Grow, if the window bound while this packet was under way."""
         self.bytes_in_flight -= packet.sent_bytes
         self._loss -= LOSS_WEIGHT * self._loss
+        if packet.sent_time is not None and packet.sent_time >= self._round_from:
+            self._end_round(now)
         if packet.sent_time is None or packet.sent_time <= self._recovery_since:
             return
-        if self._bound_at < packet.sent_time:
+        if self._bound_at < packet.sent_time or self._must_yield(now):
             return
         share = packet.sent_bytes / self.congestion_window
-        if self.rtts.has_queue:
+        if self.is_congested:
             self._growth_bytes += self._packet_bytes * share
         elif self.ssthresh is None or self.congestion_window < self.ssthresh:
             self._growth_bytes += packet.sent_bytes
@@ -172,6 +215,18 @@ class ThinControl(QuicCongestionControl):
             self._growth_bytes += self._full_packet_bytes * share
         self.congestion_window += int(self._growth_bytes)
         self._growth_bytes %= 1
+
+    def _end_round(self, now: float) -> None:
+        """Once a round trip: keep the queue below what it was when it last overflowed."""
+        self._round_from = now
+        self._last_peak_bytes, self._peak_bytes = self._peak_bytes, self.bytes_in_flight
+        if self._must_yield(now):
+            window = round(YIELD_FACTOR * self.congestion_window)
+            self.congestion_window = max(window, self.min_window)
+
+    def _must_yield(self, now: float) -> bool:
+        is_full = self.rtts.queue_s > YIELD_QUEUE_SHARE * self._queue_at_loss_s
+        return now < self._yields_until and is_full
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
         """Count packets as in flight no more, without calling them lost."""
@@ -188,11 +243,16 @@ class ThinControl(QuicCongestionControl):
         if newest <= self._recovery_since:
             self._lost_in_episode.update(packet.packet_number for packet in lost)
             return
+        self._congested_share += CONGESTED_WEIGHT * (self.rtts.has_queue - self._congested_share)
         self._recovery_since = now
         self._window_before = self.congestion_window
         self._lost_in_episode = {packet.packet_number for packet in lost}
-        if self.rtts.has_queue:
-            target = max(round(CONGESTION_FACTOR * self.congestion_window), self.min_window)
+        if self.is_congested:
+            # What was not used is no measure of what the path bears (RFC 7661 section 4.4.1).
+            used = min(self.congestion_window, max(self._peak_bytes, self._last_peak_bytes))
+            target = max(round(CONGESTION_FACTOR * used), self.min_window)
+            self._queue_at_loss_s = self.rtts.queue_s
+            self._yields_until = now + YIELD_S
         else:
             target = max(round(RANDOM_LOSS_FACTOR * self.congestion_window), self.floor_window)
         self.congestion_window = min(self.congestion_window, target)
