@@ -32,7 +32,7 @@ format: $(INSTALLED) ## Put the code into its standard form.
 results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
 	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
 
-bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (three minutes; needs root or user namespaces).
+bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (five minutes; needs root or user namespaces).
 	$(BIN)/eloquent netem fidelity
 	$(BIN)/eloquent lab speed
 

@@ -66,6 +66,7 @@ class QuicReader:
 
     def reject(self, code: str, message: str) -> None:
         """See `Reader.reject`."""
+        self._peer.forget(self._number)
         self._peer.connection.reject(self._number, code, message)
         self._peer.driver.pump()
 
@@ -97,6 +98,10 @@ class _Peer:
         elif isinstance(event, ConnectionEnded):
             self.end()
             self._listener.forget(self, event)
+
+    def forget(self, number: int) -> None:
+        """Take note that nothing more is said to a reader."""
+        self._readers.pop(number, None)
 
     def end(self) -> None:
         """Stop driving the connection; its readers are gone."""

@@ -48,7 +48,7 @@ async def test_json(start_server: StartServer) -> None:
     assert out.count("\n") == 1
     answer = json.loads(out)
     assert set(answer) == {
-        *("text", "finish_reason", "model", "tokens", "prompt_tokens"),
+        *("turn", "text", "finish_reason", "model", "tokens", "prompt_tokens"),
         *("ttft_ms", "duration_ms", "rtt_ms"),
         *("datagrams", "loss_recovered", "duplicates", "missing"),
     }
