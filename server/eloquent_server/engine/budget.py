@@ -14,6 +14,8 @@ FIRST_TOKENS = 64
 
 _SMOOTHING = 0.3
 "Weight of the newest measurement."
+_LEAST_TOKEN_S = 1e-6
+"A clock may not have moved."
 _GROWTH = 2.0
 "From one step to the next; costs learned on small chunks do not hold for ones far larger."
 
@@ -51,7 +53,7 @@ class StepBudget:
         if prompt_tokens < MIN_TOKENS:
             return  # Mostly the fixed cost.
         spent = max(duration_s - self._decode_estimate(decoding), duration_s / 10)
-        cost = spent / prompt_tokens
+        cost = max(spent / prompt_tokens, _LEAST_TOKEN_S)
         self._token_s = cost if self._token_s is None else _smooth(self._token_s, cost)
 
     def _decode_estimate(self, decoding: int) -> float:
