@@ -144,6 +144,8 @@ class Session:
         if self._failure is None:
             self._failure = error
             self._give_up(error, self._numbers)
+            if self._state is not LinkState.CLOSED:
+                self._set_state(LinkState.IDLE)
             self._wake()
 
     async def close(self) -> None:
@@ -421,6 +423,8 @@ class Session:
             await asyncio.wait_for(self._news.wait(), timeout_s)
 
     def _set_state(self, state: LinkState) -> None:
+        if self._failure is not None and state not in (LinkState.IDLE, LinkState.CLOSED):
+            return
         if state is not self._state:
             assert state in NEXT[self._state], (self._state, state)
             self._state = state

@@ -243,6 +243,26 @@ def test_cancelling_never_hangs_and_the_session_goes_on(state: str) -> None:
     assert in_world(play) == ALL
 
 
+@pytest.mark.parametrize("state", ["connecting", "up", "silent", "reconnecting", "offline"])
+def test_giving_the_server_up_is_seen_at_once_and_final(state: str) -> None:
+    async def play(world: World) -> list[LinkState]:
+        turn = world.session.ask(b"{}")
+        await asyncio.sleep(0.02 if state == "connecting" else 1.0)
+        await into(world, state)
+        world.session.fail(ConnectionFailedError("It is gone."))
+        given_up_s = now()
+        assert world.session.state is LinkState.IDLE
+        for last in (turn, None):
+            with pytest.raises(ConnectionFailedError, match="It is gone"):
+                await read(last or world.session.ask(b"{}"))
+        world.up.is_cut = world.down.is_cut = False
+        world.machine.change("wlan")
+        await asyncio.sleep(10.0)
+        return [state for time, state in world.states if time > given_up_s]
+
+    assert in_world(play) == []
+
+
 async def into(world: World, state: str) -> None:
     """Bring a session that is up, with a turn, into another state."""
     if state == "silent":
