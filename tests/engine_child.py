@@ -1,6 +1,7 @@
 """An engine process with a tiny model, and with faults that a test asks for: the model's name.
 
 tiny            the tiny model
+greedy          its authors advise temperature 0
 slow            it takes 20 ms for each step
 poisoned        it kills its process when it reads POISON
 dies            it never gets loaded: the process kills itself
@@ -59,6 +60,8 @@ def load(options: ipc.Load, progress: Progress) -> "LoadedModel":
     from tiny_model import tiny_loaded
 
     loaded = tiny_loaded()
+    if name == "greedy":
+        return dataclasses.replace(loaded, temperature=0.0)
     if name in ("slow", "poisoned"):
         return dataclasses.replace(loaded, model=Faulty(loaded, name))
     return loaded

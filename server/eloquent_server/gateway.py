@@ -2,14 +2,22 @@
 
 import logging
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, cast
 
-from eloquent.core.events import Delta, Failure
+from eloquent.core.events import Delta, Failure, TextDelta
 from eloquent.errors import RequestError
-from eloquent_server.backends.base import Backend, Finish
+from eloquent_server.backends.base import (
+    Backend,
+    BackendEvent,
+    Continuation,
+    ContinuingBackend,
+    Finish,
+    StoredAnswer,
+)
 from eloquent_server.chat import ChatRequest, parse_chat_body
-from eloquent_server.turns import Turn
+from eloquent_server.turns import Turn, TurnHandler
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +28,28 @@ class Gateway:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    @property
+    def go_on(self) -> TurnHandler | None:
+        """What goes on with turns that another process began; None: the backend cannot."""
+        return self.handle if isinstance(self._backend, ContinuingBackend) else None
+
     async def handle(self, turn: Turn) -> None:
-        """Answer one turn; a `TurnHandler`. Its cancellation cancels the generation."""
+        """Answer one turn, or go on with it; a `TurnHandler`.
+
+        Its cancellation cancels the generation.
+        """
         started_s = time.monotonic()
         name = turn.name
         try:
             request = parse_chat_body(turn.request.body)
-            reason, tokens = await self._answer(turn, request)
+            events = self._events(turn, request)
+            reason, tokens = await self._answer(turn, request, events)
         except RequestError as error:
             logger.info("turn %s declined: %s", name, error.code)
-            turn.reject(error.code, error.message)
+            if turn.stored is None:
+                turn.reject(error.code, error.message)
+            else:
+                turn.end_early("error", Failure("interrupted", error.message))
             return
         except BaseException:
             logger.info("turn %s given up", name)
@@ -37,12 +57,26 @@ class Gateway:
         seconds = time.monotonic() - started_s
         logger.info("turn %s ended: %s, %d tokens, %.2f s", name, reason, tokens, seconds)
 
-    async def _answer(self, turn: Turn, request: ChatRequest) -> tuple[str, int]:
+    def _events(self, turn: Turn, request: ChatRequest) -> AsyncIterator[BackendEvent]:
+        """Have the answer generated, or what is missing of it."""
+        stored = turn.stored
+        if stored is None:
+            return self._backend.generate(request)
+        assert isinstance(self._backend, ContinuingBackend), "see `go_on`"
+        text = "".join(event.text for event in stored.events if isinstance(event, TextDelta))
+        return self._backend.resume(request, StoredAnswer(text, stored.continuations))
+
+    async def _answer(
+        self, turn: Turn, request: ChatRequest, answer: AsyncIterator[BackendEvent]
+    ) -> tuple[str, int]:
         """Fill the turn's log; return its finish reason and how many tokens it has."""
         model = request.model or self._backend.models[0]
-        events = cast(Any, self._backend.generate(request))
-        async with aclosing(events):
+        continuation: bytes | None = None
+        async with aclosing(cast(Any, answer)) as events:
             async for event in events:
+                if isinstance(event, Continuation):
+                    continuation = event.data
+                    continue
                 if isinstance(event, Finish):
                     turn.close(
                         event.reason,
@@ -51,7 +85,8 @@ class Gateway:
                         completion_tokens=event.completion_tokens,
                     )
                     return event.reason, event.completion_tokens
-                turn.append(cast(Delta, event))
+                turn.append(cast(Delta, event), continuation)
+                continuation = None
                 if isinstance(event, Failure):
                     logger.error("turn %s failed: %s", turn.name, event.message)
                     break

@@ -44,15 +44,16 @@ STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
 
 
-def load_backend(model: str, device: str) -> Backend:
-    """Return the backend for `--model`. Blocks while it fetches and loads.
+async def start_backend(model: str, device: str) -> Backend:
+    """Return the backend for `--model`, when it is fetched and loaded.
 
     Raises:
         ConfigurationError: there is no such model, or it cannot be loaded.
     """
     if model == echo.NAME:
         return EchoBackend()
-    return LocalBackend.load(model, device=device, progress=models.progress_printer(sys.stderr))
+    progress = models.progress_printer(sys.stderr)
+    return await LocalBackend.start(model, device=device, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +92,13 @@ async def run_server(options: ServerOptions) -> None:
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
-    loading = asyncio.ensure_future(asyncio.to_thread(load_backend, options.model, options.device))
+    loading = asyncio.ensure_future(start_backend(options.model, options.device))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
-        # The thread that loads cannot be interrupted, and nothing is served yet.
-        os._exit(0)
+        loading.cancel()
+        await asyncio.wait((loading,))
+        return
     backend = loading.result()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(backend.close)
@@ -104,7 +106,8 @@ async def run_server(options: ServerOptions) -> None:
         stack.push_async_callback(store.close)
         tidying = asyncio.ensure_future(_tidy(store))
         stack.callback(tidying.cancel)
-        hub = TurnHub(Gateway(backend).handle, store)
+        gateway = Gateway(backend)
+        hub = TurnHub(gateway.handle, store, go_on=gateway.go_on)
         listen = partial(
             quic.listen,
             options.host,
@@ -122,6 +125,7 @@ async def run_server(options: ServerOptions) -> None:
             stack.push_async_callback(listener.close)
             port = listener.port
         stack.push_async_callback(hub.close)
+        hub.recover()
         url = ServerUrl(options.host, port, certificate.pin)
         print(READY_PREFIX, url, flush=True)  # noqa: T201
         await stopping

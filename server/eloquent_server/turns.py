@@ -11,8 +11,8 @@ be any number and none. A turn's life (`State`):
     GENERATING --the store cannot keep it--> forgotten, its readers told
 
 An ended turn leaves the memory as soon as the store has it and nobody reads it; a request for it
-brings it back. One that the store has without its end was cut off with its server: it gets a
-Failure and its end then.
+brings it back. One that the store has without its end was cut off with its server: it is generated
+further from where it was, or gets a Failure and its end if that is not possible.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from eloquent.core.events import Delta, Failure
+from eloquent.core.events import Delta, Event, Failure
 from eloquent.core.log import TokenLog
 from eloquent.core.wire import Request
 from eloquent.errors import EloquentError
@@ -49,6 +50,15 @@ FAULT = "The server failed; its log has the reason. What has come is kept; ask a
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """What the store has of a turn that was cut off with its server."""
+
+    events: tuple[Event, ...]
+    continuations: tuple[bytes, ...]
+    "What was given to `Turn.append` with them, in order."
+
+
 class Turn:
     """One turn as what generates it sees it: append events, then close.
 
@@ -63,12 +73,15 @@ class Turn:
         stored: StoredTurn | None = None,
     ) -> None:
         self._hub = hub
+        self.stored: StoredPart | None = None
+        "None: the turn began in this process."
         if stored is None:
             self.secret_hash, self.body_hash = hash_of(request.secret), hash_of(request.body)
             self.log = TokenLog(is_held=True)
         else:
             self.secret_hash, self.body_hash = stored.record.secret_hash, stored.record.body_hash
-            self.log, _ = TokenLog.restored(stored.log)
+            self.log, events = TokenLog.restored(stored.log)
+            self.stored = StoredPart(tuple(events), stored.continuations)
         self.record = stored.record if stored is not None else None
         "The store's handle, from the first event on: a turn that was declined is not kept."
         self.readers: dict[Reader, None] = {}
@@ -93,10 +106,14 @@ class Turn:
         """Whether nothing will be appended any more."""
         return self.log.is_closed
 
-    def append(self, event: Delta) -> None:
-        """Add an event to the answer; it leaves as soon as it is stored."""
+    def append(self, event: Delta, continuation: bytes | None = None) -> None:
+        """Add an event to the answer; it leaves as soon as it is stored.
+
+        `continuation` is stored with it, for going on after a restart: what that needs beyond what
+        was given with earlier events.
+        """
         self.log.append(event)
-        self._hub.keep(self)
+        self._hub.keep(self, continuation)
 
     def close(
         self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
@@ -128,10 +145,19 @@ class TurnHub:
     """All turns of a server; a `TurnService`. Use it on one event loop."""
 
     def __init__(
-        self, handler: TurnHandler, store: TokenStore, *, grace_s: float = GRACE_S
+        self,
+        handler: TurnHandler,
+        store: TokenStore,
+        *,
+        go_on: TurnHandler | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
-        """`handler` generates a turn; `grace_s` is in seconds."""
+        """`handler` generates a turn; `grace_s` is in seconds.
+
+        `go_on` generates the rest of one that has a `stored` part; None: that is not possible.
+        """
         self._handler = handler
+        self._go_on = go_on
         self._store = store
         self._grace_s = grace_s
         self._turns: dict[bytes, Turn] = {}
@@ -159,6 +185,14 @@ class TurnHub:
             await asyncio.wait(self._tasks, timeout=STOP_S)
         await self._store.close()
 
+    def recover(self) -> None:
+        """Go on with the turns that were cut off with the server before; to be called once."""
+        if self._go_on is None:
+            return
+        for record in self._store.unfinished():
+            if record.principal == PRINCIPAL and record.turn_id not in self._turns:
+                self._bring_back(record.turn_id)
+
     def on_request(self, reader: Reader) -> None:
         """See `TurnService.on_request`."""
         if self._is_closed:
@@ -172,14 +206,14 @@ class TurnHub:
         elif turn_id in self._loading:
             self._loading[turn_id].append(reader)
         elif record is not None and record.state is not TurnState.TOMBSTONE:
-            self._loading[turn_id] = [reader]
-            self._spawn(self._load(turn_id))
+            self._bring_back(turn_id)
+            self._loading[turn_id].append(reader)
         elif record is not None or not reader.request.body or reader.request.offset:
             reader.reject("unknown_turn", UNKNOWN_TURN)
         else:
             turn = self._turns[turn_id] = Turn(self, reader.request)
             self._admit(reader, turn)
-            turn.task = self._spawn(self._generate(turn))
+            turn.task = self._spawn(self._generate(turn, self._handler))
 
     def on_cancel(self, reader: Reader) -> None:
         """See `TurnService.on_cancel`."""
@@ -198,11 +232,10 @@ class TurnHub:
         turn.readers.pop(reader, None)
         if turn.is_over:
             self._leave_memory(turn)
-        elif not turn.readers and self._is_current(turn):
-            loop = asyncio.get_running_loop()
-            turn.grace = loop.call_later(self._grace_s, self._abandon, turn)
+        elif self._is_current(turn):
+            self._begin_grace(turn)
 
-    def keep(self, turn: Turn) -> None:
+    def keep(self, turn: Turn, continuation: bytes | None = None) -> None:
         """Hand what was written to the store; readers get it when it is kept."""
         offset, data = turn.handed, turn.log.written_from(turn.handed)
         turn.handed += len(data)
@@ -215,8 +248,12 @@ class TurnHub:
 
         try:
             turn.record = turn.record or self._create(turn)
-            put = self._store.close_turn if turn.is_over else self._store.append
-            put(turn.record, offset, data, on_stored=on_stored)
+            if turn.is_over:
+                self._store.close_turn(turn.record, offset, data, on_stored=on_stored)
+            else:
+                self._store.append(
+                    turn.record, offset, data, continuation=continuation, on_stored=on_stored
+                )
         except StoreError as error:
             self._on_not_stored(turn, error)
 
@@ -268,6 +305,12 @@ class TurnHub:
             self._of_reader.pop(reader, None)
             reader.reject("replaced", REPLACED)
 
+    def _bring_back(self, turn_id: bytes) -> None:
+        """Load a turn from the store; readers may be added to those that wait for it."""
+        if turn_id not in self._loading:
+            self._loading[turn_id] = []
+            self._spawn(self._load(turn_id))
+
     async def _load(self, turn_id: bytes) -> None:
         """Bring a turn back from the store for the readers that wait for it."""
         try:
@@ -281,20 +324,37 @@ class TurnHub:
                 reader.reject("unavailable", f"The turn cannot be read: {error}")
             return
         readers = self._loading.pop(turn_id)
+        if self._is_closed:
+            for reader in readers:
+                reader.reject("unavailable", SHUTTING_DOWN)
+            return
         if turn is None:
             for reader in readers:
                 reader.reject("unknown_turn", UNKNOWN_TURN)
             return
         self._turns[turn_id] = turn
         if not turn.is_over:
-            turn.end_early("error", Failure("interrupted", INTERRUPTED))
+            self._continue(turn)
         for reader in readers:
             self._admit(reader, turn)
+        if not turn.is_over:
+            self._begin_grace(turn)
         self._leave_memory(turn)
 
-    async def _generate(self, turn: Turn) -> None:
+    def _continue(self, turn: Turn) -> None:
+        """Have a turn that was cut off with its server generated further, or end it."""
+        assert turn.stored is not None
+        if any(isinstance(event, Failure) for event in turn.stored.events):
+            turn.end_early("error")
+        elif self._go_on is None:
+            turn.end_early("error", Failure("interrupted", INTERRUPTED))
+        else:
+            logger.info("turn %s goes on where it was cut off", turn.name)
+            turn.task = self._spawn(self._generate(turn, self._go_on))
+
+    async def _generate(self, turn: Turn, handler: TurnHandler) -> None:
         try:
-            await self._handler(turn)
+            await handler(turn)
         except Exception:
             # The boundary of the application: a fault in one turn ends that turn, says so in the
             # log for the operator, and hurts no other.
@@ -338,6 +398,12 @@ class TurnHub:
 
     def _is_current(self, turn: Turn) -> bool:
         return self._turns.get(turn.request.turn_id) is turn
+
+    def _begin_grace(self, turn: Turn) -> None:
+        """Give a turn that nobody reads some time for a reader to come."""
+        if not turn.readers and turn.grace is None:
+            loop = asyncio.get_running_loop()
+            turn.grace = loop.call_later(self._grace_s, self._abandon, turn)
 
     def _end_grace(self, turn: Turn) -> None:
         if turn.grace is not None:

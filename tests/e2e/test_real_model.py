@@ -21,7 +21,7 @@ TOKENS = 24
 
 @pytest.fixture
 async def backend(embedded_model: models.ModelSource) -> AsyncIterator[LocalBackend]:
-    backend = LocalBackend.load(embedded_model.name, device="cpu")
+    backend = await LocalBackend.start(embedded_model.name, device="cpu")
     yield backend
     await backend.close()
 

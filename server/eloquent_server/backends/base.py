@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from eloquent.core.events import Delta
 from eloquent_server.chat import ChatRequest
@@ -22,7 +22,23 @@ class Finish:
     "Prompt tokens that a prefix cache had, so that they were not computed."
 
 
-BackendEvent = Delta | Finish
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What `ContinuingBackend.resume` needs beyond what came before; belongs to the next event."""
+
+    data: bytes
+
+
+BackendEvent = Delta | Continuation | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """An answer that was cut off with its server, as far as it was stored."""
+
+    text: str
+    continuations: tuple[bytes, ...]
+    "The data of every `Continuation` so far, in order."
 
 
 class Backend(Protocol):
@@ -45,3 +61,15 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Stop all generation and free what the backend holds."""
+
+
+@runtime_checkable
+class ContinuingBackend(Backend, Protocol):
+    """A backend that goes on with answers which another process began."""
+
+    def resume(self, request: ChatRequest, answer: StoredAnswer) -> AsyncIterator[BackendEvent]:
+        """Yield what is missing of an answer, as `generate` would have.
+
+        Raises:
+            RequestError: the answer cannot be gone on with; raised before the first event.
+        """

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
-from eloquent_server.backends.base import BackendEvent, Finish
+from eloquent_server.backends.base import BackendEvent, Finish, StoredAnswer
 from eloquent_server.chat import ChatRequest
 
 NAME = "echo"
@@ -17,7 +17,10 @@ _WORDS = re.compile(r"\s*\S+|\s+$")
 
 
 class EchoBackend:
-    """Streams the last user message back, word by word; a token is a word. Implements `Backend`."""
+    """Streams the last user message back, word by word; a token is a word.
+
+    Implements `ContinuingBackend`.
+    """
 
     def __init__(
         self,
@@ -43,11 +46,21 @@ class EchoBackend:
         """The one name, `echo`."""
         return (NAME,)
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
             RequestError: `unknown_model`, or `invalid_request` if there is no user message.
+        """
+        return self.resume(request, StoredAnswer("", ()))
+
+    async def resume(
+        self, request: ChatRequest, answer: StoredAnswer
+    ) -> AsyncGenerator[BackendEvent]:
+        """Say the rest of the words; see `ContinuingBackend.resume`.
+
+        Raises:
+            RequestError: as `generate`.
         """
         if request.model not in (None, NAME):
             raise RequestError(
@@ -60,7 +73,11 @@ class EchoBackend:
             raise RequestError("invalid_request", "There is no user message to say back; send one.")
         words = _WORDS.findall(said[-1])
         spoken = words[: request.token_limit]
+        left = len(answer.text)
         for word in spoken:
+            if left > 0:
+                left -= len(word)
+                continue
             await self._sleep(self._gap_seconds)
             if self._closed:
                 yield Failure("unavailable", "The server is shutting down. Try again in a while.")

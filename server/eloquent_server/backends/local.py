@@ -1,18 +1,28 @@
-"""The backend that runs a model in this process."""
+"""The backend that runs a model on this machine, in a process of its own."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING
 
-from eloquent.core.events import Failure
+import msgspec
+
 from eloquent.errors import RequestError
 from eloquent_server import models
-from eloquent_server.backends.base import BackendEvent, Finish
+from eloquent_server.backends.base import BackendEvent, Continuation, StoredAnswer
 from eloquent_server.chat import ChatRequest
+from eloquent_server.engine.client import EngineClient, EngineOptions, EngineTurn
+from eloquent_server.engine.turn import Tokens
 
-if TYPE_CHECKING:  # The engine imports torch, which may not be installed: see `load`.
-    from eloquent_server.engine.loader import LoadedModel
+INTERRUPTED = "The server was restarted in mid-answer and cannot go on with it: {}. Ask again."
+
+
+class _Begun(msgspec.Struct, frozen=True, array_like=True):
+    """An answer's first continuation; the later ones are lists of token ids."""
+
+    fingerprint: bytes
+    "Of the model."
+    seed: int
+    prompt: Sequence[int]
+    tokens: list[int]
 
 
 def _entropy() -> int:
@@ -20,98 +30,112 @@ def _entropy() -> int:
 
 
 class LocalBackend:
-    """Answers with one model of the local engine; implements `Backend`."""
+    """Answers with one model of the local engine; a `ContinuingBackend`."""
 
-    def __init__(
-        self,
-        loaded: "LoadedModel",
-        *,
-        max_running: int | None = None,
-        entropy: Callable[[], int] = _entropy,
-    ) -> None:
-        """Start the engine; `entropy` seeds turns that bring no seed of their own."""
-        from eloquent_server.engine.engine import MAX_RUNNING, Engine
-        from eloquent_server.engine.prompt import PromptEncoder
-
-        self._name = loaded.name
+    def __init__(self, engine: EngineClient, *, entropy: Callable[[], int] = _entropy) -> None:
+        """`engine` is closed with the backend; `entropy` seeds turns that bring no seed."""
+        self._engine = engine
         self._entropy = entropy
-        self._temperature = loaded.temperature
-        self._top_p = loaded.top_p
-        self._prompts = PromptEncoder(loaded.tokenizer)
-        self._engine = Engine(
-            loaded, max_running=MAX_RUNNING if max_running is None else max_running
-        )
 
     @classmethod
-    def load(
+    async def start(
         cls, model: str, *, device: str = "auto", progress: models.Progress | None = None
     ) -> "LocalBackend":
-        """Resolve a model by name or directory, fetch it if needed, and load it. Blocks.
+        """Start an engine with a model by name or directory, which is fetched if need be.
 
         Raises:
             ConfigurationError: packages are missing, there is no such model or device, the model
                 cannot be fetched, or the engine does not support it.
         """
-        source = models.resolve(model, progress=progress)
-        if progress:
-            progress(f"Loading {source.name}", None)
-        from eloquent_server.engine.loader import load
-
-        return cls(load(source.path, source.name, device=device))
+        models.require_engine_packages()
+        return cls(await EngineClient.start(EngineOptions(model, device), progress=progress))
 
     @property
     def models(self) -> Sequence[str]:
         """The one model's name."""
-        return (self._name,)
+        return (self._engine.info.name,)
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
             RequestError: `unknown_model`, `prompt_too_long`, `invalid_request` or `unavailable`;
                 before the first event.
         """
-        if request.model not in (None, self._name):
-            raise RequestError(
-                "unknown_model",
-                f"This server has no model {request.model!r}, only {self._name!r}. Ask for that, "
-                "or leave `model` out.",
-            )
-        # A long conversation takes tens of milliseconds to encode; the event loop must not wait.
-        prompt = await asyncio.to_thread(self._prompts.encode, request.messages)
-        from eloquent_server.engine.options import sampling_fields
-        from eloquent_server.engine.turn import EngineEvent, Tokens, TurnRequest
+        return self._answer(request, None)
 
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+    def resume(self, request: ChatRequest, answer: StoredAnswer) -> AsyncGenerator[BackendEvent]:
+        """Go on with an answer; see `ContinuingBackend.resume`.
 
-        def emit(event: EngineEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        turn = self._engine.submit(
-            TurnRequest(
-                prompt=prompt,
-                max_tokens=request.token_limit,
-                **sampling_fields(
-                    request,
-                    temperature=self._temperature,
-                    top_p=self._top_p,
-                    seed=self._entropy(),
-                ),
-            ),
-            emit,
-        )
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Tokens):
-                    continue
-                yield event
-                if isinstance(event, Failure | Finish):
-                    return
-        finally:
-            self._engine.cancel(turn)
+        Raises:
+            RequestError: `interrupted`: it was another model's, or what was stored of it cannot be
+                read; else as `generate`.
+        """
+        return self._answer(request, answer)
 
     async def close(self) -> None:
         """Fail the turns that are running and stop the engine; takes one step."""
-        await asyncio.to_thread(self._engine.close)
+        await self._engine.close()
+
+    async def _answer(
+        self, request: ChatRequest, stored: StoredAnswer | None
+    ) -> AsyncGenerator[BackendEvent]:
+        self._check_model(request)
+        seed: int | None = None  # Of an answer whose first continuation is yet to come.
+        if stored is None:
+            seed = self._entropy()
+            turn = self._engine.submit(request, seed=seed)
+        else:
+            begun, generated = self._read(stored)
+            turn = self._engine.submit(
+                request,
+                seed=begun.seed,
+                prompt=begun.prompt,
+                generated=generated,
+                emitted_chars=len(stored.text),
+            )
+        tokens: list[int] = []
+        try:
+            async for event in turn:
+                if isinstance(event, Tokens):
+                    tokens += event.ids
+                    continue
+                if tokens:
+                    yield Continuation(self._continuation(turn, seed, tokens))
+                    tokens, seed = [], None
+                yield event
+        finally:
+            turn.cancel()
+
+    def _check_model(self, request: ChatRequest) -> None:
+        name = self.models[0]
+        if request.model not in (None, name):
+            raise RequestError(
+                "unknown_model",
+                f"This server has no model {request.model!r}, only {name!r}. Ask for that, or "
+                "leave `model` out.",
+            )
+
+    def _continuation(self, turn: EngineTurn, seed: int | None, tokens: list[int]) -> bytes:
+        if seed is None:
+            return msgspec.msgpack.encode(tokens)
+        assert turn.prompt is not None, "it comes before the first token"
+        return msgspec.msgpack.encode(
+            _Begun(self._engine.info.fingerprint, seed, turn.prompt, tokens)
+        )
+
+    def _read(self, answer: StoredAnswer) -> tuple[_Begun, list[int]]:
+        """Return what an answer began with, and its tokens."""
+        if not answer.continuations:
+            raise RequestError("interrupted", INTERRUPTED.format("its tokens were not stored"))
+        first, *later = answer.continuations
+        try:
+            begun = msgspec.msgpack.decode(first, type=_Begun)
+            more = [msgspec.msgpack.decode(data, type=list[int]) for data in later]
+        except msgspec.MsgspecError as error:
+            raise RequestError(
+                "interrupted", INTERRUPTED.format(f"another release stored it ({error})")
+            ) from error
+        if begun.fingerprint != self._engine.info.fingerprint:
+            raise RequestError("interrupted", INTERRUPTED.format("it was another model's"))
+        return begun, begun.tokens + [token for tokens in more for token in tokens]

@@ -26,6 +26,7 @@ from eloquent_server import models
 from eloquent_server.backends.base import Finish
 from eloquent_server.chat import ChatRequest, parse_chat_body
 from eloquent_server.engine import ipc
+from eloquent_server.engine.options import sampling_fields
 from eloquent_server.engine.turn import EngineEvent, TurnRequest
 
 if TYPE_CHECKING:
@@ -247,14 +248,14 @@ def _turn_request(
     """Return what the engine is to generate; what the request leaves open is as the model says."""
     return TurnRequest(
         prompt=prompt,
-        seed=message.seed if request.seed is None else request.seed,
         max_tokens=request.token_limit,
-        temperature=loaded.temperature if request.temperature is None else request.temperature,
-        top_p=loaded.top_p if request.top_p is None else request.top_p,
         generated=message.generated,
         emitted_chars=message.emitted_chars,
         tenant=message.tenant,
         weight=message.weight,
+        **sampling_fields(
+            request, temperature=loaded.temperature, top_p=loaded.top_p, seed=message.seed
+        ),
     )
 
 
