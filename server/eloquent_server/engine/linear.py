@@ -4,6 +4,8 @@ The results are the same up to rounding. The two operators are private to torch 
 them), so they are tried before use.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -27,19 +29,25 @@ class PrepackedLinear(nn.Module):
         return output
 
 
-def prepacking_works() -> bool:
+def prepacking_works(dtype: torch.dtype = torch.float32) -> bool:
     """Return whether this torch has the operators and they compute what `nn.Linear` computes."""
-    linear = nn.Linear(64, 32)
-    inputs = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    linear = nn.Linear(64, 32, dtype=dtype)
+    inputs = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    most = 1e-4 if dtype == torch.float32 else 0.05
     try:
         with torch.inference_mode():
-            return torch.allclose(PrepackedLinear(linear)(inputs), linear(inputs), atol=1e-4)
+            return torch.allclose(PrepackedLinear(linear)(inputs), linear(inputs), atol=most)
     except (AttributeError, RuntimeError, TypeError):
         return False  # Another torch, or one built without oneDNN.
 
 
 def prepack(model: nn.Module) -> int:
-    """Replace every `nn.Linear` below `model` and return how many there were.
+    """Replace every `nn.Linear` below `model` by a prepacked one; see `replace_linears`."""
+    return replace_linears(model, PrepackedLinear)
+
+
+def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> int:
+    """Replace every `nn.Linear` below `model` by what `make` makes of it; return how many.
 
     Parameters that stay (embeddings, norms) are copied, so that the file they were mapped from
     can be unmapped.
@@ -48,7 +56,7 @@ def prepack(model: nn.Module) -> int:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, PrepackedLinear(child))
+                setattr(module, name, make(child))
                 count += 1
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

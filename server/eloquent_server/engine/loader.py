@@ -4,10 +4,10 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,10 +16,18 @@ from transformers.utils import logging as transformers_logging
 from eloquent.errors import ConfigurationError
 from eloquent_server.engine.attention import KvShape, Segment, UnsupportedAttentionError, install
 from eloquent_server.engine.kv import SlabCache
-from eloquent_server.engine.linear import prepack, prepacking_works
+from eloquent_server.engine.precision import (
+    Precision,
+    apply_precision,
+    choose_precision,
+    weights_dtype,
+)
 from eloquent_server.engine.runner import Runner
 
 _log = logging.getLogger(__name__)
+
+PRECISIONS = ("default", "auto", "fp32", "bf16", "int8")
+DEFAULT_PRECISION = "default"
 
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 0.1
@@ -45,6 +53,8 @@ class LoadedModel:
     "What a token's keys and values look like."
     vocab_tokens: int
     "Token ids are below this."
+    precision: Precision = "fp32"
+    "Of the weights; only fp32 is exact."
     fingerprint: bytes = b""
     "Tells models apart whose keys and values differ; the same at every start."
     temperature: float = 1.0
@@ -52,26 +62,40 @@ class LoadedModel:
     "Sampling where a request names none: the model's `generation_config.json`, as far as it says."
 
 
-def load(directory: Path, name: str, *, device: str = "auto") -> LoadedModel:
-    """Load a model: float32 with prepacked weights on CPU, bfloat16 on CUDA.
+def load(
+    directory: Path,
+    name: str,
+    *,
+    device: str = "auto",
+    precision: str = DEFAULT_PRECISION,
+    say: Callable[[str], None] = _log.info,
+) -> LoadedModel:
+    """Load a model. Takes a few seconds.
 
-    `device` is "auto" (CUDA if present), "cpu" or "cuda". Takes a few seconds.
+    `device` is "auto" (CUDA if present), "cpu" or "cuda"; `precision` one of `PRECISIONS`, where
+    "default" is float32 on CPU and bfloat16 on CUDA, and "auto" on CPU measures which is fastest
+    and tells `say`.
 
     Raises:
         ConfigurationError: the device is not there, the files cannot be read, or the engine does
             not support the model.
     """
     chosen = _choose_device(device)
+    if precision not in PRECISIONS:
+        raise ConfigurationError(
+            f"There is no precision {precision!r}: choose {', '.join(PRECISIONS)}."
+        )
     torch.set_num_threads(engine_threads())
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
             refuse_unsupported(config, name)
+            weights = _choose_precision(precision, chosen, config, say)
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             _refuse_tokenizer(tokenizer, name)
             model = AutoModelForCausalLM.from_pretrained(
                 directory,
-                dtype=torch.float32 if chosen == "cpu" else torch.bfloat16,
+                dtype=weights_dtype(weights),
                 attn_implementation="sdpa",
                 # Pickled weights could run code.
                 use_safetensors=True,
@@ -88,17 +112,19 @@ def load(directory: Path, name: str, *, device: str = "auto") -> LoadedModel:
             ) from error
     model.eval().requires_grad_(False)
     model.to(chosen)
-    fingerprint = _fingerprint(model)
-    if chosen == "cpu":
-        if prepacking_works():
-            prepack(model)
-        else:
-            _log.warning("This torch cannot prepack weights; the model runs at half the speed")
-    return prepare(model, tokenizer, name, fingerprint=fingerprint)
+    fingerprint = _fingerprint(model) + weights.encode()
+    if chosen == "cpu" and not apply_precision(model, weights):
+        _log.warning("This torch cannot prepack weights; the model runs at half the speed")
+    return prepare(model, tokenizer, name, fingerprint=fingerprint, precision=weights)
 
 
 def prepare(
-    model: Any, tokenizer: Any, name: str, *, fingerprint: bytes | None = None
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    fingerprint: bytes | None = None,
+    precision: Precision = "fp32",
 ) -> LoadedModel:
     """Check a model in memory, give it our attention, and gather what the engine needs to know.
 
@@ -125,6 +151,7 @@ def prepare(
         kv=shape,
         vocab_tokens=int(model.get_input_embeddings().num_embeddings),
         fingerprint=fingerprint,
+        precision=precision,
         **_advised_sampling(model),
     )
 
@@ -181,6 +208,23 @@ def _choose_device(device: str) -> str:
             "torch is a build with CUDA, or use --device cpu."
         )
     return "cuda" if present and device != "cpu" else "cpu"
+
+
+def _choose_precision(
+    asked: str, device: str, config: Any, say: Callable[[str], None]
+) -> Precision:
+    if device == "cuda":
+        if asked not in ("default", "auto", "bf16"):
+            raise ConfigurationError(
+                f"On CUDA the engine runs in bf16 only, not in {asked}: leave --precision out, or "
+                "use --device cpu."
+            )
+        return "bf16"
+    if asked == "auto":
+        trial = choose_precision(config)
+        say(str(trial))
+        return trial.chosen
+    return "fp32" if asked == "default" else cast(Precision, asked)
 
 
 def _refuse_tokenizer(tokenizer: Any, name: str) -> None:
