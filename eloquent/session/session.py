@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 
 from eloquent.core.beat import CLIENT_RTTS, beat_s
 from eloquent.core.events import Event
@@ -14,6 +15,7 @@ from eloquent.core.liveness import (
     TRY_RTTS,
     TRY_S,
 )
+from eloquent.core.receiver import Receiver
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
 from eloquent.link import Link, LinkUser
@@ -21,6 +23,7 @@ from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.session.routes import WOKE_S, Machine, Route
 from eloquent.session.states import (
+    CANCEL_KEPT_S,
     NEXT,
     OFFLINE_LOOK_S,
     REFUSED_FOR_S,
@@ -77,6 +80,10 @@ class Session:
         "A link that is still being made, on which turns were resumed already."
         self._numbers: dict[ClientTurn, int] = {}
         "The turns that are open, with their numbers on the link; -1: not asked there yet."
+        self._cancels: list[tuple[Request, float]] = []
+        "Turns given up while no link lived: the next one tells the server, up to a time."
+        self._lost_s = 0.0
+        "When a link was last in order."
         self._failure: EloquentError | None = None
         self._news = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
@@ -210,9 +217,23 @@ class Session:
         self._numbers[turn] = link.open_turn(turn.request, turn.receiver)
 
     def _cancel(self, turn: ClientTurn) -> None:
+        was_asked = turn in self._asked
         number = self._forget(turn)
         if self._link is not None and number >= 0:
             self._link.cancel_turn(number)
+        if was_asked and self._state is not LinkState.UP:
+            self._cancels.append((replace(turn.request, body=b""), self._lost_s + CANCEL_KEPT_S))
+
+    def _tell_cancels(self, link: Link) -> None:
+        """Give up on a new link what was given up while there was none."""
+        cancels, self._cancels = self._cancels, []
+        for request, kept_until_s in cancels:
+            if _now() < kept_until_s:
+                link.cancel_turn(link.open_turn(request, Receiver(offset=request.offset)))
+
+    def _wants_link(self) -> bool:
+        self._cancels = [cancel for cancel in self._cancels if _now() < cancel[1]]
+        return bool(self._numbers or self._waiting or self._cancels)
 
     def _report(self, turn: ClientTurn) -> None:
         if self._link is not None and turn.receiver.next_time() == float("-inf"):
@@ -253,11 +274,11 @@ class Session:
         self._route.look()
         noting = asyncio.ensure_future(self._route.follow(self._news.set))
         try:
-            while self._failure is None and (self._numbers or self._waiting or self._link):
+            while self._failure is None and (self._link or self._wants_link()):
                 self._news.clear()
                 if self._link is not None:
                     await self._watch(self._link)
-                elif self._numbers or self._waiting:
+                else:
                     await self._make_link()
         finally:
             noting.cancel()
@@ -317,6 +338,7 @@ class Session:
         if new is not None:
             await self.switch(new)
         elif silent is self._link:
+            self._cancels.clear()  # it was told, and is alive
             self._set_state(LinkState.UP)
 
     async def switch(self, link: Link) -> None:
@@ -345,8 +367,8 @@ class Session:
         """
         wait_s = RETRY_FIRST_S
         refused_since: float | None = None
-        while self._numbers or self._waiting:
-            if self._asked and self._route.is_missing:
+        while self._wants_link():
+            if (self._asked or self._cancels) and self._route.is_missing:
                 self._set_state(LinkState.OFFLINE)
                 await self._route.wait(self._route.changes, OFFLINE_LOOK_S)
                 continue
@@ -359,6 +381,8 @@ class Session:
                 is_refusal = isinstance(error, ServerRefusedError)
                 refused_since = (refused_since or _now()) if is_refusal else None
                 is_gone = refused_since is not None and _now() - refused_since >= REFUSED_FOR_S
+                if is_gone:
+                    self._cancels.clear()
                 self._give_up(
                     error, self._numbers if is_gone else self._numbers.keys() - self._asked
                 )
@@ -377,6 +401,7 @@ class Session:
         for turn, number in list(self._numbers.items()):
             if link is not early or number < 0:
                 self._ask(link, turn)
+        self._tell_cancels(link)
         self._stop_climbing()
         if self._climber is not None and link.rung.is_below_quic:
             self._climbing = asyncio.ensure_future(self._climb(link, self._climber))
@@ -427,6 +452,8 @@ class Session:
             return
         if state is not self._state:
             assert state in NEXT[self._state], (self._state, state)
+            if self._state is LinkState.UP:
+                self._lost_s = _now()
             self._state = state
             self._on_state(state)
         if state is LinkState.UP:

@@ -14,6 +14,10 @@ REFUSED_FOR_S = 5.0
 "When only refusals have come for so long, the server is gone, and its turns fail."
 
 
+CANCEL_KEPT_S = 120.0
+"A cancel is kept for a link so long; then the server has given the turn up by itself."
+
+
 class LinkState(Enum):
     """What is known of the way to the server."""
 

@@ -140,6 +140,31 @@ def test_a_link_of_which_one_way_stays_dead_is_replaced() -> None:
     assert replaced_s < 2.0 + 3 * 0.1
 
 
+@pytest.mark.parametrize("state", ["silent", "reconnecting"])
+def test_a_cancel_while_no_link_lives_reaches_the_server_over_the_next(state: str) -> None:
+    """The old connection's packets are dropped for ever; those of a new one pass."""
+
+    async def play(world: World) -> tuple[int, int]:
+        turn = world.session.ask(b"{}")
+        await asyncio.sleep(2.0)
+        old_ports = set(world.up.ports)
+        await into(world, state)
+        world.up.rewrite = lambda packet: packet.source[1] not in old_ports
+        world.down.rewrite = lambda packet: packet.destination[1] not in old_ports
+        turn.cancel()
+        if world.listener is None:
+            await world.start_server()
+        world.up.is_cut = world.down.is_cut = False
+        await asyncio.sleep(10.0)
+        assert isinstance(world.service, Telling)
+        [reader] = world.service.cancelled
+        return len(world.service.logs), reader.request.offset
+
+    asked, offset = in_world(play)
+    assert asked == 1
+    assert offset > 0
+
+
 @pytest.mark.parametrize("tokens_before", [0, 30])
 def test_a_server_that_restarts_with_the_same_turns_goes_on(tokens_before: int) -> None:
     async def play(world: World) -> str:
