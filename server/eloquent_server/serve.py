@@ -44,7 +44,7 @@ STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
 
 
-async def start_backend(model: str, device: str) -> Backend:
+async def start_backend(model: str, device: str, precision: str) -> Backend:
     """Return the backend for `--model`, when it is fetched and loaded.
 
     Raises:
@@ -53,7 +53,7 @@ async def start_backend(model: str, device: str) -> Backend:
     if model == echo.NAME:
         return EchoBackend()
     progress = models.progress_printer(sys.stderr)
-    return await LocalBackend.start(model, device=device, progress=progress)
+    return await LocalBackend.start(model, device=device, precision=precision, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,7 @@ class ServerOptions:
     port: int
     model: str
     device: str
+    precision: str
     scheme: str
     padding: bool
     ecn: str
@@ -92,7 +93,7 @@ async def run_server(options: ServerOptions) -> None:
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
-    loading = asyncio.ensure_future(start_backend(options.model, options.device))
+    loading = asyncio.ensure_future(start_backend(options.model, options.device, options.precision))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():

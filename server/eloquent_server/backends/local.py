@@ -39,7 +39,12 @@ class LocalBackend:
 
     @classmethod
     async def start(
-        cls, model: str, *, device: str = "auto", progress: models.Progress | None = None
+        cls,
+        model: str,
+        *,
+        device: str = "auto",
+        precision: str = "default",
+        progress: models.Progress | None = None,
     ) -> "LocalBackend":
         """Start an engine with a model by name or directory, which is fetched if need be.
 
@@ -48,7 +53,9 @@ class LocalBackend:
                 cannot be fetched, or the engine does not support it.
         """
         models.require_engine_packages()
-        return cls(await EngineClient.start(EngineOptions(model, device), progress=progress))
+        return cls(
+            await EngineClient.start(EngineOptions(model, device, precision), progress=progress)
+        )
 
     @property
     def models(self) -> Sequence[str]:

@@ -59,6 +59,7 @@ class EngineOptions:
     model: str
     "As `eloquent serve --model` takes it."
     device: str = "auto"
+    precision: str = "default"
     max_running: int | None = None
     "Turns in one step; None: the engine's default."
 
@@ -321,7 +322,11 @@ class EngineClient:
         try:
             options = self._options
             level = logging.getLogger().getEffectiveLevel()
-            process.send(ipc.Load(options.model, options.device, options.max_running, level))
+            process.send(
+                ipc.Load(
+                    options.model, options.device, options.precision, options.max_running, level
+                )
+            )
             if self._is_closing:
                 process.end_soon()
             while (message := await process.read()) is not None:

@@ -26,6 +26,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     model: str
     "As `eloquent serve --model` takes it."
     device: str
+    precision: str
     max_running: int | None
     "None: the engine's own default."
     log_level: int

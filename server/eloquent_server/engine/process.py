@@ -26,8 +26,9 @@ from eloquent_server import models
 from eloquent_server.backends.base import Finish
 from eloquent_server.chat import ChatRequest, parse_chat_body
 from eloquent_server.engine import ipc
+from eloquent_server.engine.memo import ReplyMemo
 from eloquent_server.engine.options import sampling_fields
-from eloquent_server.engine.turn import EngineEvent, TurnRequest
+from eloquent_server.engine.turn import EngineEvent, Tokens, TurnRequest
 
 if TYPE_CHECKING:
     from eloquent_server.engine.engine import Engine
@@ -62,7 +63,13 @@ def load_model(options: ipc.Load, progress: models.Progress) -> "LoadedModel":
     progress(f"Loading {source.name}", None)
     from eloquent_server.engine.loader import load
 
-    return load(source.path, source.name, device=options.device)
+    return load(
+        source.path,
+        source.name,
+        device=options.device,
+        precision=options.precision,
+        say=lambda text: progress(text, None),
+    )
 
 
 def main(load: Loader = load_model) -> None:
@@ -98,6 +105,7 @@ class EngineProcess:
         "The engine's id of each of the server's turns that has not ended; None: not there yet."
         self._cancelled: set[int] = set()
         "Of those that are not there yet."
+        self._memo = ReplyMemo()
         self._engine: Engine | None = None
         self._end = threading.Event()
 
@@ -210,10 +218,18 @@ class EngineProcess:
         request = parse_chat_body(message.request)
         prompt = message.prompt
         if prompt is None:
-            prompt = prompts.encode(request.messages)
+            prompt = prompts.encode(
+                request.messages, recall=lambda text: self._memo.recall(message.tenant, text)
+            )
         self._put(ipc.Accepted(turn, prompt))
 
+        reply = list(message.generated)
+
         def emit(event: EngineEvent) -> None:
+            if isinstance(event, Tokens):
+                reply.extend(event.ids)
+            elif isinstance(event, Finish):
+                self._memo.learn(message.tenant, reply, loaded.tokenizer)
             if ipc.is_terminal(event):
                 with self._lock:
                     self._forget(turn)
