@@ -131,7 +131,7 @@ class TimedRecovery(QuicPacketRecovery):
             if self._take_late_acks(ack_rangeset, now):
                 self._pto_count = 0
             if was_silent:
-                self._restart()
+                self._restart(now)
         super().on_ack_received(
             ack_rangeset=ack_rangeset, ack_delay=ack_delay, now=now, space=space
         )
@@ -171,7 +171,7 @@ class TimedRecovery(QuicPacketRecovery):
     def on_heard_again(self, now: float) -> None:
         """Give up what is older than a round trip: the first packet after a silence came."""
         before = now - self._rtt_smoothed
-        self._restart()
+        self._restart(now)
         for space in self.spaces:
             if space.is_application_data:
                 old = [
@@ -190,10 +190,9 @@ class TimedRecovery(QuicPacketRecovery):
         self._rtt_min = inf
         self._pto_count = 0
         self._slack_s = 0.0
-        self.rtts.forget()
         if self._thin is not None:
-            self._thin.congestion_window = 0
-        self._restart()
+            self._thin.forget_path()
+        self._restart(now)
         for space in self.spaces:
             if space.is_application_data:
                 packets = list(space.sent_packets.values())
@@ -211,9 +210,9 @@ class TimedRecovery(QuicPacketRecovery):
             None,
         )
 
-    def _restart(self) -> None:
+    def _restart(self, now: float) -> None:
         if self._thin is not None:
-            self._thin.restart()
+            self._thin.restart(now)
             self._pacer.update_rate(
                 congestion_window=self._cc.congestion_window, smoothed_rtt=self._rtt_smoothed
             )
@@ -244,9 +243,11 @@ class TimedRecovery(QuicPacketRecovery):
         if newest is None or not newest.is_ack_eliciting or newest.sent_time is None:
             return
         rtt_s = now - newest.sent_time
-        without_delay_s = rtt_s - min(ack_delay, self.max_ack_delay)
+        if ack_delay > self.max_ack_delay:
+            return  # Said again, since it was lost or late the first time.
+        without_delay_s = rtt_s - ack_delay
         # A peer that exaggerates its delay must not make the path look shorter than it is.
-        lowest_s = min(rtt_s, self.rtts.min_s or rtt_s)
+        lowest_s = min(rtt_s, self.rtts.min_s or without_delay_s)
         self.rtts.add(now, max(without_delay_s, lowest_s))
         self._slack_s -= SLACK_DECAY * self._slack_s
 

@@ -22,15 +22,17 @@ MAX_RTT_WINDOW_S = 10.0
 "How long the largest is."
 
 RECENT_RTT_WINDOW_S = 0.2
-"The present round-trip time is the smallest of a round trip, and at least of this time."
+RECENT_SAMPLES = 3
+"The present round-trip time is the smallest of a round trip, at least of this time and so many."
 
 QUEUE_MIN_S = 0.005
 QUEUE_RTT_SHARE = 1 / 8
-QUEUE_RANGE_SHARE = 1 / 2
+QUEUE_RANGE_SHARE = 0.65
 RANGE_MIN_S = 0.003
 """A queue stands when the present round trip is longer than the smallest by `QUEUE_MIN_S` and by
 `QUEUE_RTT_SHARE` of it. Who comes to a full queue has never seen it empty: so also when it is
-longer by `QUEUE_RANGE_SHARE` of what it has varied, if that is more than `RANGE_MIN_S`."""
+longer, in the mean, by `QUEUE_RANGE_SHARE` of what it has varied, if that is more than
+`RANGE_MIN_S`; mere jitter has its mean in the middle."""
 
 INITIAL_WINDOW_PACKETS = 10
 "Full packets, at the start and after an outage (RFC 9002 section 7.2)."
@@ -39,14 +41,22 @@ MIN_WINDOW_PACKETS = 2
 MIN_WINDOW_BYTES = 320
 "The least window: so many of the flow's own packets, and a packet with a little content."
 
+QUEUE_GROWTH_PACKETS = 1 / 4
+"With a queue the window grows by so much of an own packet in a round trip: many may do so at once."
+
 CONGESTION_FACTOR = 0.5
 "What is left of the window when loss comes with a queue (RFC 9002 section 7.3.2)."
 
 YIELD_S = 30.0
-YIELD_QUEUE_SHARE = 0.6
-YIELD_FACTOR = 0.9
-"""For some time after such a loss the window also shrinks, once a round trip, while the queue is
-longer than this share of what it was then: many thin flows would keep it full otherwise."""
+YIELD_QUEUE_SHARE = 0.4
+YIELD_QUEUE_S = 0.02
+YIELD_RTT_SHARE = 1 / 5
+YIELD_FACTOR = 0.7
+YIELD_FRAME_S = 0.1
+"""The window also shrinks, once a round trip, while the queue is longer than `YIELD_QUEUE_S` and
+`YIELD_RTT_SHARE` of the round trip, or than `YIELD_QUEUE_SHARE` of what it was at the last loss,
+for `YIELD_S`: many thin flows would keep it full otherwise. What stays is a packet in
+`YIELD_FRAME_S`, at which text still flows."""
 
 RANDOM_LOSS_FACTOR = 0.7
 "What is left when loss comes without one, down to the floor."
@@ -102,7 +112,8 @@ class RttHistory:
         if self.min_s is None:
             return False
         range_s = self._highest[0][1] - self.min_s
-        is_high = range_s > RANGE_MIN_S and self.queue_s > QUEUE_RANGE_SHARE * range_s
+        mean_s = sum(rtt for _, rtt in self._recent) / len(self._recent)
+        is_high = range_s > RANGE_MIN_S and mean_s - self.min_s > QUEUE_RANGE_SHARE * range_s
         return is_high or self.queue_s > max(QUEUE_MIN_S, QUEUE_RTT_SHARE * self.min_s)
 
     def add(self, now: float, rtt_s: float) -> None:
@@ -117,7 +128,8 @@ class RttHistory:
             (self._recent, max(RECENT_RTT_WINDOW_S, rtt_s)),
         ):
             samples.append((now, rtt_s))
-            while samples[0][0] < now - window_s:
+            least = RECENT_SAMPLES if samples is self._recent else 1
+            while samples[0][0] < now - window_s and len(samples) > least:
                 samples.popleft()
 
     def forget(self) -> None:
@@ -132,7 +144,7 @@ class ThinControl(QuicCongestionControl):
     | | no queue | a queue stands |
     |---|---|---|
     | window binds | up to the first loss by what is acknowledged, then by a full packet a round \
-    trip, as Reno's | by one own packet a round trip |
+    trip, as Reno's | by a quarter of an own packet a round trip |
     | loss | x 0.7, never below the floor | x 0.5, down to two own packets |
 
     Both once a round trip. A window that does not bind does not grow (RFC 9002 section 7.8).
@@ -208,7 +220,7 @@ class ThinControl(QuicCongestionControl):
             return
         share = packet.sent_bytes / self.congestion_window
         if self.is_congested:
-            self._growth_bytes += self._packet_bytes * share
+            self._growth_bytes += QUEUE_GROWTH_PACKETS * self._packet_bytes * share
         elif self.ssthresh is None or self.congestion_window < self.ssthresh:
             self._growth_bytes += packet.sent_bytes
         else:
@@ -219,14 +231,20 @@ class ThinControl(QuicCongestionControl):
     def _end_round(self, now: float) -> None:
         """Once a round trip: keep the queue below what it was when it last overflowed."""
         self._round_from = now
+        used = min(self.congestion_window, max(self._peak_bytes, self._last_peak_bytes))
         self._last_peak_bytes, self._peak_bytes = self._peak_bytes, self.bytes_in_flight
         if self._must_yield(now):
-            window = round(YIELD_FACTOR * self.congestion_window)
-            self.congestion_window = max(window, self.min_window)
+            frames = self._packet_bytes * (self.rtts.recent_s or 0.0) / YIELD_FRAME_S
+            least = max(self.min_window, round(frames))
+            target = max(round(YIELD_FACTOR * used), least)
+            self.congestion_window = min(self.congestion_window, target)
 
     def _must_yield(self, now: float) -> bool:
-        is_full = self.rtts.queue_s > YIELD_QUEUE_SHARE * self._queue_at_loss_s
-        return now < self._yields_until and is_full
+        limit_s = max(YIELD_QUEUE_S, YIELD_RTT_SHARE * (self.rtts.min_s or 0.0))
+        if now < self._yields_until:
+            share_s = YIELD_QUEUE_SHARE * self._queue_at_loss_s
+            limit_s = min(limit_s, max(share_s, QUEUE_MIN_S))
+        return self.rtts.queue_s > limit_s
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
         """Count packets as in flight no more, without calling them lost."""
@@ -274,11 +292,24 @@ class ThinControl(QuicCongestionControl):
     def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
         """Do nothing: `rtts` has the samples, with the ACK delay taken out."""
 
-    def restart(self) -> None:
-        """Begin again after a silence: with the initial window, as a new connection would."""
-        self.congestion_window = max(self.congestion_window, self._initial_window)
+    def restart(self, now: float) -> None:
+        """Begin again after a silence: with the initial window, as a new connection would.
+
+        Unless there was congestion lately: then the silence may be its doing.
+        """
+        if now >= self._yields_until:
+            self.congestion_window = max(self.congestion_window, self._initial_window)
+            self._recovery_since = -inf
         self._lost_in_episode.clear()
-        self._recovery_since = -inf
+
+    def forget_path(self) -> None:
+        """Begin anew on another path."""
+        self.congestion_window = self._initial_window
+        self.ssthresh = None
+        self._recovery_since = self._yields_until = self._bound_at = -inf
+        self._congested_share = self._loss = 0.0
+        self._lost_in_episode.clear()
+        self.rtts.forget()
 
 
 register_congestion_control(THIN, ThinControl)
