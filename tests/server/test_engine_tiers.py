@@ -13,10 +13,12 @@ import pytest
 import torch
 from tiny_model import Sink, reference_tokens, tiny_loaded
 
+from eloquent.errors import ConfigurationError
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.attention import KvShape
 from eloquent_server.engine.blockcodec import DamagedBlockError, decode, encode, encoded_bytes
 from eloquent_server.engine.engine import Engine
+from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.tiers import RETRY_S, DiskStore, TierStore, open_tier
 from eloquent_server.engine.turn import TurnRequest
 
@@ -27,6 +29,10 @@ RAW_BYTES = encoded_bytes(SHAPE, 16, "raw")
 
 def block(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(SHAPE.block(16), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def options(directory: Path, disk_bytes: int = 10 * RAW_BYTES, **more: Any) -> KvOptions:
+    return KvOptions(directory=str(directory), disk_bytes=disk_bytes, **more)
 
 
 def key(i: int) -> bytes:
@@ -144,12 +150,12 @@ def test_ram_holds_the_latest(tiers: list[TierStore]) -> None:
 
 
 def test_disk_behind_ram_and_after_a_restart(tmp_path: Path, tiers: list[TierStore]) -> None:
-    tier = open_tier(SHAPE, ram_bytes=RAW_BYTES, directory=tmp_path, disk_bytes=10 * RAW_BYTES)
+    tier = open_tier(SHAPE, options(tmp_path, ram_bytes=RAW_BYTES))
     assert tier
     for i in range(4):
         tier.store(key(i), block(i))
     tier.close()
-    again = open_tier(SHAPE, directory=tmp_path, disk_bytes=10 * RAW_BYTES)
+    again = open_tier(SHAPE, options(tmp_path))
     assert again
     tiers.append(again)
     got = fetch(again, [key(i) for i in range(5)])
@@ -158,19 +164,25 @@ def test_disk_behind_ram_and_after_a_restart(tmp_path: Path, tiers: list[TierSto
 
 
 def test_an_inexact_tier_and_an_exact_one_share_nothing(tmp_path: Path) -> None:
-    rough = open_tier(SHAPE, directory=tmp_path, disk_bytes=10 * RAW_BYTES, encoding="int8")
+    rough = open_tier(SHAPE, options(tmp_path, encoding="int8"))
     assert rough
     rough.store(key(1), block(1))
     rough.close()
-    exact = open_tier(SHAPE, directory=tmp_path, disk_bytes=10 * RAW_BYTES)
+    exact = open_tier(SHAPE, options(tmp_path))
     assert exact
     assert not exact.holds(key(1))
     exact.close()
 
 
 def test_no_tier_where_none_is_asked_for(tmp_path: Path) -> None:
-    assert open_tier(SHAPE) is None
-    assert open_tier(SHAPE, directory=tmp_path, disk_bytes=10) is None
+    assert open_tier(SHAPE, KvOptions()) is None
+    assert open_tier(SHAPE, options(tmp_path, disk_bytes=0)) is None
+
+
+def test_a_directory_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigurationError, match="taken"):
+        open_tier(SHAPE, options(tmp_path / "taken"))
 
 
 def test_a_damaged_file_is_a_miss_and_goes_away(
@@ -254,9 +266,9 @@ def answer(engine: Engine, tokens: list[int], count: int = 8) -> tuple[list[int]
     return sink.tokens, end.cached_tokens
 
 
-def disk_engine(directory: Path, **options: Any) -> Engine:
+def disk_engine(directory: Path) -> Engine:
     loaded = tiny_loaded()
-    tier = open_tier(loaded.kv, directory=directory, disk_bytes=1 << 26, **options)
+    tier = open_tier(loaded.kv, options(directory, disk_bytes=1 << 26))
     return Engine(loaded, tier=tier)
 
 
@@ -323,7 +335,7 @@ def test_cancel_while_blocks_are_on_their_way(tmp_path: Path) -> None:
     engine.close()
     gate = threading.Event()
     loaded = tiny_loaded()
-    tier = open_tier(loaded.kv, directory=tmp_path, disk_bytes=1 << 26)
+    tier = open_tier(loaded.kv, options(tmp_path, disk_bytes=1 << 26))
     assert tier
     tier.fetch([], lambda _: gate.wait(60) and None)
     engine = Engine(loaded, tier=tier, max_running=1)

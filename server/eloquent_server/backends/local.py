@@ -10,6 +10,7 @@ from eloquent_server import models
 from eloquent_server.backends.base import BackendEvent, Continuation, StoredAnswer
 from eloquent_server.chat import ChatRequest
 from eloquent_server.engine.client import EngineClient, EngineOptions, EngineTurn
+from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import Tokens
 
 INTERRUPTED = "The server was restarted in mid-answer and cannot go on with it: {}. Ask again."
@@ -44,6 +45,7 @@ class LocalBackend:
         *,
         device: str = "auto",
         precision: str = "default",
+        kv: KvOptions | None = None,
         progress: models.Progress | None = None,
     ) -> "LocalBackend":
         """Start an engine with a model by name or directory, which is fetched if need be.
@@ -53,9 +55,8 @@ class LocalBackend:
                 cannot be fetched, or the engine does not support it.
         """
         models.require_engine_packages()
-        return cls(
-            await EngineClient.start(EngineOptions(model, device, precision), progress=progress)
-        )
+        options = EngineOptions(model, device, precision, kv=kv or KvOptions())
+        return cls(await EngineClient.start(options, progress=progress))
 
     @property
     def models(self) -> Sequence[str]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -20,6 +20,7 @@ from eloquent_server.chat import ChatRequest
 from eloquent_server.engine import ipc
 from eloquent_server.engine.child import Child
 from eloquent_server.engine.recovery import MAX_DEATHS, Standing, due
+from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import LOCAL_TENANT, SHUTTING_DOWN, EngineEvent, Tokens
 from eloquent_server.models import Progress
 
@@ -62,6 +63,7 @@ class EngineOptions:
     precision: str = "default"
     max_running: int | None = None
     "Turns in one step; None: the engine's default."
+    kv: KvOptions = field(default_factory=KvOptions)
 
 
 class EngineTurn:
@@ -324,7 +326,12 @@ class EngineClient:
             level = logging.getLogger().getEffectiveLevel()
             process.send(
                 ipc.Load(
-                    options.model, options.device, options.precision, options.max_running, level
+                    options.model,
+                    options.device,
+                    options.precision,
+                    options.max_running,
+                    options.kv,
+                    level,
                 )
             )
             if self._is_closing:

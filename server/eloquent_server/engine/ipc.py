@@ -14,6 +14,7 @@ import msgspec
 
 from eloquent.core.events import Failure
 from eloquent_server.backends.base import Finish
+from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import EngineEvent
 
 MAX_FRAME_BYTES = 64 << 20
@@ -29,6 +30,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     precision: str
     max_running: int | None
     "None: the engine's own default."
+    kv: KvOptions
     log_level: int
 
 

@@ -132,9 +132,15 @@ class EngineProcess:
         loaded = load(options, lambda text, done: self._put(ipc.Progress(text, done)))
         from eloquent_server.engine.engine import MAX_RUNNING, Engine
         from eloquent_server.engine.prompt import PromptEncoder
+        from eloquent_server.engine.tiers import open_tier
 
         self._engine = engine = Engine(
-            loaded, max_running=options.max_running or MAX_RUNNING, after_step=self._send_step
+            loaded,
+            max_running=options.max_running or MAX_RUNNING,
+            kv_bytes=options.kv.memory_bytes,
+            tenant_bytes=options.kv.tenant_bytes,
+            tier=open_tier(loaded.kv, options.kv),
+            after_step=self._send_step,
         )
         prompts = PromptEncoder(loaded.tokenizer)
         threading.Thread(

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 
+from eloquent.errors import ConfigurationError
 from eloquent_server.engine.attention import KvShape
 from eloquent_server.engine.blockcodec import (
     DamagedBlockError,
     Encoding,
     decode,
     encode,
-    encoded_bytes,
 )
 from eloquent_server.engine.radix import BLOCK_TOKENS
+from eloquent_server.engine.settings import KvOptions
 
 QUEUE_BYTES = 256 << 20
 "Blocks that wait to be encoded; more are dropped."
@@ -308,23 +309,23 @@ class TierStore:
             self._disk.delete(key)
 
 
-def open_tier(
-    shape: KvShape,
-    *,
-    ram_bytes: int = 0,
-    directory: Path | None = None,
-    disk_bytes: int = 0,
-    encoding: Encoding = "raw",
-) -> TierStore | None:
-    """Return a tier as its options ask, or None if they ask for none.
+def open_tier(shape: KvShape, options: KvOptions) -> TierStore | None:
+    """Return a second tier as the options ask, or None if they ask for none.
 
     Raises:
-        OSError: the directory cannot be made or read.
+        ConfigurationError: the directory cannot be made or read.
     """
     disk = None
-    if directory is not None and disk_bytes >= encoded_bytes(shape, BLOCK_TOKENS, encoding):
+    if options.directory is not None and options.disk_bytes > 0:
         # A directory for each encoding: an exact engine never takes an inexact block.
-        disk = DiskStore(directory / encoding, disk_bytes)
-    if disk is None and ram_bytes <= 0:
+        directory = Path(options.directory) / options.encoding
+        try:
+            disk = DiskStore(directory, options.disk_bytes)
+        except OSError as error:
+            raise ConfigurationError(
+                f"Keys and values cannot be kept in {directory} ({error}). Choose a directory that "
+                "this user may write to, or leave --kv-dir out."
+            ) from error
+    if disk is None and options.ram_bytes <= 0:
         return None
-    return TierStore(shape, ram_bytes=ram_bytes, disk=disk, encoding=encoding)
+    return TierStore(shape, ram_bytes=options.ram_bytes, disk=disk, encoding=options.encoding)
