@@ -70,7 +70,6 @@ class Gateway:
         self, turn: Turn, request: ChatRequest, answer: AsyncIterator[BackendEvent]
     ) -> tuple[str, int]:
         """Fill the turn's log; return its finish reason and how many tokens it has."""
-        model = request.model or self._backend.models[0]
         continuation: bytes | None = None
         async with aclosing(cast(Any, answer)) as events:
             async for event in events:
@@ -80,7 +79,7 @@ class Gateway:
                 if isinstance(event, Finish):
                     turn.close(
                         event.reason,
-                        model=model,
+                        model=request.model or self._backend.models[0],
                         prompt_tokens=event.prompt_tokens,
                         completion_tokens=event.completion_tokens,
                     )
@@ -90,5 +89,10 @@ class Gateway:
                 if isinstance(event, Failure):
                     logger.error("turn %s failed: %s", turn.name, event.message)
                     break
-        turn.close("error", model=model, prompt_tokens=0, completion_tokens=0)
+        turn.close(
+            "error",
+            model=request.model or self._backend.models[0],
+            prompt_tokens=0,
+            completion_tokens=0,
+        )
         return "error", 0

@@ -26,7 +26,9 @@ from eloquent_server import models
 from eloquent_server.backends import echo
 from eloquent_server.backends.base import Backend
 from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.backends.local import LocalBackend
+from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
 from eloquent_server.state import open_store, server_certificate
 from eloquent_server.store import TokenStore
@@ -44,7 +46,7 @@ STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
 
 
-async def start_backend(model: str, device: str, precision: str) -> Backend:
+async def start_backend(model: str, device: str, precision: str, kv: KvOptions) -> Backend:
     """Return the backend for `--model`, when it is fetched and loaded.
 
     Raises:
@@ -53,7 +55,9 @@ async def start_backend(model: str, device: str, precision: str) -> Backend:
     if model == echo.NAME:
         return EchoBackend()
     progress = models.progress_printer(sys.stderr)
-    return await LocalBackend.start(model, device=device, precision=precision, progress=progress)
+    return await LocalBackend.start(
+        model, device=device, precision=precision, kv=kv, progress=progress
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,7 @@ class ServerOptions:
     model: str
     device: str
     precision: str
+    kv: KvOptions
     scheme: str
     padding: bool
     ecn: str
@@ -93,18 +98,14 @@ async def run_server(options: ServerOptions) -> None:
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
-    loading = asyncio.ensure_future(start_backend(options.model, options.device, options.precision))
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():
-        loading.cancel()
-        await asyncio.wait((loading,))
-        return
-    backend = loading.result()
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(backend.close)
         store = open_store(options.state, durable=options.durable)
         stack.push_async_callback(store.close)
+        # Readers of turns that are stored need no model, and would take a closed port for the end.
+        backend = LoadingBackend(
+            start_backend(options.model, options.device, options.precision, options.kv)
+        )
+        stack.push_async_callback(backend.close)
         tidying = asyncio.ensure_future(_tidy(store))
         stack.callback(tidying.cancel)
         gateway = Gateway(backend)
@@ -126,6 +127,13 @@ async def run_server(options: ServerOptions) -> None:
             stack.push_async_callback(listener.close)
             port = listener.port
         stack.push_async_callback(hub.close)
+        loading = asyncio.ensure_future(backend.ready())
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            return
+        loading.result()
         hub.recover()
         url = ServerUrl(options.host, port, certificate.pin)
         print(READY_PREFIX, url, flush=True)  # noqa: T201

@@ -87,7 +87,7 @@ class Turn:
         self.readers: dict[Reader, None] = {}
         self.task: asyncio.Task[None] | None = None
         self.grace: asyncio.TimerHandle | None = None
-        self.handed = self.log.length
+        self.handed = self._restored_bytes = self.log.written
         "How many bytes of the log the store was given."
         self._request = request
 
@@ -105,6 +105,11 @@ class Turn:
     def is_over(self) -> bool:
         """Whether nothing will be appended any more."""
         return self.log.is_closed
+
+    @property
+    def is_waiting_to_go_on(self) -> bool:
+        """Whether it was cut off with its server and nothing has come since."""
+        return self.stored is not None and self.log.written == self._restored_bytes
 
     def append(self, event: Delta, continuation: bytes | None = None) -> None:
         """Add an event to the answer; it leaves as soon as it is stored.
@@ -180,7 +185,10 @@ class TurnHub:
         """End all turns; whoever reads them is told."""
         self._is_closed = True
         for turn in list(self._turns.values()):
-            self._stop(turn, "error", Failure("unavailable", SHUTTING_DOWN))
+            if turn.is_waiting_to_go_on:
+                self._park(turn)
+            else:
+                self._stop(turn, "error", Failure("unavailable", SHUTTING_DOWN))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_S)
         await self._store.close()
@@ -376,6 +384,12 @@ class TurnHub:
         if turn.task is not None:
             turn.task.cancel()
         turn.end_early(reason, failure)
+
+    def _park(self, turn: Turn) -> None:
+        """Leave a turn that was cut off as it is, for the next start."""
+        if turn.task is not None:
+            turn.task.cancel()
+        self.forget(turn, "unavailable", SHUTTING_DOWN)
 
     def _release(self, turn: Turn, offset: int) -> None:
         turn.log.release(offset)

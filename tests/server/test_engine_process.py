@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import engine_child
 import pytest
+from processes import is_alive, is_gone
 from tiny_model import CONTEXT_TOKENS, reference_text, tiny_loaded
 
 from eloquent.core.events import Failure, TextDelta
@@ -63,24 +63,6 @@ def text_of(events: list[EngineEvent]) -> str:
 def kill(client: EngineClient) -> None:
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
-
-
-def is_alive(pid: int) -> bool:
-    """Say whether a process runs; one that only waits to be reaped does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-async def is_gone(pid: int) -> float:
-    """Wait for a process's end; return how long it took, in seconds."""
-    began_s = time.monotonic()
-    async with asyncio.timeout(DEADLINE_S):
-        while is_alive(pid):  # noqa: ASYNC110 (it is not our child)
-            await asyncio.sleep(0.01)
-    return time.monotonic() - began_s
 
 
 async def test_answers_refusals_cancels_and_the_end() -> None:

@@ -1,0 +1,188 @@
+"""`eloquent serve` killed in mid-answer: it goes on where it was, and its reader sees a pause."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import is_alive, is_gone
+from tiny_model import tiny_model, tiny_tokenizer
+
+from eloquent_client import Client
+
+DEADLINE_S = 240.0
+"Ends a hang; decides nothing."
+CONTEXT_TOKENS = 4096
+ANSWER_TOKENS = 700
+KILLS = 3
+SEED = 20261122
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model on disk, with room for an answer of some seconds."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    config["max_position_embeddings"] = CONTEXT_TOKENS
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+class Serving:
+    """A server process that can be killed and started again at the same address and state."""
+
+    def __init__(self, model: str, state: Path) -> None:
+        self._model = model
+        self._state = state
+        self._port = 0
+        self._process: Process | None = None
+        self._stderr = state / "stderr"
+        self.url = ""
+
+    async def start(self) -> None:
+        with self._stderr.open("ab") as stderr:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "eloquent", "serve", "--model", self._model),
+                *("--port", str(self._port), "--state", str(self._state / "state"), "--verbose"),
+                stdout=PIPE,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        line = (await self._process.stdout.readline()).decode()
+        assert line.startswith("LISTENING "), self.log
+        self.url = line.split()[1]
+        found = re.search(r":(\d+)", self.url.removeprefix("eloquent://"))
+        assert found is not None
+        self._port = int(found[1])
+
+    @property
+    def log(self) -> str:
+        return self._stderr.read_text()
+
+    @property
+    def engines(self) -> list[int]:
+        """The server's child processes."""
+        assert self._process is not None
+        pid = self._process.pid
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    async def kill(self) -> None:
+        """Kill the server, and see its engine go."""
+        assert self._process is not None
+        if self._process.returncode is not None:
+            return
+        engines = self.engines
+        self._process.kill()
+        await self._process.wait()
+        for pid in engines:
+            await is_gone(pid)
+
+    async def interrupt(self) -> int:
+        """Do what Ctrl-C at the server's terminal does; return the exit code."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGINT)
+        return await self._process.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(model: str, state: Path) -> AsyncIterator[Serving]:
+    server = Serving(model, state)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.kill()
+
+
+async def whole_answer(client: Client, body: dict[str, Any]) -> tuple[str, Any]:
+    async with client.stream(**body) as stream:
+        message = await stream.get_final_message()
+        return message.text, message.usage
+
+
+async def answer_with_kills(
+    server: Serving, client: Client, body: dict[str, Any], at_chars: list[int]
+) -> tuple[str, Any]:
+    text = ""
+    async with client.stream(**body) as stream:
+        async for piece in stream.text_stream:
+            text += piece
+            if at_chars and len(text) >= at_chars[0]:
+                at_chars.pop(0)
+                await server.kill()
+                await server.start()
+        message = await stream.get_final_message()
+        assert message.text == text
+        return text, message.usage
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"temperature": 1.2, "seed": 5}], ids=["greedy", "sampled"]
+)
+async def test_the_answer_of_a_server_that_is_killed_is_the_undisturbed_one(
+    model: Path, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": "Go on and on"}]
+    # A random model ends its answer at random.
+    no_end = {str(tiny_tokenizer().eos_token_id): -100}
+    body = {"messages": messages, "max_tokens": ANSWER_TOKENS, "logit_bias": no_end, **sampling}
+    async with serving(str(model), tmp_path) as server, Client(server.url) as client:
+        text, usage = await whole_answer(client, body)
+        assert usage.completion_tokens == ANSWER_TOKENS
+        at_chars = sorted(random.Random(SEED).sample(range(1, len(text) // 2), KILLS))
+        moments = list(at_chars)
+        disturbed = await answer_with_kills(server, client, body, at_chars)
+        assert not at_chars, f"the answer came before it was killed at {moments}, seed {SEED}"
+        assert disturbed == (text, usage), f"killed at {moments}, seed {SEED}"
+        assert server.log.count("goes on where it was cut off") >= 1
+
+
+async def test_a_server_that_is_killed_says_the_rest_of_an_echo(tmp_path: Path) -> None:
+    words = " ".join(f"word-{i}" for i in range(120))
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": words}]}
+    async with serving("echo", tmp_path) as server, Client(server.url) as client:
+        text, usage = await answer_with_kills(server, client, body, [1, 300, 500])
+        assert (text, usage.completion_tokens) == (words, 120)
+
+
+async def test_an_answer_goes_on_though_nobody_reads_it(tmp_path: Path) -> None:
+    words = " ".join(f"word-{i}" for i in range(60))
+    async with serving("echo", tmp_path) as server, Client(server.url) as client:
+        async with asyncio.timeout(DEADLINE_S):
+            stream = client.stream([{"role": "user", "content": words}])
+            async with stream:
+                await anext(stream.text_stream)
+                await server.kill()
+                name = (stream.turn_id, stream.secret)
+                await client.close()
+        await server.start()
+        while "ended: stop" not in server.log:  # noqa: ASYNC110 (another process writes it)
+            await asyncio.sleep(0.05)
+        async with Client(server.url) as other, other.resume(*name) as resumed:
+            assert (await resumed.get_final_message()).text == words
+
+
+async def test_ctrl_c_is_for_the_server_which_ends_the_engine_in_order(
+    model: Path, tmp_path: Path
+) -> None:
+    async with serving(str(model), tmp_path) as server, Client(server.url) as client:
+        async with client.stream([{"role": "user", "content": "Go on"}], temperature=0) as stream:
+            await anext(stream.text_stream)
+            (engine,) = server.engines
+            assert await server.interrupt() == 0
+            assert not is_alive(engine)
+        assert "Traceback" not in server.log
+        assert "was ended by" not in server.log
