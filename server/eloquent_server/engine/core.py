@@ -17,6 +17,7 @@ from eloquent_server.engine.prefix import PrefixCache
 from eloquent_server.engine.radix import BLOCK_TOKENS
 from eloquent_server.engine.runner import Runner
 from eloquent_server.engine.schedule import FairShare, least_urgent, split_budget, to_yield
+from eloquent_server.engine.speculation import MOST_TURNS, StepCost
 from eloquent_server.engine.turn import NOT_A_NUMBER, Turn, step_failed
 
 HEADROOM_TOKENS = 64
@@ -44,6 +45,10 @@ class EngineStats:
     computed_prompt_tokens: int
     "Tokens that prefill computed, again ones included."
     evicted_blocks: int
+    guessed_tokens: int
+    "Tokens that speculation put before the model."
+    guessed_right_tokens: int
+    "Of these, kept."
 
 
 class Core:
@@ -58,6 +63,7 @@ class Core:
         rows: int,
         clock: Callable[[], float],
         chunk_tokens: int | None = None,
+        speculate: bool = False,
         deliver: Callable[[Callable[[], None]], None] = lambda call: call(),
     ) -> None:
         """Start without turns.
@@ -70,6 +76,8 @@ class Core:
         self._budget = budget
         self._clock = clock
         self._chunk_tokens = chunk_tokens
+        self._speculate = speculate
+        self._step_cost = StepCost()
         self._deliver = deliver
         self._share = FairShare()
         self._running: list[Turn] = []
@@ -77,6 +85,7 @@ class Core:
         self._free_rows = list(range(rows))
         self._ready = True
         self._steps = self._preemptions = self._computed = 0
+        self._guessed = self._guessed_right = 0
 
     @property
     def ready(self) -> bool:
@@ -125,6 +134,8 @@ class Core:
             restored_tokens=cached.restored_tokens,
             computed_prompt_tokens=self._computed,
             evicted_blocks=cached.evicted_blocks,
+            guessed_tokens=self._guessed,
+            guessed_right_tokens=self._guessed_right,
         )
 
     def step(self) -> None:
@@ -135,11 +146,16 @@ class Core:
         self._admit(now)
         work = self._plan(now)
         self._ready = bool(work) or not any(turn.restoring for turn in self._running)
-        decoding = sum(1 for _, segment in work if len(segment.tokens) == 1)
-        prompt_tokens = sum(len(segment.tokens) for _, segment in work) - decoding
+        decoding = sum(1 for _, segment in work if _is_decoding(segment))
+        guessed = sum(segment.keep - 1 for _, segment in work)
+        prompt_tokens = sum(len(segment.tokens) for _, segment in work) - decoding - guessed
         started = self._clock()
         results = self._compute(work)
-        self._budget.observe(decoding, prompt_tokens, self._clock() - started)
+        duration_s = self._clock() - started
+        if not guessed:
+            self._budget.observe(decoding, prompt_tokens, duration_s)
+        if not prompt_tokens:
+            self._step_cost.observe(decoding, guessed, duration_s)
         self._computed += prompt_tokens
         self._take_in(results, now)
         self._drop_done()
@@ -190,6 +206,8 @@ class Core:
             else:
                 self._cache.claim(turn)
                 prompts.append(turn)
+        if self._speculate and not prompts and len(work) <= MOST_TURNS:
+            work = [(turn, _guessing(turn)) for turn, _ in work]
         budget = self._budget.tokens(len(work))
         if self._chunk_tokens is not None:
             budget = min(budget, self._chunk_tokens)
@@ -239,31 +257,56 @@ class Core:
         """Share what was computed, choose tokens from the logits, and send what is new."""
         if not results:
             return
-        greatest, greedy = torch.stack([logits[-1] for _, _, logits in results]).max(dim=-1)
-        sound, tokens = torch.isfinite(greatest).tolist(), greedy.tolist()
-        for i, (turn, segment, logits) in enumerate(results):
-            if not sound[i]:
+        greatest, best = torch.cat([logits for _, _, logits in results]).max(dim=-1)
+        sound, greedy = torch.isfinite(greatest).tolist(), best.tolist()
+        first = last = 0
+        for turn, segment, logits in results:
+            first, last = last, last + segment.keep
+            if not all(sound[first:last]):
                 # Keys and values after a NaN are NaN, too: none may reach the prefix cache.
                 turn.poisoned = True
                 turn.fail("engine_error", NOT_A_NUMBER)
                 continue
-            turn.cached = segment.end
+            turn.cached = segment.end - segment.keep + 1
             turn.reached = max(turn.reached, turn.cached)
             self._cache.publish(turn, now)
             if turn.pending:
                 self._share.charge(turn, prompt=len(segment.tokens))
                 continue
-            self._share.charge(turn, prompt=len(segment.tokens) - 1, decoded=1)
+            self._share.charge(turn, prompt=len(segment.tokens) - segment.keep)
             self._cache.disclaim(turn)
             turn.dry_at = max(turn.dry_at, now)
             try:
-                sampler = turn.sampler
-                token = tokens[i] if sampler.greedy else sampler.choose(logits[-1], turn.tokens)
-                turn.accept(token, sampler.logprob(logits[-1], token))
+                self._choose(turn, segment, logits, greedy[first:last], len(results))
             except Exception as error:  # noqa: BLE001 (sampler or tokenizer; this turn's)
                 _log.exception("A token could not be chosen or decoded")
                 turn.fail("engine_error", step_failed(error))
             turn.flush()
+
+    def _choose(
+        self,
+        turn: Turn,
+        segment: Segment,
+        logits: torch.Tensor,
+        greedy: Sequence[int],
+        decoding: int,
+    ) -> None:
+        """Choose the next token and, as long as a guess was right, the ones after it."""
+        guess = segment.tokens[len(segment.tokens) - segment.keep + 1 :]
+        kept = 0
+        while not turn.done:
+            sampler = turn.sampler
+            token = greedy[kept] if sampler.greedy else sampler.choose(logits[kept], turn.tokens)
+            turn.accept(token, sampler.logprob(logits[kept], token))
+            self._share.charge(turn, decoded=1)
+            if turn.done or kept == len(guess) or token != guess[kept]:
+                break
+            kept += 1
+            turn.cached += 1
+        if guess:
+            turn.lookup.observe(len(turn.tokens), kept, self._step_cost.ratio(decoding))
+            self._guessed += len(guess)
+            self._guessed_right += kept
 
     def _preempt(self, turn: Turn, now: float) -> None:
         """Take a turn's row; it waits, and takes its blocks back when it goes on."""
@@ -293,6 +336,18 @@ class Core:
                     self._count_rows()
                     self._leave_row(turn, self._clock())
         self._share.tidy()
+
+
+def _is_decoding(segment: Segment) -> bool:
+    return len(segment.tokens) == segment.keep
+
+
+def _guessing(turn: Turn) -> Segment:
+    """Return the segment of a decoding turn's last token and a guess at what follows."""
+    # A guess must fit what the turn has reserved, and one token comes without guessing.
+    room = min(_reserved(turn) - len(turn.tokens), turn.token_limit - turn.generated - 1)
+    guess = turn.lookup.guess(turn.tokens, room)
+    return Segment(turn.row or 0, turn.cached, (turn.tokens[-1], *guess), keep=1 + len(guess))
 
 
 def _segment(turn: Turn, count: int) -> Segment:

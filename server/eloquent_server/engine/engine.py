@@ -46,6 +46,7 @@ class Engine:
         kv_bytes: int | None = None,
         tenant_bytes: int | None = None,
         prefix_cache: bool = True,
+        speculate: bool = False,
         tier: Tier | None = None,
         layout: KvLayout | None = None,
         after_step: Callable[[], None] | None = None,
@@ -55,8 +56,9 @@ class Engine:
 
         `prefill_chunk_tokens` bounds what a step takes of prompts, which is else a matter of
         `step_target_s`; `kv_bytes` bounds running turns and prefix cache together (a quarter of
-        the memory if None), `tenant_bytes` one tenant's part of the prefix cache. `after_step` is
-        called in the engine's thread when a step's events are out.
+        the memory if None), `tenant_bytes` one tenant's part of the prefix cache. `speculate`
+        lets a step bring a turn several tokens, the same ones. `after_step` is called in the
+        engine's thread when a step's events are out.
 
         Raises:
             ConfigurationError: `kv_bytes` holds no turn.
@@ -101,6 +103,7 @@ class Engine:
             rows=max_running,
             clock=clock,
             chunk_tokens=prefill_chunk_tokens,
+            speculate=speculate,
             deliver=self._inbox.put,
         )
         self._ids = itertools.count(1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from eloquent.core.events import ChosenLogprob, Failure, Logprobs, TextDelta
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.options import SamplingOptions
+from eloquent_server.engine.speculation import PromptLookup
 
 if TYPE_CHECKING:  # The server's process takes types from here, and has no torch.
     from eloquent_server.engine.sampling import Sampler
@@ -96,6 +97,7 @@ class Turn:
     "Its row may hold NaN."
     ran: int = 0
     "Tokens chosen since it got its row."
+    lookup: PromptLookup = field(default_factory=PromptLookup)
     dry_at: float = 0.0
     "When the reader will have read all that is out, as far as known; seconds."
     done: bool = False
