@@ -140,6 +140,7 @@ class EngineProcess:
             kv_bytes=options.kv.memory_bytes,
             tenant_bytes=options.kv.tenant_bytes,
             tier=open_tier(loaded.kv, options.kv),
+            speculate=True,
             after_step=self._send_step,
         )
         prompts = PromptEncoder(loaded.tokenizer)
