@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import random
 
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.packet import (
@@ -11,6 +12,7 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 
+from eloquent.core.beat import BeatLimit
 from eloquent.core.log import Log
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnRequested
@@ -132,6 +134,7 @@ class Listener:
         self._reset_key = ResetKey.of(certificate.private_key)
         self._reset_limit = ResetLimit()
         self._tickets = TicketBook()
+        self._beats = BeatLimit()
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
         self._transport: UdpTransport | None = None
@@ -232,9 +235,11 @@ class Listener:
             marking=self._make_marking() if self._make_marking is not None else None,
             original_destination_connection_id=destination_cid,
             reset_key=self._reset_key,
+            skips=random.SystemRandom(),
             session_ticket_fetcher=self._tickets.take,
             session_ticket_handler=self._tickets.put,
         )
+        connection.path.beats = self._beats
         peer = _Peer(self, connection)
         self._peers[peer] = None
         self.route(destination_cid, peer)

@@ -3,30 +3,55 @@
 import inspect
 
 import pytest
+from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.packet import (
     NON_ACK_ELICITING_FRAME_TYPES,
     NON_IN_FLIGHT_FRAME_TYPES,
     QuicFrameType,
+    pull_quic_transport_parameters,
 )
 from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
-from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 
-from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic._aioquic import MAX_ACK_DELAY_S, LateBoundConnection
 from eloquent.quic._streams import repeat_stop, unsent_bytes
 from eloquent.quic.client import client_configuration
 
 USED_ATTRIBUTES = (
+    "_ack_delay",
     "_datagrams_pending",
     "_handshake_confirmed",
     "_local_ack_delay_exponent",
     "_loss",
     "_max_datagram_size",
     "_network_paths",
+    "_pacing_at",
+    "_packet_number",
     "_quic_logger",
     "_remote_max_datagram_frame_size",
 )
-USED_RECOVERY_ATTRIBUTES = ("_cc", "_pacer", "_rtt_initial", "_rtt_initialized", "_rtt_smoothed")
+USED_RECOVERY_ATTRIBUTES = (
+    "_cc",
+    "_pacer",
+    "_pto_count",
+    "_rtt_first_sample_time",
+    "_rtt_initial",
+    "_rtt_initialized",
+    "_rtt_latest",
+    "_rtt_min",
+    "_rtt_smoothed",
+    "_rtt_variance",
+    "_time_of_last_sent_ack_eliciting_packet",
+)
+USED_SPACE_ATTRIBUTES = (
+    "ack_at",
+    "is_application_data",
+    "largest_acked_packet",
+    "largest_received_packet",
+    "loss_time",
+    "sent_packets",
+)
 USED_BUILDER_PARTS = (
     "remaining_buffer_space",
     "remaining_flight_space",
@@ -206,3 +231,43 @@ def test_what_early_data_needs_is_there() -> None:
         assert used in quic_source("_handle_crypto_frame"), f"aioquic lost {used!r}"
     fields = QuicSentPacket.__dataclass_fields__
     assert {"packet_type", "sent_bytes", "delivery_handlers", "is_ack_eliciting"} <= set(fields)
+
+
+@pytest.mark.parametrize("name", USED_SPACE_ATTRIBUTES)
+def test_a_packet_space_has_the_attribute(name: str) -> None:
+    assert hasattr(QuicPacketSpace(), name), f"aioquic's QuicPacketSpace lost {name}"
+
+
+def test_loss_recovery_calls_the_methods_that_we_override() -> None:
+    known = {
+        "on_packet_sent": ["self", "packet", "space"],
+        "on_ack_received": ["self", "ack_rangeset", "ack_delay", "now", "space"],
+        "get_loss_detection_time": ["self", "amplification_limited"],
+        "_detect_loss": ["self", "now", "space"],
+        "_get_loss_space": ["self"],
+        "_on_packets_lost": [
+            "self",
+            "congestion_event",
+            "now",
+            "packets",
+            "persistent_congestion",
+            "space",
+        ],
+    }
+    for method, parameters in known.items():
+        found = list(inspect.signature(getattr(QuicPacketRecovery, method)).parameters)
+        assert found == parameters, f"aioquic changed {method}: {found}"
+    source = inspect.getsource(QuicPacketRecovery.on_ack_received)
+    assert "self._detect_loss(now=now, space=space)" in source
+
+
+def test_the_peer_is_told_how_long_we_delay_acknowledgements() -> None:
+    connection = LateBoundConnection(
+        configuration=client_configuration("localhost", pin=None), source=NoDatagrams()
+    )
+    connection._version = 1
+    parameters = pull_quic_transport_parameters(
+        Buffer(data=connection._serialize_transport_parameters())
+    )
+    assert parameters.max_ack_delay == 1000 * MAX_ACK_DELAY_S
+    assert "max_ack_delay=25" in quic_source("_serialize_transport_parameters")
