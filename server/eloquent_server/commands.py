@@ -21,6 +21,12 @@ def serve(
     model: str = model_store.EMBEDDED_MODEL,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["default", "auto", "fp32", "bf16", "int8"] = "default",
+    kv_memory: float | None = None,
+    kv_tenant: float | None = None,
+    kv_ram: float = 0.0,
+    kv_dir: Path | None = None,
+    kv_disk: float = 10.0,
+    kv_tier: Literal["lossless", "int8"] = "lossless",
     scheme: str = "eloquent",
     padding: bool = True,
     ecn: str = "off",
@@ -52,6 +58,21 @@ def serve(
         Of the model's weights on the CPU: `fp32`, the default, gives the same greedy answer in any
         company; `bf16` and `int8` are faster, and take less memory; `auto` measures which is
         fastest and says so. On CUDA it is bf16.
+    kv_memory
+        GB for the turns that run and for the prefix cache, which spares the model what it has
+        already read; a quarter of the machine's memory if it is left out.
+    kv_tenant
+        The most that one tenant may have in the prefix cache, in GB.
+    kv_ram
+        GB more for what the prefix cache has no room for.
+    kv_dir
+        Directory in which that is kept, too, so that prompts are warm after a restart. It holds
+        conversations in a form that the model can read; only this user may read it.
+    kv_disk
+        The most that --kv-dir may hold, in GB.
+    kv_tier
+        How it is kept there: `lossless`, or in `int8`, a quarter of the size: answers then may
+        differ in a word now and then.
     scheme
         How tokens are sent: `eloquent`, or one of those it is compared with (`eloquent-queued`,
         `duplicate`, `retransmit`).
@@ -75,6 +96,7 @@ def serve(
     verbose
         Log every turn to standard error.
     """
+    from eloquent_server.engine.settings import KvOptions
     from eloquent_server.serve import ServerOptions, run_server
 
     logging.basicConfig(
@@ -91,6 +113,14 @@ def serve(
                 model=model,
                 device=device,
                 precision=precision,
+                kv=KvOptions(
+                    memory_bytes=None if kv_memory is None else round(kv_memory * 1e9),
+                    tenant_bytes=None if kv_tenant is None else round(kv_tenant * 1e9),
+                    ram_bytes=round(kv_ram * 1e9),
+                    directory=None if kv_dir is None else str(kv_dir),
+                    disk_bytes=round(kv_disk * 1e9),
+                    encoding="int8" if kv_tier == "int8" else "raw",
+                ),
                 scheme=scheme,
                 padding=padding,
                 ecn=ecn,
