@@ -64,7 +64,7 @@ BEATS_ONLY_S = 1.0
 "After an acknowledgement has been overdue for so long, new tokens wait for the beat."
 
 GAP_WEIGHT = 1 / 8
-FIRST_GAP_S = 0.01
+FIRST_GAP_S = 0.03
 MIN_GAP_S = 0.001
 MAX_GAP_S = 1.0
 "The time between tokens: how it is averaged, its first guess, and its bounds."

@@ -268,12 +268,15 @@ class ThinControl(QuicCongestionControl):
         if self.is_congested:
             # What was not used is no measure of what the path bears (RFC 7661 section 4.4.1).
             used = min(self.congestion_window, max(self._peak_bytes, self._last_peak_bytes))
-            target = max(round(CONGESTION_FACTOR * used), self.min_window)
+            target = min(
+                max(round(CONGESTION_FACTOR * used), self.min_window), self.congestion_window
+            )
             self._queue_at_loss_s = self.rtts.queue_s
             self._yields_until = now + YIELD_S
         else:
+            # On a long path the floor may be above the initial window.
             target = max(round(RANDOM_LOSS_FACTOR * self.congestion_window), self.floor_window)
-        self.congestion_window = min(self.congestion_window, target)
+        self.congestion_window = target
         self.ssthresh = self.congestion_window
 
     def on_spurious_loss(self, packet: QuicSentPacket) -> None:
