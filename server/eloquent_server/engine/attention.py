@@ -97,6 +97,10 @@ class KvLayout(Protocol):
     def rows(self) -> int:
         """How many turns may run."""
 
+    @property
+    def capacity_tokens(self) -> int:
+        """How many tokens the rows hold for certain, however they are spread."""
+
     def order(self, segments: Sequence[Segment]) -> list[int]:
         """Return the order, as indices, in which the segments should be packed."""
 

@@ -163,7 +163,7 @@ class Core:
     def _keep_to_budget(self, now: float) -> None:
         """Let the prefix cache give way to growing turns, then turns to each other."""
         self._count_rows()
-        while not self._cache.make_room(0) and len(self._running) > 1:
+        while not self._cache.make_row_room(0) and len(self._running) > 1:
             self._preempt(least_urgent(self._running), now)
 
     def _admit(self, now: float) -> None:
@@ -187,8 +187,8 @@ class Core:
     def _has_room(self, turn: Turn) -> bool:
         needed = _reserved(turn)
         if not self._running:
-            return self._cache.make_room(needed)
-        return self._cache.make_room(needed + HEADROOM_TOKENS)
+            return self._cache.make_row_room(needed)
+        return self._cache.make_row_room(needed + HEADROOM_TOKENS)
 
     def _plan(self, now: float) -> list[tuple[Turn, Segment]]:
         """Choose the step's tokens: one of each decoding turn, then prompts within the budget."""

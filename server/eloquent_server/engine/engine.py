@@ -16,6 +16,7 @@ from eloquent_server.engine.core import Core, EngineStats
 from eloquent_server.engine.grammar import TokenTable
 from eloquent_server.engine.kv import SlabCache
 from eloquent_server.engine.loader import LoadedModel, engine_threads
+from eloquent_server.engine.paged import PAGE_TOKENS, PagedCache
 from eloquent_server.engine.prefix import PrefixCache, Tier
 from eloquent_server.engine.radix import BLOCK_TOKENS
 from eloquent_server.engine.runner import Runner
@@ -26,6 +27,12 @@ from eloquent_server.engine.turn import SHUTTING_DOWN, Emit, Turn, TurnRequest, 
 MAX_RUNNING = 8
 MEMORY_SHARE = 0.25
 "Of the machine's memory, for keys and values, if nothing else is said."
+CUDA_MEMORY_SHARE = 0.8
+"Of what the model left free on its device."
+CUDA_ROWS_SHARE = 0.5
+"Of that, for running turns; the rest is the prefix cache's."
+SLACK_TOKENS = 2 * BLOCK_TOKENS
+"A turn reserves whole blocks, one token ahead."
 
 _log = logging.getLogger(__name__)
 
@@ -70,22 +77,16 @@ class Engine:
         )
         self._clock = clock
         self._after_step = after_step
-        budget = int(memory_bytes() * MEMORY_SHARE) if kv_bytes is None else kv_bytes
-        self._context = min(
-            loaded.context_tokens, budget // loaded.kv.token_bytes - BLOCK_TOKENS - 1
-        )
+        budget = _default_bytes(loaded) if kv_bytes is None else kv_bytes
+        self._context = min(loaded.context_tokens, budget // loaded.kv.token_bytes - SLACK_TOKENS)
         if self._context < BLOCK_TOKENS:
             raise ConfigurationError(
                 f"{budget} bytes for keys and values hold no turn of {loaded.name}, which takes "
                 f"{loaded.kv.token_bytes} a token. Give it more."
             )
         if layout is None:
-            layout = SlabCache(
-                loaded.kv,
-                max_tokens=self._context,
-                device=torch.device(loaded.model.device),
-                rows=max_running,
-            )
+            layout = _layout(loaded, self._context, max_running, budget)
+        self._context = min(self._context, layout.capacity_tokens - SLACK_TOKENS)
         self._cache = PrefixCache(
             layout,
             budget_bytes=budget,
@@ -233,3 +234,20 @@ class Engine:
     def _flush(self) -> None:
         if self._after_step:
             self._after_step()
+
+
+def _default_bytes(loaded: LoadedModel) -> int:
+    device = torch.device(loaded.model.device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+    return int(memory_bytes() * MEMORY_SHARE)
+
+
+def _layout(loaded: LoadedModel, context: int, rows: int, budget: int) -> KvLayout:
+    """Return rows of `context` tokens on CPU, a pool of pages on CUDA."""
+    device = torch.device(loaded.model.device)
+    if device.type != "cuda":
+        return SlabCache(loaded.kv, max_tokens=context + SLACK_TOKENS, device=device, rows=rows)
+    most = rows * -(-(context + SLACK_TOKENS) // PAGE_TOKENS)
+    affordable = int(budget * CUDA_ROWS_SHARE) // (PAGE_TOKENS * loaded.kv.token_bytes)
+    return PagedCache(loaded.kv, pages=min(most, affordable), device=device, rows=rows)

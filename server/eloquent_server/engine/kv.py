@@ -41,6 +41,7 @@ class SlabCache:
         self._shape = shape
         self._rows = rows
         tokens = -(-max_tokens // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
+        self._capacity = tokens
         self._filled = [0] * rows
         self._pages: mmap.mmap | None = None
         self._slab = self._allocate(
@@ -56,6 +57,11 @@ class SlabCache:
     def rows(self) -> int:
         """How many turns may run."""
         return self._rows
+
+    @property
+    def capacity_tokens(self) -> int:
+        """How many tokens fit; a row is as long as a turn can be."""
+        return self._rows * self._capacity
 
     def order(self, segments: Sequence[Segment]) -> list[int]:
         """Single tokens by row first, so that a group of rows is a slice; then the rest."""

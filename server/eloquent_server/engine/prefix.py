@@ -105,6 +105,12 @@ class PrefixCache:
                 return False
         return True
 
+    def make_row_room(self, tokens: int) -> bool:
+        """Evict until the rows can take `tokens` more; False if that cannot be."""
+        if self._row_tokens + tokens > self._layout.capacity_tokens:
+            return False
+        return self.make_room(tokens)
+
     def take(self, turn: Turn, now: float) -> None:
         """Copy into the turn's row what the tree has next, as far as it goes without a gap."""
         if not self._enabled or turn.cached % BLOCK_TOKENS or turn.row is None:
