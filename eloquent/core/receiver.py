@@ -156,6 +156,12 @@ class Receiver:
 
     def _check_confirmation(self) -> None:
         end, said = self._decoder.end, self._confirmation
+        if said and not end and self._contiguous >= said.length != self.decoded:
+            # What was taken for events has run over the place where `End` starts.
+            raise IntegrityError(
+                "The answer cannot be read from the offset that was asked: no event starts there. "
+                "Resume at an offset as it was given, or at 0."
+            )
         if end and said and (end.length, end.digest) != (said.length, said.digest):
             raise IntegrityError(
                 "The server's confirmation of the answer is not that of the answer received: the "

@@ -182,6 +182,38 @@ def test_a_wrong_confirmation_before_or_after_the_end(is_early: bool, is_length:
             receiver.on_ended(said)
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_offset_within_an_event_is_noticed_at_the_confirmation(is_early: bool) -> None:
+    log = TokenLog()
+    log.append(TextDelta("one"))
+    log.append(TextDelta(" two three"))
+    log.close("stop", model="m", prompt_tokens=1, completion_tokens=2)
+    assert log.end is not None
+    said = Ended(log.end.length, log.end.digest)
+    offset = 2  # `o` is no kind of event, and `n` is a length that the answer has not
+    receiver = Receiver(TURN, offset=offset)
+    rest = Bundle(TURN, 0, offset, log.read(offset, log.length))
+    if is_early:
+        receiver.on_ended(said)
+        with pytest.raises(IntegrityError, match="no event starts there"):
+            receiver.on_bundle(rest, 0.0)
+    else:
+        receiver.on_bundle(rest, 0.0)
+        with pytest.raises(IntegrityError, match="no event starts there"):
+            receiver.on_ended(said)
+
+
+def test_the_confirmation_may_come_between_the_last_text_and_the_end() -> None:
+    log, receiver = letters("abc", closed=True), Receiver(TURN)
+    assert log.end is not None
+    receiver.on_bundle(bundle(log, 0, 0, 3), 0.0)
+    receiver.on_ended(Ended(log.end.length, log.end.digest))
+    assert not receiver.is_complete
+    cut = log.end.length + 5
+    receiver.on_bundle(Bundle(TURN, 1, 0, log.read(0, cut)), 0.0)
+    assert receiver.on_bundle(Bundle(TURN, 2, cut, log.read(cut, log.length)), 0.0) == [log.end]
+
+
 def test_bytes_after_the_end_are_a_wire_error() -> None:
     log, receiver = letters("a", closed=True), Receiver(TURN)
     receiver.on_bundle(bundle(log, 0, 0), 0.0)
