@@ -45,6 +45,11 @@ UNKNOWN_TURN = (
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
 SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
+NOT_STORED = (
+    "The server has no place to keep the answer, so it does not go on; its log has the reason. "
+    "Tell whoever runs it, and ask again later."
+)
+UNREADABLE = "The server cannot read what it kept of the turn; its log has the reason. Ask it anew."
 FAULT = "The server failed; its log has the reason. What has come is kept; ask again."
 
 logger = logging.getLogger(__name__)
@@ -329,7 +334,7 @@ class TurnHub:
         except EloquentError as error:
             logger.error("turn %s cannot be brought back: %s", turn_id.hex(), error)
             for reader in self._loading.pop(turn_id):
-                reader.reject("unavailable", f"The turn cannot be read: {error}")
+                reader.reject("unavailable", UNREADABLE)
             return
         readers = self._loading.pop(turn_id)
         if self._is_closed:
@@ -402,7 +407,7 @@ class TurnHub:
             logger.error("turn %s cannot be stored: %s", turn.name, error)
             if turn.task is not None:
                 turn.task.cancel()
-            self.forget(turn, "not_stored", f"The server cannot keep the answer: {error}")
+            self.forget(turn, "not_stored", NOT_STORED)
 
     def _leave_memory(self, turn: Turn) -> None:
         """Drop an ended turn that nobody reads, once the store has all of it."""
