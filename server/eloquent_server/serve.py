@@ -84,9 +84,15 @@ async def run_server(options: ServerOptions) -> None:
     """Serve until SIGINT or SIGTERM, or until standard input closes if `exit_with_parent`.
 
     Raises:
-        ConfigurationError: the model cannot be loaded or the address cannot be had.
+        ConfigurationError: the model cannot be loaded, the address cannot be had, or options do
+            not go together.
         StoreError: the turns cannot be kept where they are to be.
     """
+    if options.durable and options.state is None:
+        raise ConfigurationError(
+            "--durable needs --state DIRECTORY: without one the turns are kept in memory, and end "
+            "with the server."
+        )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
