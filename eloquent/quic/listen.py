@@ -177,7 +177,8 @@ class Listener:
     def forget(self, peer: _Peer, event: ConnectionEnded) -> None:
         """Drop a connection that ended."""
         if event.by_peer_error:
-            logger.warning("connection ended: %s", event.reason)
+            # Anybody may send what breaks a connection, so it must not fill the operator's log.
+            logger.info("connection ended: %s", event.reason)
         self._peers.pop(peer, None)
         self._routes = {key: value for key, value in self._routes.items() if value is not peer}
 

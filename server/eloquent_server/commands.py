@@ -94,7 +94,7 @@ def serve(
     exit_with_parent
         Stop when standard input closes.
     verbose
-        Log every turn to standard error.
+        Log every turn, and every connection that a client broke, to standard error.
     """
     from eloquent_server.engine.settings import KvOptions
     from eloquent_server.serve import ServerOptions, run_server
@@ -104,7 +104,8 @@ def serve(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("quic").setLevel(logging.WARNING)  # or aioquic logs every handshake, too
+    # aioquic logs every handshake, and as a warning whatever a peer does wrong; we say the latter.
+    logging.getLogger("quic").setLevel(logging.ERROR)
     asyncio.run(
         run_server(
             ServerOptions(
