@@ -60,7 +60,7 @@ packets of the usual size than this."""
 SWEEP_AFTER_S = 0.2
 "After an acknowledgement has been overdue for so long, copies carry what else is not acknowledged."
 
-BEATS_ONLY_S = 0.6
+BEATS_ONLY_S = 1.0
 "After an acknowledgement has been overdue for so long, new tokens wait for the beat."
 
 GAP_WEIGHT = 1 / 8
