@@ -9,8 +9,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import msgspec
 
@@ -24,7 +25,7 @@ from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import LOCAL_TENANT, SHUTTING_DOWN, EngineEvent, Tokens
 from eloquent_server.models import Progress
 
-COMMAND = (sys.executable, "-m", "eloquent_server.engine.process")
+COMMAND = (sys.executable, "-P", "-m", "eloquent_server.engine.process")
 
 RETRY_FIRST_S = 0.1
 RETRY_GROWTH = 2.0
@@ -33,6 +34,7 @@ HEALTHY_S = 60.0
 "An engine that has lived so long is started again at once; else the waits grow."
 START_TRIES = 3
 "As many processes in a row that end while they load fail the start, or the turns that wait."
+STATS_S = 5.0
 MAX_TURNS = 4096
 
 DIED = (
@@ -91,20 +93,25 @@ class EngineTurn:
         self._client = client
         self._submit = submit
         self._events: asyncio.Queue[EngineEvent | RequestError] = asyncio.Queue()
+        self._is_over = False
 
-    async def __aiter__(self) -> AsyncIterator[EngineEvent]:
-        """Yield events.
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        """Wait for the next event.
 
         Raises:
-            RequestError: the engine declines the turn; before the first event.
+            RequestError: the engine declines the turn; in place of the first event.
         """
-        while True:
-            event = await self._events.get()
-            if isinstance(event, RequestError):
-                raise event
-            yield event
-            if ipc.is_terminal(event):
-                return
+        if self._is_over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, RequestError):
+            self._is_over = True
+            raise event
+        self._is_over = ipc.is_terminal(event)
+        return event
 
     def cancel(self) -> None:
         """End the turn within one step; nothing happens if it has ended."""
@@ -177,7 +184,10 @@ class EngineClient:
 
     async def ready(self) -> None:
         """Wait until the model is loaded for the first time; see `start`."""
-        await asyncio.shield(self._started)
+        await asyncio.wait((self._started, self._work), return_when=asyncio.FIRST_COMPLETED)
+        if not self._started.done():
+            self._work.result()  # A defect here.
+        self._started.result()
 
     @property
     def info(self) -> ipc.Ready:
@@ -256,7 +266,10 @@ class EngineClient:
             self._send(ipc.Hint(turn.number, buffered_s))
 
     async def stats(self) -> Mapping[str, int]:
-        """Return the engine's counts, by the names of `EngineStats`; none while it is down."""
+        """Return the engine's counts, by the names of `EngineStats`; none while it is down.
+
+        None, too, if it is so busy that it does not answer in `STATS_S`.
+        """
         if not self._is_ready:
             return {}
         number, self._next = self._next, self._next + 1
@@ -264,7 +277,9 @@ class EngineClient:
         self._asked[number] = asked
         self._send(ipc.GetStats(number))
         try:
-            return await asked  # The process's end answers, too.
+            return await asyncio.wait_for(asked, STATS_S)  # The process's end answers, too.
+        except TimeoutError:
+            return {}
         finally:
             self._asked.pop(number, None)
 
@@ -281,6 +296,13 @@ class EngineClient:
         self._fail_start(ConfigurationError(SHUTTING_DOWN))
 
     async def _keep_alive(self) -> None:
+        try:
+            await self._run_until_closed()
+        finally:
+            self._is_closing = True
+            self._fail_all("unavailable", SHUTTING_DOWN)
+
+    async def _run_until_closed(self) -> None:
         retry_s = RETRY_FIRST_S
         failed = 0
         while not self._is_closing:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from eloquent_server.engine.prompt import PromptEncoder
 
 END_S = 1.5
-"An engine that was told to end, and has not after this time, is ended the hard way."
+"An engine whose server is gone, and that has not ended after this time, is ended the hard way."
 
 MAX_UNSENT = 1024
 "Messages. If the server takes none of so many, steps wait."
@@ -121,7 +121,6 @@ class EngineProcess:
             self._put(ipc.LoadFailed(str(error)))
         else:
             self._end.wait()
-        _Deadline().start()
         if self._engine is not None:
             self._submitted.put(None)
             self._engine.close()
@@ -163,12 +162,17 @@ class EngineProcess:
         try:
             while (message := ipc.receive(self._channel)) is not None:
                 if isinstance(message, ipc.Close):
-                    break
-                self._take(message)
+                    self._finish()
+                else:
+                    self._take(message)
         finally:
-            if self._engine is None:
-                os._exit(0)  # Loading cannot be interrupted, and nothing is lost.
-            self._end.set()
+            _Deadline().start()
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._engine is None:
+            os._exit(0)  # Loading cannot be interrupted, and nothing is lost.
+        self._end.set()
 
     def _take(self, message: ipc.ToEngine) -> None:
         """Do what the server says, without waiting."""
