@@ -12,13 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from plain_kernel import plain_kernel
 from tiny_model import CONTEXT_TOKENS, Sink, reference_tokens, tiny_loaded
 
 from eloquent_server.backends.base import Finish
+from eloquent_server.engine.attention import KvLayout
 from eloquent_server.engine.blockcodec import decode, encode
 from eloquent_server.engine.budget import StepBudget
 from eloquent_server.engine.core import Core
 from eloquent_server.engine.kv import SlabCache
+from eloquent_server.engine.paged import PagedCache
 from eloquent_server.engine.prefix import PrefixCache
 from eloquent_server.engine.runner import Runner
 from eloquent_server.engine.sampling import Sampler
@@ -93,14 +96,25 @@ class World:
     budget_tokens: int
     chunk: int
     tier: SlowTier | None = None
+    speculate: bool = True
+    paged: bool = False
     now: float = 0.0
     turns: list[tuple[int, int, Turn, Sink]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         loaded = tiny_loaded(self.model_type)
-        self.layout = SlabCache(
+        self.layout: KvLayout = SlabCache(
             loaded.kv, max_tokens=CONTEXT_TOKENS, device=torch.device("cpu"), rows=self.rows
         )
+        if self.paged:
+            self.layout = PagedCache(
+                loaded.kv,
+                pages=self.rows + 24,
+                device=torch.device("cpu"),
+                rows=self.rows,
+                page_tokens=16,
+                kernel=plain_kernel,
+            )
         self.budget_bytes = self.budget_tokens * loaded.kv.token_bytes
         self.cache = PrefixCache(
             self.layout, budget_bytes=self.budget_bytes, fingerprint=b"f", tier=self.tier
@@ -112,6 +126,7 @@ class World:
             rows=self.rows,
             clock=lambda: self.now,
             chunk_tokens=self.chunk,
+            speculate=self.speculate,
         )
 
     def submit(self, index: int, count: int, tenant: str, given: int = 0) -> None:
@@ -205,6 +220,8 @@ def test_any_schedule(model_type: str, seed: int) -> None:
         budget_tokens=rng.choice([210, 300, 600, 5000]),
         chunk=rng.choice([1, 7, 16, 40, 200]),
         tier=SlowTier(model_type) if rng.random() < 0.5 else None,
+        speculate=rng.random() < 0.5,
+        paged=rng.random() < 0.3,
     )
     play(world, rng, moves=40)
 

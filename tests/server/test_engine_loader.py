@@ -82,6 +82,41 @@ def test_unsupported_architectures(model_type: str, settings: dict[str, Any], pr
         refuse_unsupported(AutoConfig.for_model(model_type, **settings), "it")
 
 
+@pytest.mark.parametrize(
+    ("argument", "feature"),
+    [
+        ({"sliding_window": 4096}, "sliding-window"),
+        ({"softcap": 50.0}, "soft-capped"),
+        ({"s_aux": torch.zeros(4)}, "sinks"),
+        ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"is_causal": False}, "not causal"),
+    ],
+)
+def test_attention_that_asks_for_more_than_we_have_is_named(
+    argument: dict[str, Any], feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration may not tell, but each layer's call does."""
+    model = copy.deepcopy(tiny_model())
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def demanding(*args: Any, **inputs: Any) -> Any:
+        more = argument if "eloquent_plan" in inputs else {}
+        return forward(*args, **inputs, **more)
+
+    monkeypatch.setattr(attention, "forward", demanding)
+    with pytest.raises(ConfigurationError, match=feature):
+        prepare(model, tiny_tokenizer(), "demanding")
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    model = copy.deepcopy(tiny_model())
+    first = prepare(model, tiny_tokenizer(), "a").fingerprint
+    assert prepare(copy.deepcopy(tiny_model()), tiny_tokenizer(), "b").fingerprint == first
+    model.model.layers[1].self_attn.q_proj.weight.data *= 1.001
+    assert prepare(model, tiny_tokenizer(), "a").fingerprint != first
+
+
 def test_a_base_model_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 import threading
 from typing import Any
 
@@ -154,6 +155,75 @@ def test_prompt_too_long_names_both_numbers() -> None:
     assert sink.end() == Finish("length", CONTEXT_TOKENS - 1, 1)
     with pytest.raises(RequestError, match="empty"):
         engine.submit(greedy([], 1), Sink())
+    engine.close()
+
+
+@pytest.mark.parametrize("field", ["prompt", "generated"])
+@pytest.mark.parametrize("token", [-1, 259, 1 << 40])
+def test_a_token_that_is_not_the_models_is_refused(token: int, field: str) -> None:
+    engine, sink = Engine(tiny_loaded()), Sink()
+    fields = {"prompt": [1, 2], field: [1, token]}
+    with pytest.raises(RequestError, match=f"{token}.*0 to 258") as caught:
+        engine.submit(TurnRequest(seed=0, **fields), sink)
+    assert caught.value.code == "invalid_request"
+    engine.submit(greedy([258, 0], 2), sink)
+    assert isinstance(sink.end(), Finish)
+    engine.close()
+
+
+def test_a_thousand_turns_submitted_and_cancelled_leave_nothing() -> None:
+    rng = random.Random(8)
+    engine = Engine(tiny_loaded(), max_running=4)
+    threads = threading.active_count()
+    sinks, ids = [], []
+    for _ in range(1000):
+        sink = Sink()
+        prompt = [rng.randrange(4)] * rng.randint(1, 40)
+        ids.append(engine.submit(greedy(prompt, rng.randint(1, 30)), sink))
+        sinks.append(sink)
+        if rng.random() < 0.9:
+            engine.cancel(rng.choice(ids[-20:]))
+    for turn in ids:
+        if rng.random() < 0.8:
+            engine.cancel(turn)
+    for sink in sinks:
+        sink.end()
+    assert threading.active_count() == threads
+    engine.close()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.kv_bytes == len(engine._cache.tree) * 16 * tiny_loaded().kv.token_bytes
+    assert all(len(sink.ends) == 1 for sink in sinks)
+
+
+def test_events_of_a_step_come_before_its_end_is_told() -> None:
+    told: list[int] = []
+    sink = Sink()
+    engine = Engine(
+        scripted([A] * CONTEXT_TOKENS), after_step=lambda: told.append(len(sink.tokens))
+    )
+    turn = engine.submit(greedy([A], 5), sink)
+    sink.end()
+    engine.cancel(turn)
+    engine.close()
+    assert [count for count in told if count][:5] == [1, 2, 3, 4, 5]
+
+
+def test_a_cancel_that_leaves_no_work_is_told_at_once() -> None:
+    loaded = scripted([A] * CONTEXT_TOKENS)
+    model = GatedModel([A] * CONTEXT_TOKENS)
+    model.gate = threading.Event()
+    flushed = threading.Event()
+    sink = Sink()
+    engine = Engine(
+        dataclasses.replace(loaded, model=model),
+        after_step=lambda: flushed.set() if sink.ends else None,
+    )
+    turn = engine.submit(greedy([A], None), sink)
+    assert model.entered.wait(60)
+    engine.cancel(turn)
+    model.gate.set()
+    assert flushed.wait(60)
     engine.close()
 
 

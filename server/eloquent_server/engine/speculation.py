@@ -40,9 +40,10 @@ class StepCost:
 
     def ratio(self, decoding: int) -> float:
         """Return how much longer a step with guesses takes; 1 while that is not known."""
-        if decoding not in self._plain_s or decoding not in self._guessing_s:
+        plain, guessing = self._plain_s.get(decoding), self._guessing_s.get(decoding)
+        if not plain or guessing is None:  # Or the clock did not move in a plain step.
             return 1.0
-        return max(1.0, self._guessing_s[decoding] / self._plain_s[decoding])
+        return max(1.0, guessing / plain)
 
 
 class PromptLookup:
