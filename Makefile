@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
 
-.PHONY: chat test check format results bench-netem bench-transport clean help
+.PHONY: chat test check format results bench-netem bench-transport bench-engine clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,11 @@ bench-transport: $(INSTALLED) ## Hold the transport to its bounds, make docs/res
 	@mkdir -p build
 	$(BIN)/eloquent lab transport --seeds 20 --cache build/transport.jsonl \
 		--json build/transport.json --markdown docs/results-transport.md
+
+bench-engine: $(INSTALLED_USER) ## Measure the engine beside transformers and llama.cpp (15 minutes on two idle cores).
+	@mkdir -p build
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/eloquent bench engine --json build/engine.json
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

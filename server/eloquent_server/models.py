@@ -190,6 +190,15 @@ def fetch(*, progress: Progress | None = None) -> ModelSource:
     return ModelSource(EMBEDDED_MODEL, target)
 
 
+def download_gguf(directory: Path, *, progress: Progress | None = None) -> Path:
+    """Download the embedded model as llama.cpp takes it, into a directory; return the file.
+
+    Raises:
+        ConfigurationError: it cannot be downloaded.
+    """
+    return _download(directory, progress or _silent)
+
+
 def progress_printer(stream: TextIO) -> Progress:
     """Return a callback that shows progress on `stream`: one line, rewritten, if it is a terminal.
 

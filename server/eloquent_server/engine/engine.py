@@ -54,6 +54,7 @@ class Engine:
         tenant_bytes: int | None = None,
         prefix_cache: bool = True,
         speculate: bool = False,
+        threads: int | None = None,
         tier: Tier | None = None,
         layout: KvLayout | None = None,
         after_step: Callable[[], None] | None = None,
@@ -65,7 +66,8 @@ class Engine:
         `step_target_s`; `kv_bytes` bounds running turns and prefix cache together (a quarter of
         the memory if None), `tenant_bytes` one tenant's part of the prefix cache. `speculate`
         lets a step bring a turn several tokens, the same ones. `after_step` is called in the
-        engine's thread when a step's events are out.
+        engine's thread when a step's events are out. `threads` are torch's; None:
+        `engine_threads`.
 
         Raises:
             ConfigurationError: `kv_bytes` holds no turn.
@@ -76,6 +78,7 @@ class Engine:
             loaded.tokenizer, vocab_tokens=loaded.vocab_tokens, end_tokens=loaded.end_tokens
         )
         self._clock = clock
+        self._threads = threads
         self._after_step = after_step
         budget = _default_bytes(loaded) if kv_bytes is None else kv_bytes
         self._context = min(loaded.context_tokens, budget // loaded.kv.token_bytes - SLACK_TOKENS)
@@ -202,7 +205,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         # torch keeps the number per thread, and the event loop needs a core of its own.
-        torch.set_num_threads(engine_threads())
+        torch.set_num_threads(self._threads or engine_threads())
         while self._take_inbox():
             if self._core.ready:
                 self._guarded(self._core.step)

@@ -1,0 +1,100 @@
+"""The subcommand `eloquent bench`."""
+
+import json as json_format
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from eloquent.errors import ConfigurationError
+from eloquent_server import models as model_store
+
+bench = App(name="bench", help="Measure the server's parts on this machine.")
+
+
+@bench.command
+def engine(
+    *,
+    model: str = model_store.EMBEDDED_MODEL,
+    gguf: Path | None = None,
+    engines: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    batches: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (1, 4, 8, 16),
+    threads: int | None = None,
+    tokens: int = 64,
+    runs: int = 3,
+    chat: bool = True,
+    json: Path | None = None,
+) -> None:
+    """Measure the engine beside transformers' continuous batching, its server, and llama.cpp.
+
+    Each runs in a process of its own, one after the other, on the same prompts: decoding by batch,
+    time to first token for a prompt of 1,024 tokens, cold and warm, the longest gap while such a
+    prompt comes in beside decoding turns, a chat of 8 users in 4 rounds, memory. Compare figures of
+    one run only, and run it on an idle machine. Takes about ten minutes on two cores.
+
+    Parameters
+    ----------
+    model
+        The embedded model's name, a directory in the Hugging Face layout, or a hub name.
+    gguf
+        The same model for llama.cpp; for the embedded one it is downloaded if it is not given.
+    engines
+        Which to run: `eloquent`, `eloquent-serving`, `transformers-cb`, `transformers-serve`,
+        `llama.cpp`, with a precision after a colon if only that is wanted (`eloquent:int8`). All
+        by default; those whose packages are missing are left out by name (they are in the extra
+        `bench`).
+    batches
+        How many turns decode at the same time.
+    threads
+        Of each engine; by default all cores. `eloquent-serving` takes one less, as the server does.
+    tokens
+        Of each answer.
+    runs
+        Medians are of so many.
+    chat
+        Measure the chat, too.
+    json
+        Also write the report to this file.
+    """
+    from eloquent_server.bench.run import ENGINES, Job, run_all, table
+
+    wanted = [
+        each for each in ENGINES if not engines or each[0] in engines or ":".join(each) in engines
+    ]
+    known = {name for each in ENGINES for name in (each[0], ":".join(each))}
+    if unknown := [name for name in engines if name not in known]:
+        raise ConfigurationError(
+            f"There is no engine {unknown[0]!r} to measure: choose from {', '.join(sorted(known))}."
+        )
+    if min((*batches, tokens, runs)) < 1:
+        raise ConfigurationError("Batches, tokens and runs must be at least 1.")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    source = model_store.resolve(model, progress=model_store.progress_printer(sys.stderr))
+    with tempfile.TemporaryDirectory(prefix="eloquent-bench-") as work:
+        needs_gguf = any(name == "llama.cpp" for name, _ in wanted)
+        if needs_gguf and gguf is None and model == model_store.EMBEDDED_MODEL:
+            gguf = model_store.download_gguf(Path(work))
+        jobs = [
+            Job(
+                name,
+                precision,
+                str(source.path),
+                None if gguf is None else str(gguf),
+                threads or os.cpu_count() or 1,
+                batches,
+                tokens,
+                runs,
+                chat,
+            )
+            for name, precision in wanted
+        ]
+        report = run_all(jobs, say=say)
+    if json is not None:
+        json.write_text(json_format.dumps(report, indent=1) + "\n")
+    print(table(report))  # noqa: T201
