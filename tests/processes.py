@@ -1,6 +1,7 @@
 """Looking at processes that are not one's own children."""
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -24,3 +25,9 @@ async def is_gone(pid: int) -> float:
         while is_alive(pid):  # noqa: ASYNC110 (it is not our child)
             await asyncio.sleep(0.01)
     return time.monotonic() - began_s
+
+
+def children() -> list[str]:
+    """Return the command lines of this process's own children."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]

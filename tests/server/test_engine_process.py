@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import engine_child
 import pytest
-from processes import is_alive, is_gone
+from processes import children, is_alive, is_gone
 from tiny_model import CONTEXT_TOKENS, reference_text, tiny_loaded
 
 from eloquent.core.events import Failure, TextDelta
@@ -24,6 +25,7 @@ from eloquent_server.engine.prompt import PromptEncoder
 from eloquent_server.engine.turn import EngineEvent, Tokens
 
 TOKENS = 60
+SEED = 5
 DEADLINE_S = 120.0
 "Ends a hang; decides nothing."
 
@@ -167,6 +169,34 @@ async def test_giving_up_while_it_loads_leaves_no_process() -> None:
     assert not is_alive(pid)
     with pytest.raises(ConfigurationError):
         await client.ready()
+
+
+@pytest.mark.parametrize("turns_of_the_loop", range(4))
+async def test_giving_up_while_it_starts_leaves_no_process(turns_of_the_loop: int) -> None:
+    client = EngineClient(EngineOptions("hangs"), command=engine_child.COMMAND)
+    for _ in range(turns_of_the_loop):
+        await asyncio.sleep(0)
+    pid = client.pid
+    await asyncio.wait_for(client.close(), DEADLINE_S)
+    assert pid is None or not is_alive(pid)
+    assert not [command for command in children() if "engine_child" in command]
+
+
+async def test_submits_and_cancels_in_any_order_leave_nothing() -> None:
+    rng = random.Random(SEED)
+    async with running("tiny") as client:
+        turns: list[EngineTurn] = []
+        for number in range(400):
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.choice([0, 0.002, 0.01]))
+            turns.append(client.submit(ask(f"question {number % 40}"), seed=number))
+            if rng.random() < 0.95:
+                turns.pop(rng.randrange(len(turns))).cancel()
+        for turn in turns:
+            assert isinstance((await collect(turn))[-1], Finish), f"seed {SEED}"
+        stats = await client.stats()
+        assert (stats["running"], stats["waiting"]) == (0, 0), f"seed {SEED}"
+        assert client.restarts == 0
 
 
 async def test_a_turn_that_kills_the_engine_ends_and_takes_no_other_with_it() -> None:

@@ -71,15 +71,19 @@ class Child:
         """Wait for the next message; None: it has ended."""
         return await ipc.read(self._reader)
 
-    def end_soon(self) -> None:
-        """Kill the process if it has not ended in `STOP_S`."""
+    def close(self) -> None:
+        """Tell the process to fail what runs and end; it has `STOP_S` for that."""
+        self.send(ipc.Close())
+        self._end_soon()
+
+    def _end_soon(self) -> None:
         if self._deadline is None:
             self._deadline = asyncio.get_running_loop().call_later(STOP_S, self._kill)
 
     async def stop(self) -> int:
         """Close the channel, wait for the end, and return the exit code; below 0: a signal."""
         self._writer.close()
-        self.end_soon()
+        self._end_soon()
         try:
             return await self._process.wait()
         except asyncio.CancelledError:

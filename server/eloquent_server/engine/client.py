@@ -5,6 +5,7 @@ their prompt and the tokens that came before, so that their readers see a pause 
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -152,7 +153,7 @@ class EngineClient:
         self._asked: dict[int, asyncio.Future[Mapping[str, int]]] = {}
         self._process: Child | None = None
         self._is_ready = False
-        self._is_closing = False
+        self._closing = asyncio.Event()
         self._starts = 0
         self._info: ipc.Ready | None = None
         self._load_error: str | None = None
@@ -224,7 +225,7 @@ class EngineClient:
         Raises:
             RequestError: `unavailable`: the engine is closed or has too much to do.
         """
-        if self._is_closing:
+        if self._closing.is_set():
             raise RequestError("unavailable", SHUTTING_DOWN)
         if len(self._turns) >= MAX_TURNS:
             raise RequestError("unavailable", TOO_MANY)
@@ -285,27 +286,23 @@ class EngineClient:
 
     async def close(self) -> None:
         """Fail the turns that run, and end the process; takes a step of the engine's."""
-        self._is_closing = True
+        self._closing.set()
         if self._process is not None:
-            self._process.send(ipc.Close())
-            self._process.end_soon()
-        else:
-            self._work.cancel()
+            self._process.close()
         await asyncio.wait((self._work,))
-        self._fail_all("unavailable", SHUTTING_DOWN)
-        self._fail_start(ConfigurationError(SHUTTING_DOWN))
 
     async def _keep_alive(self) -> None:
         try:
             await self._run_until_closed()
         finally:
-            self._is_closing = True
+            self._closing.set()
             self._fail_all("unavailable", SHUTTING_DOWN)
+            self._fail_start(ConfigurationError(SHUTTING_DOWN))
 
     async def _run_until_closed(self) -> None:
         retry_s = RETRY_FIRST_S
         failed = 0
-        while not self._is_closing:
+        while not self._closing.is_set():
             began_s = time.monotonic()
             self._load_error = None
             try:
@@ -315,7 +312,7 @@ class EngineClient:
             was_ready, self._is_ready = self._is_ready, False
             for number in self._asked:
                 self._answer(number, {})
-            if self._is_closing:
+            if self._closing.is_set():
                 return
             if time.monotonic() - began_s > HEALTHY_S:
                 retry_s = RETRY_FIRST_S
@@ -336,7 +333,8 @@ class EngineClient:
                 retry_s,
                 len(self._turns),
             )
-            await asyncio.sleep(retry_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), retry_s)
             retry_s = min(retry_s * RETRY_GROWTH, RETRY_MAX_S)
 
     async def _run_once(self) -> str:
@@ -356,8 +354,8 @@ class EngineClient:
                     level,
                 )
             )
-            if self._is_closing:
-                process.end_soon()
+            if self._closing.is_set():
+                process.close()
             while (message := await process.read()) is not None:
                 self._take(message)
         except msgspec.MsgspecError as error:
