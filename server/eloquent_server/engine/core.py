@@ -20,6 +20,8 @@ from eloquent_server.engine.schedule import FairShare, least_urgent, split_budge
 from eloquent_server.engine.speculation import MOST_TURNS, StepCost
 from eloquent_server.engine.turn import NOT_A_NUMBER, Turn, step_failed
 
+LEAST_CUT = 0.75
+"Of a chunk that is cut at a block's end, so much must remain."
 HEADROOM_TOKENS = 64
 "A turn gets a row only if it can grow by so much, or it would soon lose it again."
 
@@ -355,11 +357,9 @@ def _segment(turn: Turn, count: int) -> Segment:
 
 
 def _to_block_end(turn: Turn, count: int) -> int:
-    """Shorten a chunk so that it ends with a block, unless it ends with the prompt."""
-    if count == turn.pending:
-        return count
+    """Shorten a chunk to end with a block, unless it ends the prompt or would lose too much."""
     cut = count - (turn.cached + count) % BLOCK_TOKENS
-    return cut if cut > 0 else count
+    return count if count == turn.pending or cut < count * LEAST_CUT else cut
 
 
 def _reserved(turn: Turn) -> int:

@@ -201,12 +201,11 @@ class PrefixCache:
             self._store(node.key, node.payload)
 
     def leave(self, turn: Turn, now: float) -> None:
-        """Share what the turn's row holds, unless it may hold NaN, and free the row."""
+        """Share what the turn's row holds up to `cached`, and free the row."""
         assert turn.row is not None
         self.disclaim(turn)
-        if not turn.poisoned:
-            self.publish(turn, now, again=True)
-            self.persist(turn)
+        self.publish(turn, now, again=True)
+        self.persist(turn)
         self._layout.free(turn.row, clear=turn.poisoned)
 
     def close(self) -> None:
