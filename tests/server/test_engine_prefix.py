@@ -194,6 +194,17 @@ def test_a_tenants_quota_keeps_another_tenants_blocks_safe() -> None:
     engine.close()
 
 
+def test_prompts_that_never_come_back_do_not_drive_out_those_that_do() -> None:
+    engine = Engine(tiny_loaded(), kv_bytes=400 * TOKEN_BYTES)
+    common = some_prompt(64)
+    for i in range(2):
+        answer(engine, request([*common, i]))
+    for seed in range(1, 7):
+        answer(engine, request(some_prompt(150, seed)))
+    assert answer(engine, request([*common, 7]))[1].cached_tokens == 64
+    engine.close()
+
+
 def test_a_budget_that_holds_no_turn_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="hold no turn"):
         Engine(tiny_loaded(), kv_bytes=20 * TOKEN_BYTES)

@@ -62,21 +62,6 @@ def test_priority_is_soft() -> None:
     assert evicted(tree) == ["b", "a", "c"]
 
 
-def test_a_pinned_block_and_its_parents_stay() -> None:
-    tree = PrefixTree()
-    for now, path in enumerate(["a", "ab", "x"]):
-        insert(tree, path, now)
-    node = tree.find(b"ab", 0)
-    assert node
-    tree.pin(node)
-    tree.pin(node)
-    assert evicted(tree) == ["x"]
-    tree.unpin(node)
-    assert evicted(tree) == []
-    tree.unpin(node)
-    assert evicted(tree) == ["ab", "a"]
-
-
 def test_of_one_tenant_only_and_before_a_moment_only() -> None:
     tree = PrefixTree()
     insert(tree, "a", 1, tenant="alice")
@@ -105,7 +90,6 @@ def test_against_a_plain_model(seed: int) -> None:
     rng = random.Random(seed)
     tree = PrefixTree()
     used: dict[str, float] = {}
-    pinned: set[str] = set()
     for now in range(60):
         action = rng.random()
         path = rng.choice([*used, ""]) + rng.choice("abc")
@@ -118,21 +102,8 @@ def test_against_a_plain_model(seed: int) -> None:
             assert (node is not None) == (path in used)
             if path in used:
                 used[path] = now
-        elif action < 0.8 and path in used:
-            node = tree.find(path.encode(), 0)
-            assert node
-            if path in pinned:
-                pinned.remove(path)
-                tree.unpin(node)
-            else:
-                pinned.add(path)
-                tree.pin(node)
         else:
-            leaves = [
-                p
-                for p in used
-                if p not in pinned and not any(q != p and q.startswith(p) for q in used)
-            ]
+            leaves = [p for p in used if not any(q != p and q.startswith(p) for q in used)]
             gone = tree.evict()
             if not leaves:
                 assert gone is None

@@ -11,6 +11,8 @@ from eloquent_server.engine.attention import KvLayout
 from eloquent_server.engine.radix import BLOCK_TOKENS, PrefixTree, block_key, root_key
 from eloquent_server.engine.turn import Turn
 
+REUSED_PRIORITY = 1.0
+"Of blocks that were of use again, so that prompts which never are do not drive them out."
 MIN_RESTORED_BLOCKS = 4
 "Fewer are computed as fast as they are read from the second tier."
 
@@ -122,6 +124,7 @@ class PrefixCache:
             if not node:
                 break
             assert isinstance(node.payload, torch.Tensor)
+            node.priority = REUSED_PRIORITY
             blocks.append(node.payload)
         if blocks:
             self._layout.write(turn.row, turn.cached, blocks)

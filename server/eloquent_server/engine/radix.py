@@ -43,7 +43,6 @@ class Node:
     "When it was last of use, in seconds."
     priority: float = 0.0
     children: int = 0
-    pins: int = 0
     alive: bool = True
     queued: bool = False
     "It stands in its tenant's heap of leaves; its rank there may be out of date."
@@ -63,7 +62,8 @@ class _Tenant:
 class PrefixTree:
     """Blocks by key, and which of them goes first: the leaf that was of use longest ago.
 
-    Knows nothing of what a block holds. A block with children or pins is never evicted.
+    Knows nothing of what a block holds. A block with children is never evicted; others may be at
+    any time, since turns copy blocks into their rows and refer to none.
     """
 
     def __init__(self) -> None:
@@ -115,15 +115,6 @@ class PrefixTree:
         self._queue(node)
         return node
 
-    def pin(self, node: Node) -> None:
-        """Keep a block, and thereby all before it, until `unpin`."""
-        node.pins += 1
-
-    def unpin(self, node: Node) -> None:
-        """Take one `pin` back."""
-        node.pins -= 1
-        self._queue(node)
-
     def evict(self, *, tenant: str | None = None, before: float | None = None) -> Node | None:
         """Remove the leaf of the lowest rank, of one tenant or of all, and return it.
 
@@ -157,7 +148,7 @@ class PrefixTree:
             self._queue(node.parent)
 
     def _queue(self, node: Node) -> None:
-        if node.alive and not (node.queued or node.children or node.pins):
+        if node.alive and not (node.queued or node.children):
             node.queued = True
             leaves = self._tenants[node.tenant].leaves
             heapq.heappush(leaves, (node.rank, next(self._count), node))
@@ -167,8 +158,7 @@ class PrefixTree:
         tenant = self._tenants.get(name)
         while tenant and tenant.leaves:
             rank, _, node = tenant.leaves[0]
-            fit = node.alive and not (node.children or node.pins)
-            if fit and rank == node.rank:
+            if node.alive and not node.children and rank == node.rank:
                 return tenant.leaves[0]
             heapq.heappop(tenant.leaves)
             node.queued = False
