@@ -132,7 +132,7 @@ async def run_server(options: ServerOptions) -> None:
             listener = await listen(options.port)
             stack.push_async_callback(listener.close)
             port = listener.port
-        stack.push_async_callback(hub.close)
+        stack.push_async_callback(hub.close, is_restart=options.state is not None)
         loading = asyncio.ensure_future(backend.ready())
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)

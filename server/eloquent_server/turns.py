@@ -9,6 +9,7 @@ be any number and none. A turn's life (`State`):
     GENERATING --cancelled by its owner, or no reader for `grace_s`--> ENDED ("cancelled")
     GENERATING --a fault--> ENDED ("error", a Failure before it)
     GENERATING --the store cannot keep it--> forgotten, its readers told
+    GENERATING --the server stops, and its store is kept--> GENERATING, in the next process
 
 An ended turn leaves the memory as soon as the store has it and nobody reads it; a request for it
 brings it back. One that the store has without its end was cut off with its server: it is generated
@@ -186,11 +187,16 @@ class TurnHub:
         """How many readers are attached."""
         return len(self._of_reader)
 
-    async def close(self) -> None:
-        """End all turns; whoever reads them is told."""
+    async def close(self, *, is_restart: bool = False) -> None:
+        """End all turns; whoever reads them is told.
+
+        With `is_restart` a hub on the same store goes on with them: their readers come back.
+        """
         self._is_closed = True
         for turn in list(self._turns.values()):
-            if turn.is_waiting_to_go_on:
+            if is_restart and self._go_on is not None:
+                self._put_off(turn)
+            elif turn.is_waiting_to_go_on:
                 self._park(turn)
             else:
                 self._stop(turn, "error", Failure("unavailable", SHUTTING_DOWN))
@@ -395,6 +401,14 @@ class TurnHub:
         if turn.task is not None:
             turn.task.cancel()
         self.forget(turn, "unavailable", SHUTTING_DOWN)
+
+    def _put_off(self, turn: Turn) -> None:
+        """Stop a turn and leave it in the store without an end, as if the server were killed."""
+        if not turn.is_over:
+            del self._turns[turn.request.turn_id]
+            self._end_grace(turn)
+            if turn.task is not None:
+                turn.task.cancel()
 
     def _release(self, turn: Turn, offset: int) -> None:
         turn.log.release(offset)

@@ -392,6 +392,28 @@ async def test_a_turn_cut_off_with_its_server_ends_with_what_was_stored(tmp_path
         assert other.asked == 0
 
 
+async def test_a_turn_goes_on_after_a_server_that_was_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "turns.sqlite"
+    turn_id, secret = names()
+    script = Script("stored ", "never said")
+    hub = TurnHub(script, TokenStore.open(path), go_on=script)
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    script.go(1)
+    await reader.until(lambda: reader.text == "stored ")
+    await hub.close(is_restart=True)
+    assert reader.rejected is None
+    rest = Script("and the rest")
+    rest.go()
+    restarted = TurnHub(Script(), TokenStore.open(path), go_on=rest)
+    restarted.recover()
+    again = Notes(turn_id, secret, body=b"", offset=reader.offset)
+    restarted.on_request(again)
+    await again.finished()
+    assert again.text == "and the rest"
+    await restarted.close()
+
+
 async def test_what_cannot_be_stored_is_not_sent(tmp_path: Path) -> None:
     script = Script("said", "x" * 200)
     hub = TurnHub(script, TokenStore.open(tmp_path / "t", max_turn_bytes=100))
