@@ -20,9 +20,7 @@ from eloquent_server.engine.schedule import (
     PATIENCE_S,
     QUANTUM_TOKENS,
     FairShare,
-    least_urgent,
     split_budget,
-    to_yield,
 )
 
 
@@ -96,10 +94,18 @@ def test_within_a_tenant_whose_reader_waits_longest_goes_first() -> None:
     assert [job.id for job in share.order(jobs)] == [3, 2, 1]
 
 
-def test_memory_is_taken_from_whose_reader_has_most() -> None:
-    jobs = [FakeJob(1, dry_at=3.0), FakeJob(2, dry_at=8.0), FakeJob(3, dry_at=3.0, arrived=1.0)]
-    assert least_urgent(jobs).id == 2
-    assert least_urgent([jobs[0], jobs[2]]).id == 3
+def test_memory_is_taken_from_whose_reader_has_most_of_the_tenant_that_had_most() -> None:
+    share = FairShare()
+    jobs = enter(
+        share,
+        FakeJob(1, dry_at=3.0),
+        FakeJob(2, dry_at=8.0),
+        FakeJob(3, dry_at=3.0, arrived=1.0),
+        FakeJob(4, "other", dry_at=99.0),
+    )
+    share.charge(jobs[0], prompt=1)
+    assert share.last(jobs).id == 2
+    assert share.last([jobs[0], jobs[2], jobs[3]]).id == 3
 
 
 @pytest.mark.parametrize(
@@ -117,9 +123,44 @@ def test_who_gives_up_a_row(ran: int, buffered: float, waited: float, yields: bo
     now = 100.0
     running = FakeJob(1, ran=ran, dry_at=now + buffered)
     waiting = FakeJob(2, dry_at=now - waited)
-    assert (to_yield([running], waiting, now) is running) == yields
+    share = FairShare()
+    enter(share, running, waiting)
+    assert (share.to_yield([running], waiting, now) is running) == yields
     running.pending = 50  # Its prompt is going in.
-    assert to_yield([running], waiting, now) is None
+    assert share.to_yield([running], waiting, now) is None
+
+
+def test_a_tenant_that_had_more_waits_for_its_share() -> None:
+    share = FairShare()
+    running = FakeJob(1, "a", ran=QUANTUM_TOKENS, dry_at=10.0)
+    waiting = FakeJob(2, "b", dry_at=0.0)
+    enter(share, running, waiting)
+    share.charge(waiting, prompt=100)
+    assert share.to_yield([running], waiting, 10.0) is None
+    share.charge(running, prompt=100)
+    assert share.to_yield([running], waiting, 10.0) is running
+    # A reader with enough to read loses nothing.
+    share.charge(waiting, prompt=100)
+    running.dry_at += AMPLE_BUFFER_S
+    assert share.to_yield([running], waiting, 10.0) is running
+
+
+def test_one_row_is_shared_by_weight() -> None:
+    share = FairShare()
+    jobs = enter(share, FakeJob(1, "heavy", weight=3.0), FakeJob(2, "light"))
+    counts = {1: 0, 2: 0}
+    running, waiting = jobs
+    now = 0.0
+    for _ in range(20_000):
+        now += 0.02
+        counts[running.id] += 1
+        running.ran += 1
+        running.dry_at = now
+        share.charge(running, decoded=1)
+        if share.to_yield([running], waiting, now):
+            running, waiting = waiting, running
+            running.ran = 0
+    assert counts[1] / counts[2] == pytest.approx(3, rel=0.1)
 
 
 def to_sixteen(job: FakeJob, tokens: int) -> int:

@@ -16,7 +16,7 @@ from eloquent_server.engine.budget import StepBudget
 from eloquent_server.engine.prefix import PrefixCache
 from eloquent_server.engine.radix import BLOCK_TOKENS
 from eloquent_server.engine.runner import Runner
-from eloquent_server.engine.schedule import FairShare, least_urgent, split_budget, to_yield
+from eloquent_server.engine.schedule import FairShare, split_budget
 from eloquent_server.engine.speculation import MOST_TURNS, StepCost
 from eloquent_server.engine.turn import NOT_A_NUMBER, Turn, step_failed
 
@@ -166,13 +166,13 @@ class Core:
         """Let the prefix cache give way to growing turns, then turns to each other."""
         self._count_rows()
         while not self._cache.make_row_room(0) and len(self._running) > 1:
-            self._preempt(least_urgent(self._running), now)
+            self._preempt(self._share.last(self._running), now)
 
     def _admit(self, now: float) -> None:
         """Give rows to waiting turns, in order, while there are rows and memory."""
         for turn in self._share.order(self._waiting):
             while not (self._free_rows and self._has_room(turn)):
-                loser = to_yield(self._running, turn, now)
+                loser = self._share.to_yield(self._running, turn, now)
                 if not loser:
                     return
                 self._preempt(loser, now)

@@ -80,6 +80,23 @@ class FairShare:
             jobs, key=lambda j: (self._accounts[j.tenant].spent, j.dry_at, j.arrived, j.id)
         )
 
+    def last(self, running: Iterable[AnyJob]) -> AnyJob:
+        """Return the turn to take the memory from: the one that would go last."""
+        return self.order(running)[-1]
+
+    def to_yield(self, running: Iterable[AnyJob], waiting: Job, now: float) -> AnyJob | None:
+        """Return the running turn that should give its row to `waiting`, whose turn it is."""
+        candidates = [job for job in running if self._may_yield(job, waiting, now)]
+        return self.last(candidates) if candidates else None
+
+    def _may_yield(self, job: Job, waiting: Job, now: float) -> bool:
+        if job.pending > 1:
+            return False
+        if waiting.dry_at <= now and job.dry_at - now >= AMPLE_BUFFER_S:
+            return job.ran >= BUFFERED_QUANTUM_TOKENS
+        behind = self._accounts[waiting.tenant].spent <= self._accounts[job.tenant].spent
+        return behind and job.ran >= QUANTUM_TOKENS and now - waiting.dry_at >= PATIENCE_S
+
     def tidy(self) -> None:
         """Forget tenants without turns whom the others have overtaken, or if nobody is left."""
         present = [a.spent for a in self._accounts.values() if a.turns]
@@ -87,25 +104,6 @@ class FairShare:
         for tenant, account in list(self._accounts.items()):
             if not account.turns and account.spent <= floor:
                 del self._accounts[tenant]
-
-
-def least_urgent(running: Iterable[AnyJob]) -> AnyJob:
-    """Return the turn to take the memory from: whose reader has most, then who came last."""
-    return max(running, key=lambda j: (j.dry_at, j.arrived, j.id))
-
-
-def to_yield(running: Iterable[AnyJob], waiting: Job, now: float) -> AnyJob | None:
-    """Return the running turn that should give its row to `waiting`, whose turn it is, or None."""
-    candidates = [job for job in running if _may_yield(job, waiting, now)]
-    return least_urgent(candidates) if candidates else None
-
-
-def _may_yield(job: Job, waiting: Job, now: float) -> bool:
-    if job.pending > 1:
-        return False
-    if waiting.dry_at <= now and job.dry_at - now >= AMPLE_BUFFER_S:
-        return job.ran >= BUFFERED_QUANTUM_TOKENS
-    return job.ran >= QUANTUM_TOKENS and now - waiting.dry_at >= PATIENCE_S
 
 
 def split_budget(
