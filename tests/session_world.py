@@ -144,6 +144,36 @@ class World:
         return next(time for time, other in self.states if other is state and time >= after)
 
 
+class Nat:
+    """Gives the client's sockets another address, as a new network or a NAT that forgot does.
+
+    Packets from the ports that were in use until now come from `ip` and a new port, or vanish if
+    `keeps_old` is False (their network is gone); so do those from new ports.
+    """
+
+    def __init__(self, world: World, *, ip: str | None, keeps_old: bool) -> None:
+        self._old = set(world.up.ports)
+        self._ip = ip
+        self._keeps_old = keeps_old
+        self._inside: dict[int, tuple[str, int]] = {}
+        world.up.rewrite = self._up
+        world.down.rewrite = self._down
+
+    def _up(self, packet: Datagram) -> bool:
+        if packet.source[1] in self._old and not self._keeps_old:
+            return False
+        port = packet.source[1] + 1000
+        self._inside[port] = packet.source
+        packet.source = (self._ip or packet.source[0], port)
+        return True
+
+    def _down(self, packet: Datagram) -> bool:
+        inside = self._inside.get(packet.destination[1])
+        if inside is not None:
+            packet.destination = inside
+        return inside is not None
+
+
 def in_world(
     play: Callable[[World], Awaitable[T]],
     service: Callable[[], TurnService] | None = None,

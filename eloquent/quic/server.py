@@ -31,6 +31,7 @@ from eloquent.core.wire import (
     Frame,
     Rejected,
     Report,
+    Request,
     UnsupportedVersionError,
     decode_request,
     encode_bundle,
@@ -106,6 +107,10 @@ class ServerConnection(Connection):
         self._requests: dict[int, bytearray] = {}
         self._early: list[TurnEvent] | None = []
         "New turns' requests, and cancels, that wait for the handshake's end; None: it has ended."
+        self._complete: set[int] = set()
+        "Turns whose request has come whole."
+        self._overtaken: set[int] = set()
+        "Turns whose cancel has come, and whose request has not."
         self._given_up: set[int] = set()
         "Cancelled by the reader, or refused before the request was whole: nothing more is said."
         self._readers: dict[int, _Reader] = {}
@@ -286,12 +291,14 @@ class ServerConnection(Connection):
         is_cancelled = isinstance(event, quic_events.StopSendingReceived)
         if is_cut_short or is_cancelled:
             self._given_up.add(turn)
-        if is_cancelled:
+        if is_cancelled and turn not in self._complete:
+            self._overtaken.add(turn)
+        elif is_cancelled:
             self._drop(turn)
             (self._events if self._early is None else self._early).append(TurnCancelled(turn))
 
     def _on_request_data(self, turn: int, event: quic_events.StreamDataReceived) -> None:
-        if turn in self._given_up:
+        if turn in self._given_up and turn not in self._overtaken:
             return
         collected = self._requests.setdefault(turn, bytearray())
         self._asked_at.setdefault(turn, self._heard_at)
@@ -302,6 +309,7 @@ class ServerConnection(Connection):
             self.reject(turn, "request_too_large", TOO_LARGE)
         elif event.end_stream:
             self._forget_request(turn)
+            self._complete.add(turn)
             try:
                 request = decode_request(bytes(collected))
             except UnsupportedVersionError as error:
@@ -311,10 +319,20 @@ class ServerConnection(Connection):
             else:
                 if len(request.body) > MAX_REQUEST_BODY_BYTES:
                     self.reject(turn, "request_too_large", TOO_LARGE)
+                elif turn in self._overtaken:
+                    self._on_overtaken(turn, request)
                 elif request.body and self._early is not None:
                     self._early.append(TurnRequested(turn, request))
                 else:
                     self._events.append(TurnRequested(turn, request))
+
+    def _on_overtaken(self, turn: int, request: Request) -> None:
+        """Take a request whose cancel came first: it counts if the turn may be running already."""
+        self._overtaken.discard(turn)
+        if not request.body:
+            events = self._events if self._early is None else self._early
+            events.append(TurnRequested(turn, request))
+            events.append(TurnCancelled(turn))
 
     def _is_channel(self, event: StreamEvent) -> bool:
         """Return whether these are the first bytes of a channel."""

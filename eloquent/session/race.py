@@ -128,7 +128,8 @@ async def _race(entrants: Sequence[Entrant]) -> tuple[Link | None, list[Eloquent
 
     async def run(late_s: float, connect: Callable[[], Awaitable[Link]]) -> Link:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hurry.wait(), late_s)
+            async with asyncio.timeout(late_s):
+                await hurry.wait()
         try:
             return await connect()
         except EloquentError:

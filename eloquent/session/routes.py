@@ -171,7 +171,8 @@ class Route:
         """Wait until the network changed more often than `changes`; return whether it did."""
         if self.changes == changes:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
         return self.changes != changes
 
     @property

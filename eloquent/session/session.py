@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from eloquent.core.beat import CLIENT_RTTS, beat_s
 from eloquent.core.events import Event
@@ -24,6 +24,7 @@ from eloquent.quic.connect import connect as connect_quic
 from eloquent.session.routes import WOKE_S, Machine, Route
 from eloquent.session.states import (
     CANCEL_KEPT_S,
+    CANCEL_SLACK_S,
     NEXT,
     OFFLINE_LOOK_S,
     REFUSED_FOR_S,
@@ -43,6 +44,15 @@ Connector = Callable[[ServerUrl, LinkUser, float], Awaitable[Link]]
 CLIMB_FIRST_S = 10.0
 CLIMB_EVERY_S = 60.0
 "On a rung below QUIC, a better one is tried after these times, and when the network changes."
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    """A turn that was given up; times are the loop's."""
+
+    request: Request
+    said_s: float
+    kept_until_s: float
 
 
 class Session:
@@ -80,8 +90,8 @@ class Session:
         "A link that is still being made, on which turns were resumed already."
         self._numbers: dict[ClientTurn, int] = {}
         "The turns that are open, with their numbers on the link; -1: not asked there yet."
-        self._cancels: list[tuple[Request, float]] = []
-        "Turns given up while no link lived: the next one tells the server, up to a time."
+        self._cancels: list[_Cancel] = []
+        "Turns given up on a link that may be dead: if it is, the next one tells the server."
         self._lost_s = 0.0
         "When a link was last in order."
         self._failure: EloquentError | None = None
@@ -201,6 +211,7 @@ class Session:
         """See `LinkUser.on_link_ended`."""
         if link is self._link:
             self._stop_climbing()
+            self._forget_told(link)
             self._link = None
             self._numbers = dict.fromkeys(self._numbers, -1)
             self._wake()
@@ -216,23 +227,40 @@ class Session:
         self._asked.add(turn)
         self._numbers[turn] = link.open_turn(turn.request, turn.receiver)
 
+    def _ask_new(self, link: Link) -> None:
+        """Ask what was opened while the link was not in order."""
+        for turn, number in list(self._numbers.items()):
+            if number < 0:
+                self._ask(link, turn)
+
     def _cancel(self, turn: ClientTurn) -> None:
         was_asked = turn in self._asked
         number = self._forget(turn)
         if self._link is not None and number >= 0:
             self._link.cancel_turn(number)
-        if was_asked and self._state is not LinkState.UP:
-            self._cancels.append((replace(turn.request, body=b""), self._lost_s + CANCEL_KEPT_S))
+        if was_asked:
+            self._forget_told(self._link)
+            alive_s = _now() if self._state is LinkState.UP else self._lost_s
+            request = replace(turn.request, body=b"")
+            self._cancels.append(_Cancel(request, _now(), alive_s + CANCEL_KEPT_S))
+            self._wake()
+
+    def _forget_told(self, link: Link | None) -> None:
+        """Forget cancels that the server has heard: the link lived on after they were said."""
+        if link is not None:
+            told_s = link.heard_s - link.srtt_s - CANCEL_SLACK_S
+            self._cancels = [cancel for cancel in self._cancels if cancel.said_s > told_s]
 
     def _tell_cancels(self, link: Link) -> None:
         """Give up on a new link what was given up while there was none."""
         cancels, self._cancels = self._cancels, []
-        for request, kept_until_s in cancels:
-            if _now() < kept_until_s:
+        for cancel in cancels:
+            request = cancel.request
+            if _now() < cancel.kept_until_s:
                 link.cancel_turn(link.open_turn(request, Receiver(offset=request.offset)))
 
     def _wants_link(self) -> bool:
-        self._cancels = [cancel for cancel in self._cancels if _now() < cancel[1]]
+        self._cancels = [cancel for cancel in self._cancels if _now() < cancel.kept_until_s]
         return bool(self._numbers or self._waiting or self._cancels)
 
     def _report(self, turn: ClientTurn) -> None:
@@ -298,7 +326,9 @@ class Session:
             await self._wait_for_news(OFFLINE_LOOK_S)
             return
         self._set_state(LinkState.UP)
-        if not self._numbers:
+        self._ask_new(link)
+        self._forget_told(link)
+        if not self._numbers and not self._cancels:
             await self._news.wait()
             return
         is_tried = self._tried_s > link.heard_s
@@ -338,7 +368,6 @@ class Session:
         if new is not None:
             await self.switch(new)
         elif silent is self._link:
-            self._cancels.clear()  # it was told, and is alive
             self._set_state(LinkState.UP)
 
     async def switch(self, link: Link) -> None:
@@ -348,6 +377,7 @@ class Session:
             return
         before = self._link
         if before is not None:
+            self._forget_told(before)
             for number in self._numbers.values():
                 before.detach_turn(number)
         self._use(link)
@@ -398,9 +428,9 @@ class Session:
         self._expecting_s = _now()
         self._route.note_use()
         self._set_state(LinkState.UP)
-        for turn, number in list(self._numbers.items()):
-            if link is not early or number < 0:
-                self._ask(link, turn)
+        if link is not early:
+            self._numbers = dict.fromkeys(self._numbers, -1)
+        self._ask_new(link)
         self._tell_cancels(link)
         self._stop_climbing()
         if self._climber is not None and link.rung.is_below_quic:
@@ -445,7 +475,9 @@ class Session:
 
     async def _wait_for_news(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), timeout_s)
+            # Not `wait_for`, which forgets a cancellation that comes with the news (Python 3.11).
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
 
     def _set_state(self, state: LinkState) -> None:
         if self._failure is not None and state not in (LinkState.IDLE, LinkState.CLOSED):

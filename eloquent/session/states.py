@@ -14,6 +14,9 @@ REFUSED_FOR_S = 5.0
 "When only refusals have come for so long, the server is gone, and its turns fail."
 
 
+CANCEL_SLACK_S = 0.5
+"What comes a round trip and this much after a cancel shows that the server was there to hear it."
+
 CANCEL_KEPT_S = 120.0
 "A cancel is kept for a link so long; then the server has given the turn up by itself."
 

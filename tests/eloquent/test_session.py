@@ -1,6 +1,7 @@
 """The session in virtual time: turns go on, or fail cleanly, whatever links and server do."""
 
 import asyncio
+import gc
 
 import pytest
 from session_world import World, first_events, in_world, now, read, tokens, until
@@ -165,6 +166,25 @@ def test_a_cancel_while_no_link_lives_reaches_the_server_over_the_next(state: st
     assert offset > 0
 
 
+@pytest.mark.parametrize("state", ["silent", "offline"])
+def test_a_turn_opened_while_the_link_is_not_in_order_is_asked_when_it_is(state: str) -> None:
+    async def play(world: World) -> str:
+        first = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(1.0)
+        before = world.session.link
+        await into(world, state)
+        second = world.session.ask(b"{}")
+        await asyncio.sleep(0.05)
+        world.up.is_cut = world.down.is_cut = False
+        world.machine.change("wlan")
+        text = await read(second)
+        assert before is world.session.link
+        await first
+        return text
+
+    assert in_world(play, limit_s=600.0) == ALL
+
+
 @pytest.mark.parametrize("tokens_before", [0, 30])
 def test_a_server_that_restarts_with_the_same_turns_goes_on(tokens_before: int) -> None:
     async def play(world: World) -> str:
@@ -247,6 +267,23 @@ def test_closing_never_hangs(state: str) -> None:
         return now() - begun_s
 
     assert in_world(play) < 0.01
+
+
+def test_closing_at_the_moment_of_news_is_not_forgotten() -> None:
+    """`asyncio.wait_for` forgets a cancellation that comes with what it waits for (Python 3.11)."""
+    faults: list[object] = []
+
+    async def play(world: World) -> None:
+        handler = asyncio.get_running_loop().set_exception_handler
+        handler(lambda _loop, context: faults.append(context.get("exception")))
+        world.session.ask(b"{}")
+        await asyncio.sleep(1.0)
+        world.session.ask(b"{}")
+        await world.session.close()
+
+    in_world(play)
+    gc.collect()  # a task that failed says so when it goes
+    assert faults == []
 
 
 @pytest.mark.parametrize("state", ["connecting", "up", "silent", "reconnecting", "offline"])
