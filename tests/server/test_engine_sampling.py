@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eloquent_server.engine.options import SamplingOptions
-from eloquent_server.engine.sampling import Sampler, token_logprob, uniform
+from eloquent_server.engine.sampling import Sampler, draw, token_logprob, uniform
 
 PROBABILITIES = [0.5, 0.2, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log()
@@ -77,6 +77,8 @@ def test_the_cuts_apply_one_after_the_other() -> None:
     # min-p leaves 0 to 3, of 0.95 together; of the best two, 0.5 / 0.7 reaches 0.71.
     assert set(draws(1000, min_p=0.15, top_k=2, top_p=0.71)) == {0}
     assert set(draws(1000, min_p=0.15, top_k=2, top_p=0.72)) == {0, 1}
+    # Of the two that min-p leaves, the first has 0.71.
+    assert set(draws(1000, min_p=0.35, top_p=0.6)) == {0}
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.01}])
@@ -114,6 +116,8 @@ def test_a_token_of_no_weight_is_never_drawn() -> None:
     logits = torch.full((64,), -torch.inf)
     logits[[3, 40]] = 0.0
     assert set(draws(300, logits, temperature=2.0)) == {3, 40}
+    assert draw(torch.tensor([0.0, 0.0, 1.0, 0.0]), 0.0) == 2
+    assert draw(torch.tensor([0.0, 3.0, 1.0, 0.0]), 1 - 2.0**-48) == 2
 
 
 def test_the_presence_penalty_counts_once_and_only_the_answer() -> None:

@@ -61,7 +61,7 @@ class Sampler:
         # Minus the greatest, so that a small temperature cannot overflow.
         scores = (scores - scores.max()) / self._options.temperature
         weights, ids = self._candidates(torch.softmax(scores, dim=-1))
-        at = _draw(weights, uniform(self._options.seed, len(tokens) - self._prompt_tokens))
+        at = draw(weights, uniform(self._options.seed, len(tokens) - self._prompt_tokens))
         return at if ids is None else int(ids[at])
 
     def logprob(self, logits: torch.Tensor, token: int) -> ChosenLogprob | None:
@@ -128,7 +128,7 @@ def token_logprob(
     )
 
 
-def _draw(weights: torch.Tensor, at: float) -> int:
+def draw(weights: torch.Tensor, at: float) -> int:
     """Return the index at which the running sum of `weights` passes the fraction `at` of it all."""
     sums = weights.double().cumsum(-1)
     return int(torch.searchsorted(sums, at * sums[-1], right=True))
