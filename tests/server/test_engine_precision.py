@@ -57,7 +57,7 @@ def test_greedy_answers_are_within_the_regret_bound(model_type: str, precision: 
         sink.end()
         worst = max(worst, *regrets(eager_model(model_type), prompt, sink.tokens))
     engine.close()
-    assert 0 < worst <= REGRET_BOUND
+    assert 0 < worst <= REGRET_BOUND[precision]
 
 
 def test_regret_of_the_exact_answer_is_zero_and_of_another_is_not() -> None:
