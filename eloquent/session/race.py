@@ -128,8 +128,7 @@ async def _race(entrants: Sequence[Entrant]) -> tuple[Link | None, list[Eloquent
 
     async def run(late_s: float, connect: Callable[[], Awaitable[Link]]) -> Link:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(late_s):
-                await hurry.wait()
+            await asyncio.wait_for(hurry.wait(), late_s)
         try:
             return await connect()
         except EloquentError:

@@ -171,8 +171,7 @@ class Route:
         """Wait until the network changed more often than `changes`; return whether it did."""
         if self.changes == changes:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
         return self.changes != changes
 
     @property

@@ -41,6 +41,9 @@ OnState = Callable[[LinkState], None]
 Connector = Callable[[ServerUrl, LinkUser, float], Awaitable[Link]]
 "Makes a link: takes the server, the link's user, and how long it may take in seconds."
 
+MIN_WAIT_S = 1e-3
+"Rounding must not make a wait of no time at all, again and again."
+
 CLIMB_FIRST_S = 10.0
 CLIMB_EVERY_S = 60.0
 "On a rung below QUIC, a better one is tried after these times, and when the network changes."
@@ -297,12 +300,17 @@ class Session:
         if self._worker is None or self._worker.done():
             self._worker = asyncio.ensure_future(self._work())
 
+    @property
+    def _is_open(self) -> bool:
+        return self._failure is None and self._state is not LinkState.CLOSED
+
     async def _work(self) -> None:
         """Make a link whenever one is needed, and watch the one there is."""
         self._route.look()
         noting = asyncio.ensure_future(self._route.follow(self._news.set))
         try:
-            while self._failure is None and (self._link or self._wants_link()):
+            # `wait_for` forgets a cancellation that comes with the news (Python 3.11): see the state.
+            while self._is_open and (self._link or self._wants_link()):
                 self._news.clear()
                 if self._link is not None:
                     await self._watch(self._link)
@@ -339,9 +347,9 @@ class Session:
             await self._replace(link)
             return
         wait_s = 0.0 if is_tried else PROBE_AFTER_S - silent_s
-        if wait_s <= 0:
+        if wait_s < MIN_WAIT_S:
             link.probe()
-            wait_s = min(PROBE_EVERY_S, dead_after_s - silent_s)
+            wait_s = max(min(PROBE_EVERY_S, dead_after_s - silent_s), MIN_WAIT_S)
         due_s = _now() + wait_s
         await self._wait_for_news(wait_s)
         if _now() - due_s > WOKE_S:  # this process was stopped: what is silent was not asked
@@ -475,9 +483,7 @@ class Session:
 
     async def _wait_for_news(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            # Not `wait_for`, which forgets a cancellation that comes with the news (Python 3.11).
-            async with asyncio.timeout(timeout_s):
-                await self._news.wait()
+            await asyncio.wait_for(self._news.wait(), timeout_s)
 
     def _set_state(self, state: LinkState) -> None:
         if self._failure is not None and state not in (LinkState.IDLE, LinkState.CLOSED):
