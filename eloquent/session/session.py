@@ -309,7 +309,7 @@ class Session:
         self._route.look()
         noting = asyncio.ensure_future(self._route.follow(self._news.set))
         try:
-            # `wait_for` forgets a cancellation that comes with the news (Python 3.11): see the state.
+            # `wait_for` may forget a cancellation (Python 3.11), so the state decides.
             while self._is_open and (self._link or self._wants_link()):
                 self._news.clear()
                 if self._link is not None:
