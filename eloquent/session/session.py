@@ -393,7 +393,8 @@ class Session:
             await before.close()
 
     async def _make_link(self) -> None:
-        state = LinkState.RECONNECTING if self._asked else LinkState.CONNECTING
+        is_anew = self._asked or self._cancels
+        state = LinkState.RECONNECTING if is_anew else LinkState.CONNECTING
         link = await self._find_link(state)
         if link is not None:
             self._use(link)

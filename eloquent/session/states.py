@@ -58,6 +58,7 @@ NEXT: dict[LinkState, frozenset[LinkState]] = {
     LinkState.SILENT: frozenset(
         {
             LinkState.UP,
+            LinkState.CONNECTING,
             LinkState.OFFLINE,
             LinkState.RECONNECTING,
             LinkState.IDLE,
@@ -75,7 +76,7 @@ NEXT: dict[LinkState, frozenset[LinkState]] = {
         }
     ),
     LinkState.RECONNECTING: frozenset(
-        {LinkState.UP, LinkState.OFFLINE, LinkState.IDLE, LinkState.CLOSED}
+        {LinkState.UP, LinkState.CONNECTING, LinkState.OFFLINE, LinkState.IDLE, LinkState.CLOSED}
     ),
     LinkState.CLOSED: frozenset(),
 }
