@@ -57,6 +57,9 @@ BACKLOG_PACKETS = 10
 """So many new bytes go out in full packets, without waiting. So do lost ones that would fill more
 packets of the usual size than this."""
 
+TAIL_DOUBLINGS = 30
+"The wait at the log's end doubles no more often: it is beyond any other by then."
+
 SWEEP_AFTER_S = 0.2
 "After an acknowledgement has been overdue for so long, copies carry what else is not acknowledged."
 
@@ -290,7 +293,7 @@ class EloquentSender(Sender):
             self._repeat_at = now + spread_s if is_spread else now
             return
         tail_s = TAIL_RTTS * self._path.srtt_s + self._path.ack_delay_s + TAIL_SLACK_S
-        early_s = max(self._gap_s, MIN_FRAME_S) * 2**self._tail_copies
+        early_s = max(self._gap_s, MIN_FRAME_S) * 2 ** min(self._tail_copies, TAIL_DOUBLINGS)
         if self._log.end is not None and self._path.is_lossy and early_s < tail_s:
             tail_s = early_s
         elif was_repeat or silence_s > 0:

@@ -125,9 +125,11 @@ class Listener:
         padding: bool,
         make_marking: MakeMarking | None,
         qlog: QlogDirectory | None,
+        skips: random.Random | None,
     ) -> None:
         self._configuration = server_configuration(certificate)
         self._configuration.quic_logger = qlog
+        self._skips = skips or random.SystemRandom()
         self._make_sender = make_sender
         self._padding = padding
         self._make_marking = make_marking
@@ -236,7 +238,7 @@ class Listener:
             marking=self._make_marking() if self._make_marking is not None else None,
             original_destination_connection_id=destination_cid,
             reset_key=self._reset_key,
-            skips=random.SystemRandom(),
+            skips=self._skips,
             session_ticket_fetcher=self._tickets.take,
             session_ticket_handler=self._tickets.put,
         )
@@ -258,12 +260,14 @@ async def listen(
     padding: bool = True,
     make_marking: MakeMarking | None = None,
     qlog: QlogDirectory | None = None,
+    skips: random.Random | None = None,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
 
     `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
     policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
-    `qlog` is where each connection's log goes.
+    `qlog` is where each connection's log goes. `skips` chooses the packet numbers that are left out,
+    None: by the system's randomness, which no peer can guess.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -274,7 +278,13 @@ async def listen(
             "free one."
         )
     listener = Listener(
-        certificate, service, make_sender, padding=padding, make_marking=make_marking, qlog=qlog
+        certificate,
+        service,
+        make_sender,
+        padding=padding,
+        make_marking=make_marking,
+        qlog=qlog,
+        skips=skips,
     )
     try:
         await open_udp(listener, local=(host, port))

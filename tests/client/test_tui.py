@@ -96,7 +96,7 @@ async def test_send_and_receive(start_server: StartServer) -> None:
     async with chatting(server.url, system="Be kind.", model="m") as chat:
         await chat.until(lambda: "● connected" in chat.status)
         await chat.send("one")
-        await chat.until(lambda: chat.replies == ["Hello **you**"] and "connected" in chat.status)
+        await chat.until(lambda: chat.replies == ["Hello **you**"] and "first after" in chat.status)
         assert chat.questions == ["one"]
         assert chat.written == ""
         assert "no packet lost" in chat.status

@@ -24,7 +24,7 @@ Z_95 = 1.96
 
 NOTES = """\
 Loss both ways, independent or in bursts that are a function of time; the same seeds for all
-schemes; the same congestion controller (Reno) and pacer for all; virtual time. *Strict* is the
+schemes; the same congestion controller (thin) and pacer for all; virtual time. *Strict* is the
 share of the answer's time in which a token is due and not rendered; *200 ms* counts only what lies
 beyond 200 ms after the rendering before. ± is half a 95 % confidence interval over the seeds.
 *Against* compares with `retransmit` what lies above the `oracle` of the same seed (strict, means);
