@@ -266,8 +266,8 @@ async def listen(
 
     `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
     policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
-    `qlog` is where each connection's log goes. `skips` chooses the packet numbers to leave out, None:
-    by the system's randomness, which no peer can guess.
+    `qlog` is where each connection's log goes. `skips` chooses the packet numbers to leave out;
+    None: the system's randomness, which no peer can guess.
 
     Raises:
         ConfigurationError: the address cannot be had.
