@@ -185,7 +185,7 @@ class EloquentSender(Sender):
         if self._is_beating or (new <= 0 and not self._resend and not self._has_copy_due):
             return self._mark, end
         start = max(self._mark, end - max(new, room - header))
-        if new <= 0 and start > self._mark and self._is_sweeping():
+        if new <= 0 and not self._resend and start > self._mark and self._is_sweeping():
             return self._sweep(start, room - header)
         for low, high in self._resend:
             if low < start:
