@@ -9,8 +9,13 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from eloquent.core.beat import MORE_SLACK_S, SLACK_S
+from eloquent.core.events import TextDelta
+from eloquent.core.log import TokenLog
+from eloquent.core.path import Path
 from eloquent.core.schemes import SCHEMES, TAIL_RTTS, TAIL_SLACK_S
-from tests.eloquent.core_pair import CorePair, Fate, clean, drop, outage
+from eloquent.core.schemes import scheme as find_scheme
+from eloquent.core.wire import Bundle
+from tests.eloquent.core_pair import TURN, CorePair, Fate, clean, drop, outage
 
 RTT_S = 0.1
 GAP_S = 0.05
@@ -380,3 +385,24 @@ def test_the_exact_log_is_delivered_though_acknowledgements_lie(
     pair.run()
     note(f"{len(pair.bundles)} bundles, {len(pair.reports)} reports, {pair.now:.3f} s")
     pair.check_delivery()
+
+
+def test_what_was_lost_goes_out_before_a_sweep_that_would_never_come_to_it() -> None:
+    log = TokenLog()
+    path = Path(srtt_s=0.1)
+    path.both_lost = 1.0  # losses come in bursts
+    sender = find_scheme("eloquent")(TURN, log, path)
+    made: list[Bundle] = []
+    for index in range(200):
+        log.append(TextDelta(f"token {index:4} "))
+        sender.log_grew(0.01 * index)
+        bundle = sender.next_bundle(0.01 * index, 300)
+        made += [bundle] if bundle is not None else []
+    now = 2.0
+    sender.on_lost(made[-1].number)
+    sender.on_lost(made[-2].number)
+    bundles = 0
+    while (due := sender.next_time()) is not None and due <= now:
+        bundles += sender.next_bundle(now, 300) is not None
+        assert bundles < 50
+    assert bundles > 0
