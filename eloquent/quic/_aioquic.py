@@ -1,4 +1,4 @@
-"""Late binding in aioquic's internals, which only the modules `_*.py` here touch (checked with 1.7.2).
+"""Late binding in aioquic's internals, which only modules `_*.py` touch (checked with 1.7.2).
 
 aioquic queues DATAGRAM frames as they are made, never says what became of them, and is blocked
 for good by one that is too large. `LateBoundConnection` asks a source for each datagram at the
