@@ -83,7 +83,7 @@ def serve(
         9330), where the path carries the marks; `classic` behaves like `l4s` and marks nothing.
     state
         Directory for the certificate and the turns, so that readers can resume an answer after a
-        restart. Without it both end with the server.
+        restart, and unfinished answers go on. Without it both end with the server.
     durable
         Wait for the disk at each commit, so that the turns in --state survive a loss of power.
     qlog
