@@ -151,7 +151,10 @@ class Row:
 
 
 class Driver(Protocol):
-    """What runs an answer over a place: virtual time, or real sockets."""
+    """What runs an answer over a place: virtual time, or real sockets.
+
+    A frozen dataclass, whose `repr` is its identity; it goes to other processes.
+    """
 
     @property
     def name(self) -> str:
@@ -167,6 +170,13 @@ class Driver(Protocol):
 
     def meta(self) -> dict[str, object]:
         """Return what one must know of it to judge its figures, for the file's `meta`."""
+
+    def check(self) -> None:
+        """Find out before the work whether this machine can do it.
+
+        Raises:
+            EloquentError, NetemError: it cannot; the text says what to do.
+        """
 
     def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
         """Send one answer.
