@@ -18,21 +18,20 @@ from eloquent.core.channel import (
     kind_of,
     number_and_rest,
 )
-from eloquent.core.log import Log, LogWindow
+from eloquent.core.log import Log
 from eloquent.core.padding import Padding
 from eloquent.core.turns import (
     SLOW_READER,
-    SLOW_READER_S,
     TOO_LARGE,
     ReaderDone,
     TurnCancelled,
     TurnRequested,
 )
 from eloquent.core.varint import encode_varint
+from eloquent.core.windows import ReaderWindow, ReaderWindows
 from eloquent.core.wire import (
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
-    READER_WINDOW_BYTES,
     Bundle,
     Ended,
     Rejected,
@@ -50,12 +49,8 @@ from eloquent.errors import WireError
 class _Reader:
     """An accepted turn: its reader gets the log through a window."""
 
-    window: LogWindow
-    sent: int
-    "The offset up to which the log has been sent."
+    window: ReaderWindow
     bundles: int = 0
-    full_at: float | None = None
-    "Since when there has been more than the window lets through."
     is_confirmed: bool = False
 
 
@@ -75,6 +70,7 @@ class ServerChannel(Channel):
         self._asked: set[int] = set()
         "Turns that were neither accepted nor rejected yet."
         self._readers: dict[int, _Reader] = {}
+        self._windows = ReaderWindows()
         self._order: deque[int] = deque()
         self._replies: dict[int, bytes] = {}
         "By turn, those that were not sent yet."
@@ -86,8 +82,7 @@ class ServerChannel(Channel):
         """
         if turn in self._asked:
             self._asked.remove(turn)
-            window = LogWindow(log, offset + READER_WINDOW_BYTES)
-            self._readers[turn] = _Reader(window, offset)
+            self._readers[turn] = _Reader(self._windows.open(log, offset))
             self._order.append(turn)
 
     def reject(self, turn: int, code: str, message: str) -> None:
@@ -104,8 +99,6 @@ class ServerChannel(Channel):
         """Tell the channel that the turn's log has more, or is closed."""
         reader = self._readers.get(turn)
         if reader is not None:
-            if reader.window.is_full and reader.full_at is None:
-                reader.full_at = now
             self._confirm(turn, reader)
 
     def receive(self, message: bytes, now: float) -> None:
@@ -125,14 +118,12 @@ class ServerChannel(Channel):
             self._on_report(frame, now)
 
     def _do_what_is_due(self, now: float) -> None:
-        slow = [
-            turn
-            for turn, reader in self._readers.items()
-            if reader.full_at is not None and reader.full_at + SLOW_READER_S <= now
-        ]
-        for turn in slow:
-            self.reject(turn, "slow_reader", SLOW_READER)
-            self._events.append(ReaderDone(turn))
+        for turn, reader in list(self._readers.items()):
+            reader.window.look(now)
+            slow_at = reader.window.slow_at
+            if slow_at is not None and slow_at <= now:
+                self.reject(turn, "slow_reader", SLOW_READER)
+                self._events.append(ReaderDone(turn))
 
     def _make_message(self, now: float) -> bytes | None:
         """Return a reply, a beat or a bundle; the turns take their chances in rotation."""
@@ -144,11 +135,11 @@ class ServerChannel(Channel):
             turn = self._order[0]
             self._order.rotate(-1)
             reader = self._readers[turn]
-            if reader.sent < reader.window.length:
-                data = reader.window.read(reader.sent, reader.sent + MAX_BUNDLE_DATA_BYTES)
-                bundle = Bundle(turn, reader.bundles, reader.sent, data)
+            start = reader.window.sent
+            if start < reader.window.length:
+                data = reader.window.read(start, start + MAX_BUNDLE_DATA_BYTES)
+                bundle = Bundle(turn, reader.bundles, start, data)
                 reader.bundles += 1
-                reader.sent += len(data)
                 self._confirm(turn, reader)
                 return self._padded(encode_bundle(bundle), now)
         return None
@@ -162,10 +153,10 @@ class ServerChannel(Channel):
         return wrapped.ljust(size, b"\0")
 
     def _due_times(self) -> list[float]:
-        readers = self._readers.values()
-        if self._replies or any(reader.sent < reader.window.length for reader in readers):
+        windows = [reader.window for reader in self._readers.values()]
+        if self._replies or any(window.sent < window.length for window in windows):
             return [NOW]
-        return [r.full_at + SLOW_READER_S for r in readers if r.full_at is not None]
+        return [window.slow_at for window in windows if window.slow_at is not None]
 
     def _on_open(self, turn: int, data: bytes) -> None:
         if turn <= self._highest_turn:
@@ -198,14 +189,11 @@ class ServerChannel(Channel):
         reader = self._readers.get(report.turn)
         if reader is None:
             return
-        if report.contiguous > reader.sent or report.newest >= reader.bundles:
+        if report.contiguous > reader.window.sent or report.newest >= reader.bundles:
             raise WireError("A report acknowledges what was never sent: the client is broken.")
-        limit = report.contiguous - report.unread + READER_WINDOW_BYTES
-        if limit > reader.window.limit:
-            reader.window.limit = limit
-            reader.full_at = now if reader.window.is_full else None
-            self._confirm(report.turn, reader)
-        if reader.is_confirmed and report.contiguous == reader.sent:
+        reader.window.on_taken(report.contiguous - report.unread)
+        self._confirm(report.turn, reader)
+        if reader.is_confirmed and report.contiguous == reader.window.sent:
             self._drop(report.turn)
             self._events.append(ReaderDone(report.turn))
 
@@ -215,7 +203,8 @@ class ServerChannel(Channel):
 
     def _confirm(self, turn: int, reader: _Reader) -> None:
         end = reader.window.end
-        if end is not None and reader.sent >= reader.window.length and not reader.is_confirmed:
+        is_sent = reader.window.sent >= reader.window.length
+        if end is not None and is_sent and not reader.is_confirmed:
             reader.is_confirmed = True
             self._reply(turn, Ended(end.length, end.digest))
 
@@ -224,7 +213,9 @@ class ServerChannel(Channel):
 
     def _drop(self, turn: int) -> None:
         self._asked.discard(turn)
-        if self._readers.pop(turn, None) is not None:
+        reader = self._readers.pop(turn, None)
+        if reader is not None:
+            reader.window.close()
             self._order.remove(turn)
 
 

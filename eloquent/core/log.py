@@ -118,31 +118,3 @@ class TokenLog:
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes `start <= offset < stop`, fewer where there are no more yet."""
         return bytes(self._bytes[start : min(stop, self.length)])
-
-
-class LogWindow:
-    """A log as one reader may have it: no further than `limit`, so that its buffer is bounded."""
-
-    def __init__(self, log: Log, limit: int) -> None:
-        self._log = log
-        self.limit = limit
-        "The offset up to which the reader may be sent bytes; it only grows."
-
-    @property
-    def length(self) -> int:
-        """How many bytes may be sent."""
-        return min(self._log.length, self.limit)
-
-    @property
-    def end(self) -> End | None:
-        """The log's last event, once it may be sent."""
-        return self._log.end if self._log.length <= self.limit else None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there is more that the reader may not have yet."""
-        return self._log.length > self.limit
-
-    def read(self, start: int, stop: int) -> bytes:
-        """See `Log.read`."""
-        return self._log.read(start, min(stop, self.limit))

@@ -6,8 +6,8 @@ from eloquent.core.events import Event, EventDecoder
 from eloquent.core.ranges import RangeSet
 from eloquent.core.wire import (
     ARRIVAL_UNIT_S,
+    LEAST_WINDOW_BYTES,
     MAX_ARRIVALS,
-    READER_WINDOW_BYTES,
     Arrival,
     Bundle,
     Ended,
@@ -118,7 +118,9 @@ class Receiver:
         Without any such note it counts as taking them as they come.
         """
         self._taken = offset
-        if self._reported_unread - self._unread >= READER_WINDOW_BYTES // 2:
+        if self._reported_unread - self._unread >= max(
+            self._reported_unread // 2, LEAST_WINDOW_BYTES // 2
+        ):
             self.report_again()
 
     @property

@@ -26,7 +26,11 @@ ARRIVAL_UNIT_S = 1e-4
 "Resolution of the arrival times in a report."
 
 READER_WINDOW_BYTES = 1 << 18
-"A server sends no further than this beyond what the application has taken."
+"A server sends no further than this beyond what the application has taken,"
+CONNECTION_WINDOW_BYTES = 1 << 20
+"and no more than this in all beyond what the readers of a connection have taken;"
+LEAST_WINDOW_BYTES = 1 << 13
+"but each of them may have so much."
 
 MAX_ARRIVALS = 256
 "A report names at most so many bundles' arrivals."

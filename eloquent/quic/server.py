@@ -10,23 +10,22 @@ from aioquic.quic.configuration import QuicConfiguration
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S, SERVER_PROBE_AFTER_S, SERVER_PROBE_EVERY_S
-from eloquent.core.log import Log, LogWindow
+from eloquent.core.log import Log
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.turns import (
     SLOW_READER,
-    SLOW_READER_S,
     TOO_LARGE,
     ReaderDone,
     TurnCancelled,
     TurnEvent,
     TurnRequested,
 )
+from eloquent.core.windows import ReaderWindow, ReaderWindows
 from eloquent.core.wire import (
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
-    READER_WINDOW_BYTES,
     Ended,
     Frame,
     Rejected,
@@ -76,9 +75,7 @@ class _Reader:
     """An accepted turn: its reader gets the log through a window."""
 
     sender: Sender
-    window: LogWindow
-    full_at: float | None = None
-    "Since when there has been more than the window lets through."
+    window: ReaderWindow
     is_confirmed: bool = False
 
 
@@ -114,6 +111,7 @@ class ServerConnection(Connection):
         self._given_up: set[int] = set()
         "Cancelled by the reader, or refused before the request was whole: nothing more is said."
         self._readers: dict[int, _Reader] = {}
+        self._windows = ReaderWindows()
         self._order: deque[int] = deque()
         self._highest_turn = -1
         self._asked_at: dict[int, float] = {}
@@ -126,6 +124,13 @@ class ServerConnection(Connection):
         """See `Connection.receive`."""
         self._heard_at = now
         super().receive(data, address, now, ecn)
+
+    def send(self, now: float) -> list[tuple[bytes, Address, Ecn]]:
+        """See `Connection.send`."""
+        datagrams = super().send(now)
+        for reader in self._readers.values():
+            reader.window.look(now)
+        return datagrams
 
     def is_silent(self, now: float) -> bool:
         """Return whether turns are open and the client was not heard for `DEAD_AFTER_S`."""
@@ -142,7 +147,7 @@ class ServerConnection(Connection):
         if not self._quic.can_send_datagrams:
             self.reject(turn, "malformed_request", NO_CHANNEL)
             return
-        window = LogWindow(log, offset + READER_WINDOW_BYTES)
+        window = self._windows.open(log, offset)
         sender = self._make_sender(turn, window, self._path)
         sender.start_at(offset)
         self._readers[turn] = _Reader(sender, window)
@@ -172,25 +177,16 @@ class ServerConnection(Connection):
         reader = self._readers.get(turn)
         if reader is None:
             return
-        if reader.window.is_full and reader.full_at is None:
-            reader.full_at = now
         reader.sender.log_grew(now)
         self._confirm(turn, reader)
 
     def handle_timer(self, now: float) -> None:
         """See `Connection.handle_timer`."""
-        slow = [
-            turn
-            for turn, reader in self._readers.items()
-            if reader.full_at is not None and reader.full_at + SLOW_READER_S <= now
-        ]
-        for turn in slow:
-            self.reject(
-                turn,
-                "slow_reader",
-                SLOW_READER,
-            )
-            self._events.append(ReaderDone(turn))
+        for turn, reader in list(self._readers.items()):
+            slow_at = reader.window.slow_at
+            if slow_at is not None and slow_at <= now:
+                self.reject(turn, "slow_reader", SLOW_READER)
+                self._events.append(ReaderDone(turn))
         for turn in [t for t, at in self._asked_at.items() if at + REQUEST_DEADLINE_S <= now]:
             self._forget_request(turn)
             self._quic.stop_stream(turn * 4, STREAM_REFUSED)
@@ -238,7 +234,7 @@ class ServerConnection(Connection):
     def _due_times(self) -> list[float]:
         readers = self._readers.values()
         times = [reader.sender.next_time() for reader in readers]
-        times += [None if r.full_at is None else r.full_at + SLOW_READER_S for r in readers]
+        times += [reader.window.slow_at for reader in readers]
         times += [at + REQUEST_DEADLINE_S for at in self._asked_at.values()]
         times.append(self._probe_time())
         times.append(self._channel.channel.next_time() if self._channel is not None else None)
@@ -361,12 +357,9 @@ class ServerConnection(Connection):
         return self._requests.pop(turn, None) is not None
 
     def _move_window(self, report: Report, reader: _Reader, now: float) -> None:
-        limit = report.contiguous - report.unread + READER_WINDOW_BYTES
-        if limit > reader.window.limit:
-            reader.window.limit = limit
-            reader.full_at = now if reader.window.is_full else None
-            reader.sender.log_grew(now)
-            self._confirm(report.turn, reader)
+        reader.window.on_taken(report.contiguous - report.unread)
+        reader.sender.log_grew(now)
+        self._confirm(report.turn, reader)
 
     def _confirm(self, turn: int, reader: _Reader) -> None:
         end = reader.window.end
@@ -381,5 +374,7 @@ class ServerConnection(Connection):
             self._events.append(ReaderDone(turn))
 
     def _drop(self, turn: int) -> None:
-        if self._readers.pop(turn, None) is not None:
+        reader = self._readers.pop(turn, None)
+        if reader is not None:
+            reader.window.close()
             self._order.remove(turn)

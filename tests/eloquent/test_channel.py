@@ -33,6 +33,7 @@ from eloquent.core.turns import (
     TurnRequested,
 )
 from eloquent.core.wire import (
+    CONNECTION_WINDOW_BYTES,
     MAX_REQUEST_BODY_BYTES,
     READER_WINDOW_BYTES,
     Bundle,
@@ -299,6 +300,35 @@ def test_a_reader_that_takes_nothing_bounds_what_is_sent_and_is_told_in_the_end(
     assert isinstance(failed.error, RequestError)
     assert failed.error.code == "slow_reader"
     assert pair.of(ReaderDone) == [ReaderDone(turn)]
+
+
+def test_readers_that_take_nothing_are_bounded_together_and_hold_up_nobody() -> None:
+    pair = Pair()
+    idle = []
+    for _ in range(20):
+        receiver = Receiver()
+        receiver.on_taken(0)
+        idle.append(pair.ask(REQUEST, receiver))
+        pair.accept(idle[-1], told("x" * 300_000))
+    pair.run(1.0)
+    sent = sum(len(message) for way, message in pair.sent if way == "down")
+    assert 0.9 * CONNECTION_WINDOW_BYTES < sent < 1.2 * CONNECTION_WINDOW_BYTES
+    receiver = Receiver()
+    receiver.on_taken(0)
+    eager = pair.ask(REQUEST, receiver)
+    pair.accept(eager, told(*("y" * 1000 for _ in range(100))))
+    for _ in range(100):
+        pair.run(0.1)
+        receiver.on_taken(receiver.contiguous)
+    assert pair.text(eager) == "y" * 100_000
+    pair.run(SLOW_READER_S)
+    failed = {
+        event.turn: event.error
+        for event in pair.of(TurnFailed)
+        if isinstance(event, TurnFailed) and isinstance(event.error, RequestError)
+    }
+    assert failed.keys() == set(idle)
+    assert {error.code for error in failed.values()} == {"slow_reader"}
 
 
 def test_a_reader_that_takes_what_comes_gets_more_than_the_window() -> None:

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from eloquent.core.events import End, Event, TextDelta
-from eloquent.core.log import LogWindow, TokenLog
+from eloquent.core.log import TokenLog
 from eloquent.core.path import Path
 from eloquent.core.receiver import Receiver
 from eloquent.core.schemes import EloquentSender, RetransmitSender, SenderFactory
 from eloquent.core.sender import Sender
+from eloquent.core.windows import ReaderWindows
 from eloquent.core.wire import (
     Bundle,
     Report,
@@ -76,7 +77,8 @@ class World:
     def connect(self) -> None:
         """A new connection: what was on its way over the old one is never seen again."""
         offset = self.receiver.contiguous
-        self.window = LogWindow(self.log, offset + WINDOW_BYTES)
+        windows = ReaderWindows(reader_bytes=WINDOW_BYTES, least_bytes=WINDOW_BYTES)
+        self.window = windows.open(self.log, offset)
         self.path = Path(srtt_s=0.1)
         self.sender: Sender = self.make_sender(0, self.window, self.path)
         self.sender.start_at(offset)
@@ -153,7 +155,7 @@ class World:
 
     def _on_report(self, report: Report) -> None:
         self.sender.on_report(report)
-        self.window.limit = max(self.window.limit, report.contiguous - report.unread + WINDOW_BYTES)
+        self.window.on_taken(report.contiguous - report.unread)
         self.sender.log_grew(self.now)
 
     def read(self, value: int) -> None:
