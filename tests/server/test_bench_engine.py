@@ -11,6 +11,7 @@ from tiny_model import CONTEXT_TOKENS, tiny_model, tiny_tokenizer
 
 from eloquent_server.bench import workload
 from eloquent_server.bench.drivers import make_driver
+from eloquent_server.bench.ours import attainable_tokens
 from eloquent_server.bench.run import ENGINES, Job, run_all, run_job, table
 from eloquent_server.bench.workload import Row, Stream
 
@@ -141,3 +142,15 @@ def test_a_job_that_fails_says_why(directory: Path) -> None:
     assert CONTEXT_TOKENS < workload.HISTORY_TOKENS
     assert "error" in run_job(job("eloquent", "fp32", directory))
     assert "GGUF" in run_job(job("llama.cpp", "q4", directory))["error"]
+
+
+def test_attainable_is_what_a_cache_that_forgets_nothing_would_spare() -> None:
+    system, question, answer = range(40), range(100, 110), range(200, 207)
+    first = ([*system, *question], list(answer))  # 50 and 7: keys for 56, so 3 whole blocks
+    other = ([*system, *range(300, 310)], list(answer))  # 2 blocks of the system prompt
+    again = ([*first[0], *answer, *question], [1])  # the 3 whole blocks, of 67
+    whole = (first[0][:48], [1])  # all 3 blocks are known, but the last token is computed
+    assert attainable_tokens([first]) == 0
+    assert attainable_tokens([first, other]) == 32
+    assert attainable_tokens([first, other, again]) == 32 + 48
+    assert attainable_tokens([first, whole]) == 32

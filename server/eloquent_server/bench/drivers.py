@@ -18,6 +18,8 @@ import torch
 
 from eloquent_server.backends.base import Finish
 from eloquent_server.bench.workload import Driver, Stream
+from eloquent_server.engine.settings import KvOptions
+from eloquent_server.engine.turn import LOCAL_TENANT
 
 START_S = 180.0
 CONTEXT_TOKENS = 2048
@@ -38,27 +40,45 @@ class EloquentDriver:
     """Our engine, in this process, without its guesses: a random prompt's answer repeats itself."""
 
     def __init__(
-        self, model: Path, *, precision: str, threads: int, rows: int, prefix_cache: bool = True
+        self,
+        model: Path,
+        *,
+        precision: str,
+        threads: int,
+        rows: int,
+        prefix_cache: bool = True,
+        kv: KvOptions | None = None,
     ) -> None:
         from eloquent_server.engine.engine import Engine
         from eloquent_server.engine.loader import load
+        from eloquent_server.engine.tiers import open_tier
 
         loaded = dataclasses.replace(
             load(model, "bench", device="cpu", precision=precision), end_tokens=frozenset()
         )
         self._tokenizer = loaded.tokenizer.backend_tokenizer
-        self._engine = Engine(loaded, max_running=rows, threads=threads, prefix_cache=prefix_cache)
+        self.answered: list[tuple[list[int], list[int]]] = []
+        "The ids of each prompt and of its answer, in the order in which they were asked."
+        self._engine = Engine(
+            loaded,
+            max_running=rows,
+            threads=threads,
+            prefix_cache=prefix_cache,
+            tier=None if kv is None else open_tier(loaded.kv, kv),
+        )
 
-    def submit(self, prompt: str, count: int) -> Stream:
+    def submit(self, prompt: str, count: int, *, tenant: str = LOCAL_TENANT) -> Stream:
         """See `Driver.submit`."""
         from eloquent.core.events import Failure, TextDelta
         from eloquent_server.engine.turn import EngineEvent, Tokens, TurnRequest
 
         stream = Stream()
+        said: list[int] = []
 
         def emit(event: EngineEvent) -> None:
             if isinstance(event, Tokens):
                 stream.token(len(event.ids))
+                said.extend(event.ids)
             elif isinstance(event, TextDelta):
                 stream.text += event.text
             elif isinstance(event, Failure):
@@ -67,7 +87,10 @@ class EloquentDriver:
                 stream.end()
 
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        request = TurnRequest(prompt=ids, seed=NO_SEED, temperature=0, max_tokens=count)
+        self.answered.append((ids, said))
+        request = TurnRequest(
+            prompt=ids, seed=NO_SEED, temperature=0, max_tokens=count, tenant=tenant
+        )
         self._engine.submit(request, emit)
         return stream
 

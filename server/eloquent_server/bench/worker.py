@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eloquent_server.bench import workload
+from eloquent_server.bench import ours, workload
 from eloquent_server.bench.drivers import EloquentDriver, make_driver
 
 BUSY_S, FREE_S = 0.007, 0.003
@@ -33,6 +33,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         rows = workload.measure(driver, engine, precision, batches, tokens=tokens, runs=runs)
         if job["chat"]:
             extra["chat"] = chat(driver)
+        if job["chat"] and precision == "fp32" and isinstance(driver, EloquentDriver):
+            extra |= ours.more(
+                driver, model, precision=precision, threads=threads, alone=rows[0].decode_tok_s
+            )
     finally:
         driver.close()
     if job["chat"] and engine == "eloquent" and precision == "fp32":
@@ -46,12 +50,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def chat(driver: Any) -> dict[str, Any]:
     """Run the chat; with our engine, also count what the prefix cache gave."""
-    before = driver.counts() if isinstance(driver, EloquentDriver) else None
+    if not isinstance(driver, EloquentDriver):
+        return workload.chat(driver)
+    before, first = driver.counts(), len(driver.answered)
     figures = workload.chat(driver)
-    if before is not None:
-        after = driver.counts()
-        for name in ("prompt_tokens", "cached_tokens"):
-            figures[name] = after[name] - before[name]
+    after = driver.counts()
+    for name in ("prompt_tokens", "cached_tokens"):
+        figures[name] = after[name] - before[name]
+    figures["attainable_tokens"] = ours.attainable_tokens(driver.answered[first:])
     return figures
 
 
