@@ -174,7 +174,7 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-class _CapturedLink(Link):
+class CapturedLink(Link):
     """A link that is watched. A link for its type only: all it does, the one watched does."""
 
     def __init__(self, link: Link, captured: Captured) -> None:
@@ -228,8 +228,8 @@ def _captured_links(links: MakeLinks, pcap: Path, to_ip: ToIp) -> tuple[Link, Li
     writer = PcapWriter(file, to_ip=to_ip)
     up, down = links()
     return (
-        _CapturedLink(up, Captured(up, "up", [writer.observe])),
-        _CapturedLink(down, Captured(down, "down", [writer.observe])),
+        CapturedLink(up, Captured(up, "up", [writer.observe])),
+        CapturedLink(down, Captured(down, "down", [writer.observe])),
     )
 
 
