@@ -126,8 +126,11 @@ class Listener:
         make_marking: MakeMarking | None,
         qlog: QlogDirectory | None,
         skips: random.Random | None,
+        datagrams: bool,
     ) -> None:
         self._configuration = server_configuration(certificate)
+        if not datagrams:
+            self._configuration.max_datagram_frame_size = None
         self._configuration.quic_logger = qlog
         self._skips = skips or random.SystemRandom()
         self._make_sender = make_sender
@@ -261,13 +264,15 @@ async def listen(
     make_marking: MakeMarking | None = None,
     qlog: QlogDirectory | None = None,
     skips: random.Random | None = None,
+    datagrams: bool = True,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
 
     `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
     policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
     `qlog` is where each connection's log goes. `skips` chooses the packet numbers to leave out;
-    None: the system's randomness, which no peer can guess.
+    None: the system's randomness, which no peer can guess. Without `datagrams` the turns run over
+    a QUIC stream, as with a peer that takes none.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -285,6 +290,7 @@ async def listen(
         make_marking=make_marking,
         qlog=qlog,
         skips=skips,
+        datagrams=datagrams,
     )
     try:
         await open_udp(listener, local=(host, port))
