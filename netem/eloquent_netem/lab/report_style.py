@@ -1,0 +1,120 @@
+"""How figures look: a colour, marker and dash for each scheme, and themes for light and dark.
+
+The hues are those of Okabe and Ito, which people with any kind of colour vision tell apart; in the
+dark theme they are lighter. Markers and dashes differ too, so that no figure hangs on colour.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+DPI = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """One scheme's, in every figure."""
+
+    label: str
+    light: str
+    dark: str
+    marker: str
+    dash: str = "-"
+
+
+STYLES = {
+    "eloquent": Style("Eloquent", "#0063a6", "#5ab4ff", "o"),
+    "eloquent-queued": Style("Eloquent, queued", "#4aa8dd", "#9ad7ff", "s", "--"),
+    "duplicate": Style("duplicate", "#00855f", "#2fd3a4", "^"),
+    "retransmit": Style("retransmit", "#c98500", "#f2b632", "v"),
+    "quic-stream": Style("QUIC stream", "#b05a8c", "#e79cc6", "D", "-."),
+    "tcp": Style("TCP (model)", "#c44700", "#ff8652", "X", "--"),
+    "tcp-sse": Style("TCP, SSE", "#c44700", "#ff8652", "P"),
+    "tcp-websocket": Style("TCP, WebSocket", "#6b4a2f", "#cfa887", "p", "--"),
+    "oracle": Style("oracle (bound)", "#767676", "#9a9a9a", "_", ":"),
+}
+"In the order of every legend and table."
+
+UNKNOWN = Style("", "#767676", "#9a9a9a", "*", ":")
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """The colours of a figure but those of the schemes."""
+
+    name: str
+    background: str
+    ink: str
+    muted: str
+    grid: str
+
+
+LIGHT = Theme("light", "#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
+DARK = Theme("dark", "#16181c", "#e8eaed", "#a0a7b0", "#30353c")
+THEMES = (LIGHT, DARK)
+
+
+def style_of(scheme: str) -> Style:
+    """Return the scheme's style; one that is not known here is grey, under its own name."""
+    known = STYLES.get(scheme)
+    return known if known is not None else Style(scheme, *_fields(UNKNOWN)[1:])
+
+
+def colour_of(scheme: str, theme: Theme) -> str:
+    """Return the scheme's colour in this theme."""
+    style = style_of(scheme)
+    return style.dark if theme is DARK else style.light
+
+
+def in_order(schemes: Iterable[str]) -> list[str]:
+    """Return the schemes without repetition, as legends and tables have them."""
+    names = list(STYLES)
+    return sorted(set(schemes), key=lambda name: (names.index(name) if name in names else 99, name))
+
+
+@contextmanager
+def themed(theme: Theme) -> Iterator[None]:
+    """Let figures made within have this theme."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    with mpl.rc_context(_settings(theme)):
+        yield
+
+
+def _settings(theme: Theme) -> dict[str, Any]:
+    return {
+        "figure.facecolor": theme.background,
+        "savefig.facecolor": theme.background,
+        "axes.facecolor": theme.background,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.muted,
+        "axes.titlecolor": theme.ink,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "text.color": theme.ink,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5.5,
+        "font.family": "DejaVu Sans",
+        "svg.hashsalt": "eloquent",
+    }
+
+
+def _fields(style: Style) -> tuple[str, str, str, str, str]:
+    return style.label, style.light, style.dark, style.marker, style.dash
