@@ -277,8 +277,8 @@ def _summary(rows: Sequence[Row]) -> str:
         f"The same answers, token by token, over {places} emulated network"
         f"{'s' if places != 1 else ''}: {_basis(rows)}. The stall ratio is the share of an "
         "answer's time in which the reader waits for a token that, had nothing been lost, would be "
-        "there; the 200 ms ratio counts only what lies beyond a gap of 200 ms. Excess is what is above "
-        "the oracle, the link's own bound on the same seed."
+        "there; the 200 ms ratio counts only what lies beyond a gap of 200 ms. Excess is what is "
+        "above the oracle, the link's own bound on the same seed."
     )
 
 
