@@ -3,12 +3,15 @@
 aioquic's recovery follows RFC 9002. What differs here, for application data only:
 
 - A packet is lost by time, never because three later ones came: a path may reorder.
+- Packets of different codepoints may wait in different queues: one is late only when a later one of
+  its own codepoint has come. Where none does, it has a tenth of a second more.
 - Packets given up are remembered. A late acknowledgement of one takes back what its loss did, tells
   the source, and makes the detection more patient.
 - In a silence nothing in flight blocks the window, and probes do not double for ever.
 - An acknowledgement of what was never sent ends the connection (RFC 9000 sections 13.1, 21.4).
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from math import inf
@@ -20,12 +23,17 @@ from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 
+from eloquent.quic.ecn import Ecn, codepoint_of
 from eloquent.quic.thin import RttHistory, ThinControl
 
 TIME_THRESHOLD = 9 / 8
 "RFC 9002 section 6.1.2."
 
 GRANULARITY_S = 0.001
+
+OTHER_QUEUE_S = 0.1
+"""So much longer a packet may take than those of another codepoint: the classic queue of a DualPI2
+router aims at 15 ms, and has several times that for a moment when a flow starts."""
 
 SLACK_DECAY = 1 / 64
 "By this share the reordering slack shrinks with each acknowledgement."
@@ -62,6 +70,8 @@ class TimedRecovery(QuicPacketRecovery):
         self.rtts = self._thin.rtts if self._thin is not None else RttHistory()
         self._slack_s = 0.0
         self._given_up: dict[int, QuicSentPacket] = {}
+        self._newest_acked: dict[Ecn, int] = {}
+        "By codepoint; all other packet numbers here are of either."
         self._largest_sent = -1
         self._skipped: deque[int] = deque(maxlen=REMEMBERED_SKIPS)
         self._waiting_since: float | None = None
@@ -130,6 +140,7 @@ class TimedRecovery(QuicPacketRecovery):
                 self._thin.ack_delay_s = self.max_ack_delay
             if self._take_late_acks(ack_rangeset, now):
                 self._pto_count = 0
+            self._note_newest(ack_rangeset, space)
             if was_silent:
                 self._restart(now)
         super().on_ack_received(
@@ -269,10 +280,24 @@ class TimedRecovery(QuicPacketRecovery):
             late_s = now - packet.sent_time - self._rtt_smoothed
             # No more than a round trip, or a peer could stretch the detection at will.
             self._slack_s = min(max(self._slack_s, late_s), self._rtt_smoothed)
+            self._raise_newest(packet)
             if self._thin is not None:
                 self._thin.on_spurious_loss(packet)
             self._on_late_ack(packet)
         return bool(late)
+
+    def _note_newest(self, ack_rangeset: RangeSet, space: QuicPacketSpace) -> None:
+        """Note up to where the packets of each codepoint are acknowledged."""
+        numbers = list(space.sent_packets)
+        for acked in ack_rangeset:
+            first, last = bisect_left(numbers, acked.start), bisect_left(numbers, acked.stop)
+            for number in numbers[first:last]:
+                self._raise_newest(space.sent_packets[number])
+
+    def _raise_newest(self, packet: QuicSentPacket) -> None:
+        codepoint = codepoint_of(packet)
+        newest = self._newest_acked.get(codepoint, -1)
+        self._newest_acked[codepoint] = max(newest, packet.packet_number)
 
     def _loss_delay(self) -> float:
         if not self._rtt_initialized:
@@ -295,10 +320,14 @@ class TimedRecovery(QuicPacketRecovery):
             if number > space.largest_acked_packet:
                 break
             assert packet.sent_time is not None
-            if packet.sent_time + delay > now:
-                space.loss_time = packet.sent_time + delay
-                break
-            lost.append(packet)
+            is_overtaken = number < self._newest_acked.get(codepoint_of(packet), -1)
+            lost_at = packet.sent_time + delay + (0.0 if is_overtaken else OTHER_QUEUE_S)
+            if lost_at <= now:
+                lost.append(packet)
+                continue
+            space.loss_time = min(lost_at, space.loss_time or lost_at)
+            if is_overtaken:
+                break  # All later ones have longer.
         self._on_packets_lost(now=now, packets=lost, space=space)
 
     def _on_packets_lost(

@@ -11,7 +11,8 @@ from aioquic.quic.packet import QuicPacketType
 from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.tls import Epoch
 
-from eloquent.quic.marking import all_c, all_l, marking
+from eloquent.quic.ecn import Ecn
+from eloquent.quic.marking import ConstantMarking, all_c, all_l, marking
 from eloquent.quic.prague import Prague, PraguePacer
 from eloquent.quic.thin import ThinControl
 from eloquent_netem.cross import CubicFlow
@@ -302,6 +303,35 @@ def test_random_loss_is_answered_as_without_prague(loss: float) -> None:
     assert windows("l4s") == windows("off")
 
 
+@pytest.mark.parametrize("loss", [0.01, 0.2])
+def test_random_loss_leaves_a_flow_that_fills_its_window_what_it_leaves_without_prague(
+    loss: float,
+) -> None:
+    """DualPI2 marks nothing here: the link is never full."""
+
+    def acked(policy: str) -> int:
+        make_marking = marking(policy)
+        pair = EcnPair(
+            always(),
+            None if make_marking is None else make_marking(),
+            up=Link(delay_s=RTT_S / 2, seed=1, name="up"),
+            down=Link(
+                delay_s=RTT_S / 2,
+                seed=1,
+                name="down",
+                loss=IndependentLoss(loss, stage_rng(1, "down", "")),
+                rate=FixedRate(20e6),
+                queue=DualPi2(rng=random.Random(1), bits_per_s=20e6),
+            ),
+        )
+        for second in range(3, 12):
+            pair.run(second)
+            assert pair.quic._recovery.congestion_window >= pair.quic._recovery.floor_window
+        return pair.source.acked
+
+    assert acked("l4s") > 0.8 * acked("off")
+
+
 class Shared(Link):
     """A link that also tells a flow of cross traffic what came out."""
 
@@ -387,3 +417,45 @@ def test_tokens_beside_cubic_do_not_wait_behind_it() -> None:
     assert delays_s["l4s"][middle] < 0.002
     assert delays_s["l4s"][last] < 0.004
     assert delays_s["off"][middle] > 0.01
+
+
+class Alternating(ConstantMarking):
+    """Sends packets into the two queues by turns."""
+
+    def __init__(self) -> None:
+        self._sent = 0
+
+    def next_codepoint(self, now: float, size: int) -> Ecn:
+        self._sent += 1
+        return Ecn.ECT_1 if self._sent % 2 else Ecn.NOT_ECT
+
+
+@pytest.mark.parametrize("source", [lambda: every(0.01), always])
+def test_packets_that_take_turns_in_two_queues_are_not_taken_for_lost(
+    source: Callable[[], Datagrams],
+) -> None:
+    """CUBIC's queue is 15 ms long, and the round trip 20 ms."""
+    down = Shared(
+        delay_s=0.01,
+        seed=1,
+        name="down",
+        rate=FixedRate(20e6),
+        queue=DualPi2(rng=random.Random(1), bits_per_s=20e6),
+    )
+    down.flow = CubicFlow(1, down.send, 0.02, random.Random(1), forward_s=0.01, start_s=0.1)
+    pair = EcnPair(
+        source(),
+        Alternating(),
+        down=down,
+        up=Link(delay_s=0.01, seed=1, name="up"),
+        others=(down.flow,),
+    )
+    late: list[int] = []
+    recovery = pair.quic._recovery
+    recovery._on_late_ack = lambda packet: late.append(packet.packet_number)
+    pair.run(8.0)
+    assert late == []
+    assert pair.source.acked > 600
+    delays_s = sorted(delay - 0.01 for delay in pair.client.delays_s)
+    assert delays_s[len(delays_s) // 4] < 0.002
+    assert delays_s[len(delays_s) * 3 // 4] > 0.008

@@ -10,7 +10,8 @@ from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.tls import Epoch
 
-from eloquent.quic._recovery import MAX_PROBE_GAP_S, TimedRecovery
+from eloquent.quic._recovery import MAX_PROBE_GAP_S, OTHER_QUEUE_S, TimedRecovery
+from eloquent.quic.ecn import Ecn, tag
 from eloquent.quic.thin import THIN
 
 RTT_S = 0.1
@@ -41,7 +42,7 @@ class Path:
     def _probe(self) -> None:
         self.probes += 1
 
-    def send(self, number: int, now: float) -> None:
+    def send(self, number: int, now: float, codepoint: Ecn = Ecn.NOT_ECT) -> None:
         packet = QuicSentPacket(
             epoch=Epoch.ONE_RTT,
             in_flight=True,
@@ -52,6 +53,7 @@ class Path:
             sent_time=now,
             sent_bytes=PACKET_BYTES,
         )
+        tag(packet, codepoint)
         packet.delivery_handlers.append((self._on_fate, (number,)))
         self.recovery.on_packet_sent(packet=packet, space=self.space)
 
@@ -92,6 +94,51 @@ def test_a_packet_is_lost_when_a_later_one_came_and_its_time_is_over() -> None:
     assert path.timer == pytest.approx(2.0 + 9 / 8 * RTT_S)
     path.recovery.on_loss_detection_timeout(now=2.0 + 9 / 8 * RTT_S + 1e-6)
     assert path.lost == [1]
+
+
+def test_a_packet_of_one_queue_does_not_make_those_of_the_other_look_lost() -> None:
+    path = Path()
+    path.send(1, 2.0, Ecn.NOT_ECT)
+    path.send(2, 2.01, Ecn.ECT_1)
+    path.send(3, 2.02, Ecn.ECT_1)
+    path.ack([2, 3], 2.02 + 1.2 * RTT_S)
+    assert path.lost == []
+    path.ack([1], 2.0 + 1.5 * RTT_S)
+    assert path.late == []
+
+
+def test_a_later_packet_of_the_same_queue_does() -> None:
+    path = Path()
+    path.send(1, 2.0, Ecn.NOT_ECT)
+    path.send(2, 2.01, Ecn.ECT_1)
+    path.send(3, 2.02, Ecn.NOT_ECT)
+    path.ack([3], 2.02 + RTT_S)
+    # The second one has longer: nothing says yet that its queue has got so far.
+    assert path.lost == [1]
+    assert path.timer == pytest.approx(2.01 + 9 / 8 * RTT_S + OTHER_QUEUE_S)
+    path.ack([3], 2.01 + 1.3 * RTT_S)
+    assert path.lost == [1]
+
+
+def test_the_last_packet_of_a_queue_that_is_used_no_more_is_lost_in_the_end() -> None:
+    path = Path()
+    path.send(1, 2.0, Ecn.ECT_1)
+    path.send(2, 2.01, Ecn.NOT_ECT)
+    path.ack([2], 2.01 + RTT_S)
+    lost_at = 2.0 + 9 / 8 * RTT_S + OTHER_QUEUE_S
+    assert path.timer == pytest.approx(lost_at)
+    path.recovery.on_loss_detection_timeout(now=lost_at + 1e-6)
+    assert path.lost == [1]
+
+
+def test_the_timer_is_that_of_the_first_to_be_lost_of_either_queue() -> None:
+    path = Path()
+    path.send(1, 2.0, Ecn.ECT_1)
+    path.send(2, 2.005, Ecn.NOT_ECT)
+    path.send(3, 2.05, Ecn.NOT_ECT)
+    path.ack([3], 2.05 + 0.6 * RTT_S)
+    assert path.lost == []
+    assert path.timer == pytest.approx(2.005 + path.recovery._loss_delay())
 
 
 def test_without_a_later_acknowledgement_nothing_is_lost() -> None:
