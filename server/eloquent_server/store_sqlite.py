@@ -3,7 +3,9 @@
 Used by one thread, the store's writer. Times are wall-clock seconds that the caller passes in.
 """
 
+import logging
 import os
+import shutil
 import sqlite3
 import stat
 import sys
@@ -20,10 +22,15 @@ APPLICATION_ID = 0x456C6F71
 
 PAGE_BYTES = 1024
 """A commit writes a page for each turn that grew by a few tokens, so pages are small."""
-CHECKPOINT_PAGES = 16_000
-"""The write-ahead log is copied into the file when it has this many pages (16 MiB). That waits for
-the disk and so delays a commit by tens of milliseconds: it is done far less than once in a hundred
-commits, and a page that was written many times is copied once."""
+CHECKPOINT_BYTES = 16 << 20
+"""The write-ahead log is copied into the file when it has so many bytes. That waits for the disk
+and delays a commit, so it is done far less than once in a hundred commits; a page that was written
+many times is copied once."""
+FREE_SHARE = 0.5
+"""It is copied earlier when it has this share of what is free on the disk: that may need as much
+again, and a log that has filled the disk cannot be emptied any more."""
+
+logger = logging.getLogger(__name__)
 
 # Appending writes one row of `chunk` and nothing else. The body has a table of its own, so that
 # ending a turn frees it without rewriting the row. `length` and `size` are set at the end; of open
@@ -77,6 +84,7 @@ class StoreDatabase:
             StoreLockedError: another process has it.
         """
         self._name = "the private token store" if path is None else str(path)
+        self._log_path = None if path is None else path.with_name(path.name + "-wal")
         if path is not None:
             _make_private(path)
         with self._errors():
@@ -107,7 +115,7 @@ class StoreDatabase:
                     f"{self._name} lies where SQLite cannot keep a write-ahead log (it offers "
                     f"{mode!r}), so tokens would not survive a crash. Put it on a local disk."
                 )
-        run(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            run("PRAGMA wal_autocheckpoint = 0")  # see `_checkpoint_if_due`
         run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         if durable and sys.platform == "darwin":
             run("PRAGMA fullfsync = ON")
@@ -149,7 +157,22 @@ class StoreDatabase:
                 # SQLite itself has rolled back after some errors, a full disk among them.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
+                self._checkpoint_if_due()
                 raise
+        self._checkpoint_if_due()
+
+    def _checkpoint_if_due(self) -> None:
+        """Copy the write-ahead log into the file, and empty it, if it is long."""
+        if self._log_path is None:
+            return
+        try:
+            size = self._log_path.stat().st_size
+            free = shutil.disk_usage(self._log_path.parent).free
+            if size and size >= min(CHECKPOINT_BYTES, FREE_SHARE * free):
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except (OSError, sqlite3.Error) as error:
+            # What was committed is safe in the log; the next commit tries again.
+            logger.debug("%s: its write-ahead log stays as it is (%s)", self._name, error)
 
     def create(self, record: TurnRecord, body: bytes) -> None:
         """Add a turn; it takes the place of one with its id that should have been forgotten."""

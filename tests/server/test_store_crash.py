@@ -26,7 +26,7 @@ from eloquent_server import store_sqlite
 from eloquent_server.store import TokenStore
 from test_store_crash import TURNS, BODY, HASH, chunk, turn_id
 
-store_sqlite.CHECKPOINT_PAGES = 50  # so that it is often killed in one of these, too
+store_sqlite.CHECKPOINT_BYTES = 50 << 10  # so that it is often killed in one of these, too
 
 async def main():
     store = TokenStore.open(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tools import needs_tool
 
 from eloquent_server.store import StoreError, TokenStore, TurnRecord
 from eloquent_server.store_sqlite import APPLICATION_ID, SCHEMA_VERSION, StoreDatabase
@@ -161,6 +163,85 @@ asyncio.run(main())
     first, second = done.stdout.splitlines()
     assert first.startswith("StoreError The disk of")
     assert second.startswith("0 The disk of")
+
+
+SMALL_DISK = """
+import asyncio, errno, os, sys
+from pathlib import Path
+from eloquent_server.store import StoreError, TokenStore
+disk = Path(sys.argv[1])
+log, filler = disk / "tokens.db-wal", disk / "filler"
+
+async def stored(call, *arguments):
+    outcome = asyncio.get_running_loop().create_future()
+    try:
+        call(*arguments, on_stored=outcome.set_result)
+    except StoreError as error:
+        return error
+    return await outcome
+
+def create(store, number):
+    return store.create("local", bytes([number]) * 16, bytes(32), b"body", bytes(32))
+
+async def main():
+    store = TokenStore.open(disk / "tokens.db")
+    first, longest = create(store, 1), 0
+    for number in range(3000):
+        assert await stored(store.append, first, 10 * number, b"0123456789") is None
+        longest = max(longest, log.stat().st_size)
+    print(longest)
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    second = create(store, 2)
+    outcome, number = None, 0
+    while outcome is None:  # the log's last page may still have room
+        outcome = await stored(store.append, second, 10_000 * number, bytes(10_000))
+        number += 1
+    print(outcome)
+    print(await stored(store.append, second, 10_000 * number, b"and on"))
+    filler.unlink()
+    third = create(store, 3)
+    assert await stored(store.close_turn, third, 0, b"there is room") is None
+    assert await stored(store.append, first, 30_000, b"so it goes on") is None
+    await store.close()
+    store = TokenStore.open(disk / "tokens.db")
+    for number in (1, 3):
+        print((await store.load("local", bytes([number]) * 16)).log[-13:].decode())
+    await store.close()
+asyncio.run(main())
+"""
+DISK_BYTES = 3 << 20
+
+
+@needs_tool("unshare")
+def test_a_small_disk_is_enough_and_one_that_was_full_is_used_again(tmp_path: Path) -> None:
+    mounting = f'mount -t tmpfs -o size={DISK_BYTES} none "$0" && exec "$@"'
+    entry = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    words = ["sh", "-c", mounting, str(tmp_path)]
+    tried = subprocess.run(
+        [*entry, *words, "true"], capture_output=True, text=True, check=False, timeout=DEADLINE_S
+    )
+    if tried.returncode and os.environ.get("CI") != "true":
+        pytest.skip(f"needs a file system of its own: {tried.stderr.strip()}")
+    done = subprocess.run(
+        [*entry, *words, sys.executable, "-c", SMALL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    longest, first, second, *logs = done.stdout.splitlines()
+    assert int(longest) < DISK_BYTES / 2
+    assert first.startswith("The disk of")
+    assert "is full" in first
+    assert second.startswith("The disk of")
+    assert logs == ["so it goes on", "there is room"]
 
 
 @pytest.mark.parametrize(
