@@ -1,0 +1,157 @@
+"""The driver `tun`: real programs, the kernel's TCP and our QUIC, through the TUN router."""
+
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from functools import partial
+
+from eloquent.core.schemes import SCHEMES
+from eloquent.errors import ConfigurationError
+from eloquent_netem.errors import NetemError
+from eloquent_netem.lab.answer import PADDED_SCHEMES, QUIC_STREAM
+from eloquent_netem.lab.rows import Arrivals, Place
+from eloquent_netem.lab.sources import LiveModel, Source
+from eloquent_netem.lab.tun_ends import Setup
+from eloquent_netem.lab.tun_run import (
+    END_LATENESS_BOUND_S,
+    LEAD_S,
+    Play,
+    StarvedError,
+    arrivals,
+    play,
+)
+from eloquent_netem.link import Link
+from eloquent_netem.realtime import LATENESS_BOUND_S, LatenessError, OverloadError
+from eloquent_netem.sim import CrossTraffic
+from eloquent_netem.tun import tun_network
+
+KINDS = {
+    **dict.fromkeys((*SCHEMES, QUIC_STREAM), "quic"),
+    "tcp-sse": "sse",
+    "tcp-websocket": "websocket",
+}
+"Schemes, and the programs that are their ends."
+
+LIVE_TOKENS_PER_S = 30.0
+"A guess, to place the live model's answer on the scenario's clock."
+
+
+class RefusedError(NetemError):
+    """The machine was too slow for a run, again and again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunDriver:
+    """See `Driver`: each run has namespaces, a router and two programs of its own."""
+
+    congestion: str = "cubic"
+    "Of the kernel's TCP, at both ends."
+    at_once: int = 8
+    tries: int = 3
+    "A run in which the machine was too slow is made so often at most."
+    lateness_bound_s: float = LATENESS_BOUND_S
+    rootless: bool | None = None
+    "Whether to use user namespaces; None: only if need be."
+
+    @property
+    def name(self) -> str:
+        """See `Driver.name`."""
+        return "tun"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """See `Driver.schemes`."""
+        return tuple(KINDS)
+
+    @property
+    def most_workers(self) -> int | None:
+        """See `Driver.most_workers`."""
+        return self.at_once
+
+    def meta(self) -> dict[str, object]:
+        """See `Driver.meta`."""
+        return {
+            "kernel": platform.release(),
+            "cores": os.cpu_count(),
+            "tcp_congestion": self.congestion,
+            "lateness_bound_us": self.lateness_bound_s * 1e6,
+            "end_lateness_bound_us": END_LATENESS_BOUND_S * 1e6,
+            "tries": self.tries,
+            "at_once": self.at_once,
+        }
+
+    def check(self) -> None:
+        """See `Driver.check`.
+
+        Raises:
+            NamespaceError: the namespaces cannot be made.
+            ConfigurationError: the kernel has no such congestion control.
+        """
+        check_congestion(self.congestion)
+        with tun_network(_no_links, rootless=self.rootless):
+            pass
+
+    def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
+        """See `Driver.run`.
+
+        Raises:
+            DeliveryError: the answer did not arrive whole, in order and once.
+            RefusedError: the machine was too slow each time.
+            NetemError: the run could not be made.
+        """
+        live = source if isinstance(source, LiveModel) else None
+        plan = () if isinstance(source, LiveModel) else source.plan(seed)
+        answer_s = plan[-1].time_s if live is None else live.max_tokens / LIVE_TOKENS_PER_S
+        begin_s = place.begin_s(seed, answer_s)
+        origin_s = LEAD_S - begin_s
+        run = Play(
+            kind=KINDS[scheme],
+            setup=Setup(
+                scheme=scheme,
+                padding=scheme in PADDED_SCHEMES,
+                congestion=self.congestion,
+                plan=plan,
+                live=live,
+            ),
+            links=partial(place.scenario.links, seed, origin_s),
+            cross=partial(_cross, place, seed, origin_s),
+            lateness_bound_s=self.lateness_bound_s,
+            rootless=self.rootless,
+        )
+        reason = ""
+        for _ in range(self.tries):
+            try:
+                return arrivals(play(run), place, begin_s)
+            except (LatenessError, OverloadError, StarvedError) as error:
+                reason = str(error)
+        raise RefusedError(f"Refused {self.tries} times, the last time so: {reason}")
+
+
+def check_congestion(name: str) -> None:
+    """See that the kernel's TCP has a congestion control.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except PermissionError:
+            return  # It is there; inside a namespace of ours it is allowed.
+        except OSError as error:
+            raise ConfigurationError(
+                f"This kernel's TCP has no congestion control {name!r}: load its module "
+                f"(modprobe tcp_{name}), or choose one that "
+                "`sysctl net.ipv4.tcp_available_congestion_control` names."
+            ) from error
+
+
+def _cross(
+    place: Place, seed: int, origin_s: float, up: Link, down: Link
+) -> tuple[CrossTraffic, ...]:
+    return place.scenario.cross_flows(up, down, seed, origin_s)
+
+
+def _no_links() -> tuple[Link, Link]:
+    return Link(delay_s=0.0, seed=0, name="up"), Link(delay_s=0.0, seed=0, name="down")

@@ -1,0 +1,213 @@
+"""The programs inside the two namespaces: what those of all schemes share.
+
+`python -m eloquent_netem.lab.tun_ends KIND SIDE FOLDER` is one end of one answer. It reads
+FOLDER/setup.json, says on standard output that it is ready, does what standard input tells it, and
+leaves what it saw in FOLDER/SIDE.json. All times are in seconds of CLOCK_MONOTONIC, which all
+namespaces share.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from selectors import SelectSelector
+from typing import NoReturn
+
+import msgspec
+
+from eloquent_netem.lab.sources import DEFAULT_PROMPT, LiveModel, Token
+from eloquent_netem.namespaces import Side
+from eloquent_netem.realtime import LatenessHistogram, reduce_timer_slack
+
+PORT = 4433
+MODEL = "SmolLM2-135M-Instruct"
+REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": DEFAULT_PROMPT}],
+    "stream": True,
+}
+"What every client asks, an OpenAI chat body."
+
+PRIORITY = 5
+"Under SCHED_FIFO; the router's is higher, so that it is late for nobody."
+
+LOOK_EVERY_S = 0.05
+"How often an end looks how late it is woken."
+
+SETUP = "setup.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One answer, as both ends are told of it."""
+
+    scheme: str
+    padding: bool
+    congestion: str
+    "Of the kernel's TCP."
+    plan: tuple[Token, ...]
+    "Empty: a model answers live."
+    live: LiveModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a server says when it is ready; of its certificate."""
+
+    pin: str = ""
+    pem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """What a client is told."""
+
+    start_s: float
+    "When to begin."
+    server: Hello
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What an end leaves behind."""
+
+    times_s: tuple[float, ...]
+    "When each piece of text was generated (server), or in the reader's hands (client)."
+    texts: tuple[str, ...]
+    late_p99_s: float
+    "How late this program was woken by its timers, in one case of 100."
+    is_real_time: bool
+    "Whether it ran under SCHED_FIFO."
+
+
+class End:
+    """One end's side of the conversation with the lab, and its notes."""
+
+    def __init__(self, folder: Path, side: Side) -> None:
+        self.setup = msgspec.json.decode((folder / SETUP).read_bytes(), type=Setup)
+        self._file = folder / f"{side}.json"
+        self._times_s: list[float] = []
+        self._texts: list[str] = []
+        self._commands = asyncio.StreamReader()
+        self._lateness = LatenessHistogram()
+        self._is_real_time = False
+        self._looking: asyncio.Task[None] | None = None
+
+    def note(self, text: str) -> None:
+        """Take down that a piece of text was generated, or is in the reader's hands, now."""
+        self._times_s.append(time.monotonic())
+        self._texts.append(text)
+
+    async def serve_until_stopped(self, hello: Hello) -> NoReturn:
+        """Say that the server is ready, serve until it is to end, and end the process."""
+        await self._say_ready(hello)
+        await self._commands.read()
+        self.leave()
+
+    async def until_start(self) -> Hello:
+        """Say that the client is ready, and wait until it is to begin; return the server's word."""
+        await self._say_ready(Hello())
+        go = msgspec.json.decode(await self._commands.readline(), type=Go)
+        await asyncio.sleep(go.start_s - time.monotonic())
+        return go.server
+
+    async def generate(self, emit: Callable[[str, bool], None]) -> None:
+        """Generate the answer from now on; `emit` takes each piece, and whether it is the last."""
+        plan = self.setup.plan
+        start_s = time.monotonic()
+        try:
+            for index, token in enumerate(plan):
+                await asyncio.sleep(start_s + token.time_s - time.monotonic())
+                self.note(token.text)
+                emit(token.text, index + 1 == len(plan))
+        except Exception as error:
+            self._commands.set_exception(error)  # It ends the program, with what went wrong.
+            raise
+
+    def leave(self) -> NoReturn:
+        """Write down what was seen, and end the process: what closing would say counts no more."""
+        report = Report(
+            times_s=tuple(self._times_s),
+            texts=tuple(self._texts),
+            late_p99_s=self._lateness.summary().p99_s,
+            is_real_time=self._is_real_time,
+        )
+        self._file.write_bytes(msgspec.json.encode(report))
+        os._exit(0)
+
+    async def _say_ready(self, hello: Hello) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(self._commands), sys.stdin
+        )
+        gc.freeze()  # What was loaded so far need not be searched again and again.
+        reduce_timer_slack()
+        self._is_real_time = _become_real_time()
+        self._looking = asyncio.create_task(self._look())
+        print(msgspec.json.encode(hello).decode(), flush=True)  # noqa: T201
+
+    async def _look(self) -> None:
+        """Wake again and again, and see how late that is."""
+        while True:
+            due_s = time.monotonic() + LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._lateness.record(max(0.0, time.monotonic() - due_s))
+
+
+async def answer_of(end: End) -> AsyncIterator[tuple[str, bool]]:
+    """Generate the answer at its own pace, however slowly it is taken; give its pieces."""
+    pieces: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+    generating = asyncio.create_task(
+        end.generate(lambda text, is_last: pieces.put_nowait((text, is_last)))
+    )
+    is_last = False
+    while not is_last:
+        text, is_last = await pieces.get()
+        yield text, is_last
+    await generating
+
+
+def _become_real_time() -> bool:
+    """Put this process under SCHED_FIFO, below the router, where that is allowed."""
+    policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, policy, os.sched_param(PRIORITY))
+        return True
+    return False
+
+
+async def _run(kind: str, side: Side, folder: Path) -> None:
+    end = End(folder, side)
+    if kind == "quic":
+        from eloquent_netem.lab import tun_quic
+
+        await (tun_quic.serve if side == "server" else tun_quic.ask)(end)
+    elif kind == "sse":
+        from eloquent_netem.lab import tun_sse
+
+        await (tun_sse.serve if side == "server" else tun_sse.ask)(end)
+    else:
+        from eloquent_netem.lab import tun_websocket
+
+        await (tun_websocket.serve if side == "server" else tun_websocket.ask)(end)
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    # select's timeouts are good to the microsecond; epoll's are rounded up to milliseconds.
+    return asyncio.SelectorEventLoop(SelectSelector())
+
+
+def main() -> None:
+    """Be one end of one answer."""
+    kind, side, folder = sys.argv[1:]
+    with asyncio.Runner(loop_factory=_loop) as runner:
+        runner.run(_run(kind, "server" if side == "server" else "client", Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""One answer through the TUN router: two programs in two namespaces, and what they saw."""
+
+import array
+import atexit
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import IO
+
+import msgspec
+
+from eloquent_netem.capture import Captured, Fate
+from eloquent_netem.errors import NetemError
+from eloquent_netem.lab.measures import DeliveryError, check_delivery
+from eloquent_netem.lab.rows import Arrivals, Place
+from eloquent_netem.lab.tun_ends import SETUP, Go, Hello, Report, Setup
+from eloquent_netem.link import Link
+from eloquent_netem.namespaces import Side
+from eloquent_netem.packet import Packet
+from eloquent_netem.realtime import (
+    LATENESS_BOUND_S,
+    DriverStats,
+    MakeCrossTraffic,
+    MakeLinks,
+    no_cross_traffic,
+)
+from eloquent_netem.run import CapturedLink
+from eloquent_netem.tun import TunNetwork, tun_network
+
+LEAD_S = 0.1
+"From the start of the router's clock to the instant at which the client begins."
+
+END_LATENESS_BOUND_S = 0.005
+"A run in which one of 100 timers of an end came later than this is refused."
+
+LOOK_EVERY_S = 0.1
+PROGRAMS_SPREAD_S = 0.002
+"""Tokens that took up to this much longer than the fastest met nothing on their way: what varies is
+how long the programs took."""
+
+PATIENCE_S = 180.0
+"How much longer than its generation an answer may take; ends a hang."
+
+UP, DOWN = 0.0, 1.0
+"Directions in `PacketNotes`' file."
+
+
+class TunRunError(NetemError):
+    """A program inside the namespaces failed, so the run is void."""
+
+
+class StarvedError(NetemError):
+    """The programs at the ends were woken too late, so they showed the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """One run, as it is to be."""
+
+    kind: str
+    "Of the ends: `eloquent_netem.lab.tun_ends`."
+    setup: Setup
+    links: MakeLinks
+    "Their clock starts `LEAD_S` before the client begins."
+    cross: MakeCrossTraffic = no_cross_traffic
+    lateness_bound_s: float = LATENESS_BOUND_S
+    rootless: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What was seen; times in seconds of CLOCK_MONOTONIC."""
+
+    begun_s: float
+    "When the client began."
+    server: Report
+    client: Report
+    packets: "Packets"
+    stats: DriverStats
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """When which bytes entered the links."""
+
+    up: Sequence[tuple[float, int]]
+    down: Sequence[tuple[float, int]]
+
+    def sizes(self, way: Sequence[tuple[float, int]], start_s: float, stop_s: float) -> list[int]:
+        """Return the sizes of those that entered from `start_s` to `stop_s`."""
+        return [size for time_s, size in way if start_s <= time_s <= stop_s]
+
+
+class PacketNotes:
+    """Notes each packet that enters, in the router's process, and writes them down at its end."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._notes = array.array("d")
+        atexit.register(self._save)  # The process was made for these links and ends with them.
+
+    def observe(self, now: float, direction: str, packet: Packet, fate: Fate) -> None:
+        """See `eloquent_netem.capture.Observer`."""
+        if fate is Fate.SENT:
+            self._notes.extend((DOWN if direction == "down" else UP, now, packet.size))
+
+    def _save(self) -> None:
+        self._file.write_bytes(self._notes.tobytes())
+
+
+def noted_links(links: MakeLinks, file: Path) -> tuple[Link, Link]:
+    """Return the links, watched by `PacketNotes`; called in the router's process."""
+    up, down = links()
+    observers = [PacketNotes(file).observe]
+    return (
+        CapturedLink(up, Captured(up, "up", observers)),
+        CapturedLink(down, Captured(down, "down", observers)),
+    )
+
+
+def play(run: Play) -> Played:
+    """Make one run; nothing is left of it.
+
+    Raises:
+        NamespaceError: the namespaces cannot be made; the message says why and what helps.
+        LatenessError, OverloadError, StarvedError: the machine was too slow, so the run is void.
+        TunRunError: a program in it failed, or it did not end.
+    """
+    with tempfile.TemporaryDirectory(prefix="eloquent-lab-") as name, contextlib.ExitStack() as end:
+        folder = Path(name)
+        (folder / SETUP).write_bytes(msgspec.json.encode(run.setup))
+        notes = folder / "packets"
+        with tun_network(
+            partial(noted_links, run.links, notes),
+            cross=run.cross,
+            lateness_bound_s=run.lateness_bound_s,
+            rootless=run.rootless,
+        ) as network:
+            sides: dict[Side, subprocess.Popen[str]] = {}
+            for side in ("server", "client"):
+                sides[side] = _start(network, side, run.kind, folder, end)
+            hello = msgspec.json.decode(_ready(sides["server"], folder, "server"), type=Hello)
+            _ready(sides["client"], folder, "client")
+            before_s = time.monotonic()
+            network.start()
+            started_s = (before_s + time.monotonic()) / 2
+            _say(sides["client"], msgspec.json.encode(Go(started_s + LEAD_S, hello)).decode())
+            _await_end(run, sides, folder)
+        reports = {
+            side: msgspec.json.decode((folder / f"{side}.json").read_bytes(), type=Report)
+            for side in sides
+        }
+        played = Played(
+            begun_s=started_s + LEAD_S,
+            server=reports["server"],
+            client=reports["client"],
+            packets=_read_notes(notes, started_s),
+            stats=network.stats().driver,
+        )
+    _refuse_starved(played)
+    return played
+
+
+def arrivals(played: Played, place: Place, begin_s: float) -> Arrivals:
+    """Return what the answer did, if it arrived whole, in order and once.
+
+    `begin_s` is what the scenario's clock read when the client began.
+
+    Raises:
+        DeliveryError: something is missing, doubled or changed.
+    """
+    check_delivery(played.server.texts, played.client.texts)
+    generated_s, rendered_s = played.server.times_s, played.client.times_s
+    packets = played.packets
+    down = packets.sizes(packets.down, generated_s[0], rendered_s[-1])
+    up = packets.sizes(packets.up, generated_s[0], rendered_s[-1])
+    return Arrivals(
+        generated_s=generated_s,
+        rendered_s=rendered_s,
+        requested_s=played.begun_s,
+        base_delay_s=place.base_delay_s + programs_s(generated_s, rendered_s, place.base_delay_s),
+        origin_s=played.begun_s - begin_s,
+        downlink_packets=len(down),
+        downlink_bytes=sum(down),
+        uplink_bytes=sum(up),
+        lateness_p99_us=played.stats.lateness.p99_s * 1e6,
+    )
+
+
+def programs_s(
+    generated_s: Sequence[float], rendered_s: Sequence[float], base_delay_s: float
+) -> float:
+    """Return how much a token took beyond the path's delay if it met nothing on its way.
+
+    That is what the programs at both ends and the kernel take, about a millisecond, and what the
+    reader would wait for on a loss-free path too: no stall. It is the median of the tokens that
+    came within `PROGRAMS_SPREAD_S` of the fastest.
+    """
+    delays_s = [
+        seen - made - base_delay_s for made, seen in zip(generated_s, rendered_s, strict=True)
+    ]
+    limit_s = min(delays_s) + PROGRAMS_SPREAD_S
+    return max(0.0, median(delay_s for delay_s in delays_s if delay_s <= limit_s))
+
+
+def _start(
+    network: TunNetwork, side: Side, kind: str, folder: Path, end: contextlib.ExitStack
+) -> "subprocess.Popen[str]":
+    complaints = end.enter_context((folder / f"{side}.err").open("w"))
+    process = network.popen(
+        side,
+        [sys.executable, "-m", "eloquent_netem.lab.tun_ends", kind, side, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=complaints,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for us, who end it.
+    )
+    for pipe in (process.stdin, process.stdout):
+        end.callback(_close, pipe)
+    return process
+
+
+def _ready(process: "subprocess.Popen[str]", folder: Path, side: Side) -> str:
+    """Wait until a program is ready; return what it says."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise _failed(folder, side, process.wait())
+    return line
+
+
+def _say(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # Its end is noticed at once.
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+
+
+def _await_end(run: Play, sides: "dict[Side, subprocess.Popen[str]]", folder: Path) -> None:
+    """Wait until the client has the answer, then end the server."""
+    plan = run.setup.plan
+    length_s = plan[-1].time_s if plan else 0.0
+    deadline_s = time.monotonic() + length_s + PATIENCE_S
+    _await(sides["client"], "client", folder, deadline_s, sides["server"])
+    _close(sides["server"].stdin)
+    _await(sides["server"], "server", folder, deadline_s)
+
+
+def _await(
+    process: "subprocess.Popen[str]",
+    side: Side,
+    folder: Path,
+    deadline_s: float,
+    server: "subprocess.Popen[str] | None" = None,
+) -> None:
+    """Wait for a program's end; `server` must live until then."""
+    while True:
+        try:
+            code = process.wait(LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            if code:
+                raise _failed(folder, side, code)
+            return
+        server_code = None if server is None else server.poll()
+        if server_code is not None:
+            raise _failed(folder, "server", server_code)
+        if time.monotonic() > deadline_s:
+            raise DeliveryError(
+                f"The answer was not whole {PATIENCE_S:g} s after its generation: the network "
+                "lets nothing through, or the transport hangs."
+            )
+
+
+def _failed(folder: Path, side: Side, code: int) -> TunRunError:
+    complaint = (folder / f"{side}.err").read_text(encoding="utf-8", errors="replace")
+    reason = complaint.strip().splitlines()[-1:] or [f"exit code {code}"]
+    return TunRunError(
+        f"The {side}'s program in its namespace failed ({reason[0]}), so the run is void. Run it "
+        "again; if it fails again, report it."
+    )
+
+
+def _read_notes(file: Path, started_s: float) -> Packets:
+    notes = array.array("d", file.read_bytes())
+    ways: dict[float, list[tuple[float, int]]] = {UP: [], DOWN: []}
+    for way, time_s, size in zip(notes[0::3], notes[1::3], notes[2::3], strict=True):
+        ways[way].append((started_s + time_s, int(size)))
+    return Packets(ways[UP], ways[DOWN])
+
+
+def _refuse_starved(played: Played) -> None:
+    late_s = max(played.server.late_p99_s, played.client.late_p99_s)
+    if late_s > END_LATENESS_BOUND_S:
+        raise StarvedError(
+            f"A program in the namespaces was woken {late_s * 1e3:.1f} ms late or later in one "
+            f"case of 100, and {END_LATENESS_BOUND_S * 1e3:.0f} ms is the bound, so this run's "
+            "figures would show the machine and not the network: run fewer at a time, or use a "
+            "less busy machine."
+        )
+
+
+def _close(pipe: IO[str] | None) -> None:
+    if pipe is not None:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
