@@ -54,6 +54,10 @@ class Link(Protocol):
     def heard_s(self) -> float:
         """When something last came from the server, in the loop's time."""
 
+    @property
+    def answered_s(self) -> float:
+        """Up to when what was sent has reached the server, as far as its answers tell."""
+
     def open_turn(self, request: Request, receiver: Receiver) -> int:
         """Ask for a turn, or go on with one; return its number on this link."""
 

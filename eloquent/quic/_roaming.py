@@ -52,6 +52,12 @@ class RoamingConnection(EcnConnection):
         """Whether a ticket showed who the peer is, so that it showed no certificate again."""
         return self.tls.session_resumed
 
+    @property
+    def newest_acked(self) -> int:
+        """The highest number of a packet that the peer has acknowledged, or -1."""
+        space = self._spaces.get(Epoch.ONE_RTT)
+        return space.largest_acked_packet if space is not None else -1
+
     def resend_refused(self, now: float) -> None:
         """Send again at once what left early, if the server did not take it (client)."""
         if self.tls.early_data_accepted:

@@ -62,6 +62,11 @@ class QuicLink:
         """See `Link.heard_s`."""
         return self._heard_s
 
+    @property
+    def answered_s(self) -> float:
+        """See `Link.answered_s`."""
+        return self._connection.answered_at
+
     def open_turn(self, request: Request, receiver: Receiver) -> int:
         """See `Link.open_turn`."""
         number = self._connection.request(request, receiver)

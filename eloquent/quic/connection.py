@@ -98,6 +98,12 @@ class Connection(ABC):
         self._events: deque[ConnectionEvent] = deque()
         self._is_ended = False
         self._sent_at = float("-inf")
+        self._answered_at = float("-inf")
+
+    @property
+    def answered_at(self) -> float:
+        """Up to when what was sent has reached the peer, as far as its answers tell, in seconds."""
+        return self._answered_at
 
     @property
     def quic(self) -> RoamingConnection:
@@ -117,7 +123,10 @@ class Connection(ABC):
 
     def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """Take a UDP datagram, which came with this ECN field."""
+        newest = self._quic.newest_acked
         self._quic.receive_datagram(data, address, now, ecn)
+        if self._quic.newest_acked > newest:
+            self._answered_at = max(self._answered_at, now - self._quic.srtt_s)
         self._process_quic_events(now)
 
     def handle_timer(self, now: float) -> None:

@@ -9,7 +9,7 @@ from aioquic.quic.configuration import QuicConfiguration
 
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
-from eloquent.core.liveness import DEAD_AFTER_S, SERVER_PROBE_AFTER_S, SERVER_PROBE_EVERY_S
+from eloquent.core.liveness import DEAD_AFTER_S, PROBE_AFTER_S, PROBE_EVERY_S, dead_after_s
 from eloquent.core.log import Log
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
@@ -119,11 +119,14 @@ class ServerConnection(Connection):
         self._channel: ChannelStream[ServerChannel] | None = None
         self._heard_at = float("-inf")
         self._probed_at = float("-inf")
+        self._reading_at = float("-inf")
+        "Since when there are readers, so that what is sent is to be answered."
 
     def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `Connection.receive`."""
         self._heard_at = now
         super().receive(data, address, now, ecn)
+        self._probe_if_due(now)
 
     def send(self, now: float) -> list[tuple[bytes, Address, Ecn]]:
         """See `Connection.send`."""
@@ -133,9 +136,10 @@ class ServerConnection(Connection):
         return datagrams
 
     def is_silent(self, now: float) -> bool:
-        """Return whether turns are open and the client was not heard for `DEAD_AFTER_S`."""
-        is_reading = bool(self._readers) or self._channel is not None
-        return is_reading and now >= self._heard_at + DEAD_AFTER_S
+        """Return whether turns are open and the link to the client is dead, one way or both."""
+        if self._channel is not None:
+            return now >= self._heard_at + DEAD_AFTER_S
+        return bool(self._readers) and now >= self._dead_at
 
     def accept(self, turn: int, log: Log, offset: int = 0) -> None:
         """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled."""
@@ -147,6 +151,8 @@ class ServerConnection(Connection):
         if not self._quic.can_send_datagrams:
             self.reject(turn, "malformed_request", NO_CHANNEL)
             return
+        if not self._readers:
+            self._reading_at = self._heard_at
         window = self._windows.open(log, offset)
         sender = self._make_sender(turn, window, self._path)
         sender.start_at(offset)
@@ -191,10 +197,7 @@ class ServerConnection(Connection):
             self._forget_request(turn)
             self._quic.stop_stream(turn * 4, STREAM_REFUSED)
             self.reject(turn, "request_timeout", TOO_LATE)
-        probe_time = self._probe_time()
-        if probe_time is not None and probe_time <= now:
-            self._probed_at = now
-            self._quic.send_probe()
+        self._probe_if_due(now)
         super().handle_timer(now)
 
     def sender(self, turn: int) -> Sender | None:
@@ -240,10 +243,23 @@ class ServerConnection(Connection):
         times.append(self._channel.channel.next_time() if self._channel is not None else None)
         return [time for time in times if time is not None]
 
+    def _probe_if_due(self, now: float) -> None:
+        time = self._probe_time()
+        if time is not None and time <= now:
+            self._probed_at = now
+            self._quic.send_probe()
+
     def _probe_time(self) -> float | None:
         """Return when to ask the client for a sign of life; None: it is dead, or not needed."""
-        time = max(self._heard_at + SERVER_PROBE_AFTER_S, self._probed_at + SERVER_PROBE_EVERY_S)
-        return time if self._readers and time < self._heard_at + DEAD_AFTER_S else None
+        asked_at = max(self._answered_at, self._reading_at)
+        time = max(asked_at + PROBE_AFTER_S, self._probed_at + PROBE_EVERY_S)
+        is_of_use = time < self._dead_at or self._heard_at > self._probed_at
+        return time if self._readers and is_of_use else None
+
+    @property
+    def _dead_at(self) -> float:
+        """When the link is dead unless something is answered."""
+        return max(self._answered_at, self._reading_at) + dead_after_s(self._quic.srtt_s)
 
     def _on_frame(self, frame: Frame, now: float) -> None:
         if not isinstance(frame, Report):

@@ -141,6 +141,10 @@ class Route:
         """Whether no way leads to the server; not so if none was seen while there was a link."""
         return self._was_used and self._machine.source_for(self._host) is None
 
+    def is_another(self, source: str | None) -> bool:
+        """Return whether the way is now another one than `source` stands for."""
+        return self._machine.source_for(self._host) != source
+
     def look(self) -> bool:
         """Look at it; return whether it has changed, or the machine has slept."""
         self._looked = self.changes

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from eloquent.core.beat import CLIENT_RTTS, beat_s
 from eloquent.core.events import Event
 from eloquent.core.liveness import (
-    DEAD_AFTER_S,
+    KEEPALIVE_S,
     PROBE_AFTER_S,
     PROBE_EVERY_S,
     TRY_RTTS,
     TRY_S,
+    dead_after_s,
 )
 from eloquent.core.receiver import Receiver
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
@@ -21,16 +22,14 @@ from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedE
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
+from eloquent.session.retries import CLIMB_EVERY_S, CLIMB_FIRST_S, Climbs, Retries
 from eloquent.session.routes import WOKE_S, Machine, Route
 from eloquent.session.states import (
     CANCEL_KEPT_S,
     CANCEL_SLACK_S,
     NEXT,
     OFFLINE_LOOK_S,
-    REFUSED_FOR_S,
-    RETRY_FIRST_S,
-    RETRY_GROWTH,
-    RETRY_MAX_S,
+    SILENT_FOR_S,
     LinkState,
 )
 from eloquent.session.turn import ClientTurn
@@ -43,10 +42,6 @@ Connector = Callable[[ServerUrl, LinkUser, float], Awaitable[Link]]
 
 MIN_WAIT_S = 1e-3
 "Rounding must not make a wait of no time at all, again and again."
-
-CLIMB_FIRST_S = 10.0
-CLIMB_EVERY_S = 60.0
-"On a rung below QUIC, a better one is tried after these times, and when the network changes."
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +78,8 @@ class Session:
         self._url = url
         self._climber = climber
         self._climbing: asyncio.Task[None] | None = None
+        self._climbs = Climbs()
+        self._retries = Retries()
         self._connect_timeout_s = connect_timeout_s
         self._on_state = on_state
         self._connect = connector
@@ -191,7 +188,7 @@ class Session:
             self._early = link
             for turn in self._numbers:
                 if not turn.request.body:
-                    self._ask(link, turn)
+                    self._numbers[turn] = link.open_turn(turn.request, turn.receiver)
 
     def on_progress(self, link: Link, turn: int, events: Sequence[Event]) -> None:
         """See `LinkUser.on_progress`."""
@@ -216,6 +213,7 @@ class Session:
             self._stop_climbing()
             self._forget_told(link)
             self._link = None
+            self._retries.hurry()
             self._numbers = dict.fromkeys(self._numbers, -1)
             self._wake()
 
@@ -239,6 +237,7 @@ class Session:
     def _cancel(self, turn: ClientTurn) -> None:
         was_asked = turn in self._asked
         number = self._forget(turn)
+        was_asked = was_asked or number >= 0  # early
         if self._link is not None and number >= 0:
             self._link.cancel_turn(number)
         if was_asked:
@@ -251,7 +250,7 @@ class Session:
     def _forget_told(self, link: Link | None) -> None:
         """Forget cancels that the server has heard: the link lived on after they were said."""
         if link is not None:
-            told_s = link.heard_s - link.srtt_s - CANCEL_SLACK_S
+            told_s = link.answered_s - CANCEL_SLACK_S
             self._cancels = [cancel for cancel in self._cancels if cancel.said_s > told_s]
 
     def _tell_cancels(self, link: Link) -> None:
@@ -328,43 +327,64 @@ class Session:
     async def _watch(self, link: Link) -> None:
         """Wait until there is news, or it is time to ask the server for a sign of life."""
         await self._follow_route(link)
-        last_s = self._tried_s + link.srtt_s  # what was on its way then has come
-        if self._route.is_missing and link.heard_s <= last_s:
-            self._set_state(LinkState.OFFLINE)
-            await self._wait_for_news(OFFLINE_LOOK_S)
+        self._forget_told(link)
+        is_tried = self._tried_s > link.answered_s
+        dead_s = dead_after_s(link.srtt_s)
+        if is_tried:
+            since_s = self._tried_s
+            dead_s = min(dead_s, TRY_S + TRY_RTTS * link.srtt_s)
+        elif self._numbers or self._cancels:
+            since_s = max(link.answered_s, self._expecting_s)
+        else:
+            since_s = link.heard_s + KEEPALIVE_S  # then the link asks by itself
+        silent_s = _now() - since_s
+        if silent_s >= dead_s:
+            await self._do_without(link)
             return
         self._set_state(LinkState.UP)
         self._ask_new(link)
-        self._forget_told(link)
-        if not self._numbers and not self._cancels:
-            await self._news.wait()
-            return
-        is_tried = self._tried_s > link.heard_s
-        silent_s = _now() - max(link.heard_s, self._expecting_s, self._tried_s)
-        try_s = TRY_S + TRY_RTTS * link.srtt_s if is_tried else DEAD_AFTER_S
-        dead_after_s = min(try_s, DEAD_AFTER_S)
-        if silent_s >= dead_after_s:
-            await self._replace(link)
-            return
         wait_s = 0.0 if is_tried else PROBE_AFTER_S - silent_s
         if wait_s < MIN_WAIT_S:
             link.probe()
-            wait_s = max(min(PROBE_EVERY_S, dead_after_s - silent_s), MIN_WAIT_S)
+            wait_s = max(min(PROBE_EVERY_S, dead_s - silent_s), MIN_WAIT_S)
         due_s = _now() + wait_s
         await self._wait_for_news(wait_s)
         if _now() - due_s > WOKE_S:  # this process was stopped: what is silent was not asked
             self._tried_s = _now()
 
+    async def _do_without(self, dead: Link) -> None:
+        """Go over to another link, if one is needed and can be had."""
+        if not self._wants_link():
+            await self._leave(dead)
+        elif self._route.is_missing:
+            self._set_state(LinkState.OFFLINE)
+            await self._wait_for_news(OFFLINE_LOOK_S)
+        else:
+            await self._replace(dead)
+
+    async def _leave(self, dead: Link) -> None:
+        """Close a link that is dead while none is needed; the next turn makes another."""
+        self._set_state(LinkState.IDLE)
+        self._stop_climbing()
+        self._link = None
+        await dead.close()
+
     async def _replace(self, silent: Link) -> None:
-        """Make another link beside one that is silent; the first to say something is used."""
+        """Make another link beside one that is silent; the first to answer is used."""
+        begun_s, silent_since = _now(), silent.answered_s
         self._set_state(LinkState.SILENT)
-        silent_since = silent.heard_s
         making = asyncio.ensure_future(self._find_link(LinkState.SILENT))
+        probed_s = float("-inf")
         try:
-            while silent is self._link and silent.heard_s == silent_since and not making.done():
+            while silent is self._link and silent.answered_s == silent_since and not making.done():
                 await self._follow_route(silent)
-                silent.probe()
-                wait_s = beat_s(_now() - silent_since, silent.srtt_s, CLIENT_RTTS)
+                if self._state is LinkState.SILENT and _now() - begun_s >= SILENT_FOR_S:
+                    self._set_state(LinkState.RECONNECTING)
+                wait_s = probed_s + beat_s(_now() - begun_s, silent.srtt_s, CLIENT_RTTS) - _now()
+                if wait_s < MIN_WAIT_S:
+                    silent.probe()
+                    probed_s = _now()
+                    continue
                 self._news.clear()
                 news = asyncio.ensure_future(self._news.wait())
                 await asyncio.wait(
@@ -375,7 +395,8 @@ class Session:
             new = await _result_or_stop(making)
         if new is not None:
             await self.switch(new)
-        elif silent is self._link:
+        elif silent is self._link and silent.answered_s > silent_since:
+            self._retries = Retries()
             self._set_state(LinkState.UP)
 
     async def switch(self, link: Link) -> None:
@@ -404,53 +425,57 @@ class Session:
 
         The session is in `state` while it tries, and offline while no way leads to the server.
         """
-        wait_s = RETRY_FIRST_S
-        refused_since: float | None = None
         while self._wants_link():
             if (self._asked or self._cancels) and self._route.is_missing:
                 self._set_state(LinkState.OFFLINE)
                 await self._route.wait(self._route.changes, OFFLINE_LOOK_S)
                 continue
-            self._set_state(state)
-            changes = self._route.changes
+            if self._state is not LinkState.RECONNECTING:
+                self._set_state(state)
+            changes, begun_s = self._route.changes, _now()
             try:
                 return await self._connect(self._url, self, self._connect_timeout_s)
             except EloquentError as error:
                 self._forget_early()
-                is_refusal = isinstance(error, ServerRefusedError)
-                refused_since = (refused_since or _now()) if is_refusal else None
-                is_gone = refused_since is not None and _now() - refused_since >= REFUSED_FOR_S
-                if is_gone:
-                    self._cancels.clear()
-                self._give_up(
-                    error, self._numbers if is_gone else self._numbers.keys() - self._asked
+                wait_s = self._retries.on_failure(
+                    begun_s, _now(), is_refusal=isinstance(error, ServerRefusedError)
                 )
+                if self._retries.is_over:
+                    self._cancels.clear()
+                    self._give_up(error, self._numbers)
+                    self._retries = Retries()
+                else:
+                    self._give_up(error, self._numbers.keys() - self._asked)
             if await self._route.wait(changes, wait_s):
-                wait_s = RETRY_FIRST_S
-            else:
-                wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
+                self._retries.hurry()
         return None
 
     def _use(self, link: Link) -> None:
         early, self._early = self._early, None
         self._link = link
+        self._retries = Retries()
         self._expecting_s = _now()
         self._route.note_use()
         self._set_state(LinkState.UP)
-        if link is not early:
+        if link is early:
+            self._asked.update(turn for turn, number in self._numbers.items() if number >= 0)
+        else:
             self._numbers = dict.fromkeys(self._numbers, -1)
         self._ask_new(link)
         self._tell_cancels(link)
         self._stop_climbing()
-        if self._climber is not None and link.rung.is_below_quic:
-            self._climbing = asyncio.ensure_future(self._climb(link, self._climber))
+        if not link.rung.is_below_quic:
+            self._climbs.on_quic(_now())
+        elif self._climber is not None:
+            wait_s = self._climbs.on_fall(_now())
+            self._climbing = asyncio.ensure_future(self._climb(link, self._climber, wait_s))
 
-    async def _climb(self, link: Link, climber: Connector) -> None:
+    async def _climb(self, link: Link, climber: Connector, wait_s: float) -> None:
         """Try to go over to a better rung until one is found, or the link is no more in use."""
-        wait_s = CLIMB_FIRST_S
+        is_late = wait_s > CLIMB_FIRST_S
         while True:
-            await self._route.wait(self._route.changes, wait_s)
-            wait_s = CLIMB_EVERY_S
+            await self._wait_to_climb(wait_s, is_late=is_late)
+            wait_s = max(wait_s, CLIMB_EVERY_S)
             if link is not self._link:
                 return
             with contextlib.suppress(EloquentError):
@@ -459,6 +484,14 @@ class Session:
                     await self.switch(better)
                 else:
                     await better.close()
+                return
+
+    async def _wait_to_climb(self, wait_s: float, *, is_late: bool) -> None:
+        """Wait, or until the network changes; if the climb `is_late`, until the way is another."""
+        due_s, source = _now() + wait_s, self._route.source
+        while (left_s := due_s - _now()) > 0:
+            has_changed = await self._route.wait(self._route.changes, left_s)
+            if has_changed and (not is_late or self._route.is_another(source)):
                 return
 
     def _stop_climbing(self) -> None:
@@ -477,6 +510,8 @@ class Session:
         if not self._route.has_changed():
             return
         self._tried_s = _now()
+        if self._route.source != before:
+            self._climbs = Climbs()
         if self._route.source is not None and (
             self._route.source == before or await link.migrate()
         ):

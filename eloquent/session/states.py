@@ -2,17 +2,11 @@
 
 from enum import Enum
 
-RETRY_FIRST_S = 0.25
-RETRY_MAX_S = 5.0
-RETRY_GROWTH = 2.0
-"A failed attempt to reconnect is followed by the next after these waits, each twice the last."
-
 OFFLINE_LOOK_S = 1.0
-"Without a way to the server the link is looked at this often: what is heard proves there is one."
+"Without a way to the server the link is looked at this often: an answer proves that there is one."
 
-REFUSED_FOR_S = 5.0
-"When only refusals have come for so long, the server is gone, and its turns fail."
-
+SILENT_FOR_S = 10.0
+"A link that is silent for longer counts as lost, though it is still listened to."
 
 CANCEL_SLACK_S = 0.5
 "What comes a round trip and this much after a cancel shows that the server was there to hear it."
@@ -29,13 +23,14 @@ class LinkState(Enum):
     CONNECTING = "connecting"
     "The first connection is being made."
     UP = "up"
-    "Packets come, or none are expected."
+    "The server answers, or has not been asked for the last 20 s."
     SILENT = "silent"
-    "A turn is open and nothing comes, not even what the model has no part in; reconnecting."
+    """A turn is open and the server answers nothing, not even what the model has no part in: one
+    way of the link is dead, or both. Another link is being made."""
     OFFLINE = "offline"
     "This machine has no network; as soon as it has one, it goes on."
     RECONNECTING = "reconnecting"
-    "The connection is gone, and a new one is being made."
+    "The connection is gone, or has been silent for long, and a new one is being made."
     CLOSED = "closed"
     "The session is over."
 

@@ -61,6 +61,11 @@ class WebSocketLink:
         """See `Link.heard_s`."""
         return self._websocket.heard_s
 
+    @property
+    def answered_s(self) -> float:
+        """See `Link.answered_s`; a server that TCP acknowledges nothing to soon sends no more."""
+        return self._websocket.heard_s
+
     def open_turn(self, request: Request, receiver: Receiver) -> int:
         """See `Link.open_turn`."""
         number = self._channel.request(request, receiver)

@@ -32,7 +32,8 @@ from eloquent.link import Rung
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.listen import listen as listen_quic
 from eloquent.session.race import MAX_ADDRESSES, in_turn
-from eloquent.session.session import CLIMB_EVERY_S, CLIMB_FIRST_S, Session
+from eloquent.session.retries import CLIMB_EVERY_S, CLIMB_FIRST_S
+from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.websocket.client import STAGGER_S

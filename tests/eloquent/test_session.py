@@ -15,7 +15,8 @@ from eloquent.errors import (
     ServerRefusedError,
 )
 from eloquent.serving import Reader
-from eloquent.session.states import REFUSED_FOR_S, LinkState
+from eloquent.session.retries import REFUSED_FOR_S
+from eloquent.session.states import LinkState
 
 ALL = "".join(tokens(100))
 
@@ -96,13 +97,54 @@ def test_an_idle_connection_is_kept_alive_every_20_seconds_at_most() -> None:
     assert 3600 / 60 <= packets <= 3600 / 20 * 2  # and an ACK for what the server answers
 
 
-def test_a_minute_without_a_link_does_not_end_an_idle_connection() -> None:
+def test_an_idle_connection_that_dies_is_noticed_by_its_keepalive_and_left() -> None:
+    """Nothing is tried until the next turn asks for a connection."""
+
+    async def play(world: World) -> tuple[float, int, float, str]:
+        await world.session.connect()
+        await asyncio.sleep(1.0)
+        world.up.is_cut = world.down.is_cut = True
+        cut_s = now()
+        await until(lambda: world.session.state is LinkState.IDLE)
+        left_s = now()
+        await asyncio.sleep(60.0)
+        tried = sum(time > left_s for time, _ in world.up.sizes)
+        world.up.is_cut = world.down.is_cut = False
+        asked_s, times = now(), list[float]()
+        text = await read(world.session.ask(b"{}"), times)
+        return left_s - cut_s, tried, times[0] - asked_s, text
+
+    left_s, tried, first_s, text = in_world(play)
+    assert left_s <= 20.0 + 2.0
+    assert tried == 0
+    assert first_s == pytest.approx(2 * 0.1, abs=0.01)
+    assert text == ALL
+
+
+def test_a_minute_without_a_link_is_no_harm_to_an_idle_session() -> None:
     async def play(world: World) -> tuple[str, list[LinkState]]:
         await world.session.connect()
         await world.cut(90.0)
         return await read(world.session.ask(b"{}")), world.seen()
 
     text, states = in_world(play)
+    assert text == ALL
+    up, idle = [LinkState.CONNECTING, LinkState.UP], LinkState.IDLE
+    assert states == [*up, idle, *up]
+
+
+def test_a_keepalive_that_is_lost_does_not_end_an_idle_connection() -> None:
+    async def play(world: World) -> tuple[bool, str, list[LinkState]]:
+        await world.session.connect()
+        before = world.session.link
+        await asyncio.sleep(19.9)
+        await world.cut(1.0)
+        assert world.up.sizes[-1][0] > 20.0
+        await asyncio.sleep(60.0)
+        return before is world.session.link, await read(world.session.ask(b"{}")), world.seen()
+
+    is_same, text, states = in_world(play)
+    assert is_same
     assert text == ALL
     assert states == [LinkState.CONNECTING, LinkState.UP]
 
@@ -353,32 +395,91 @@ def test_a_turn_that_fails_does_not_end_the_others() -> None:
     assert code == "bad_offset"
 
 
-def test_both_sides_say_within_two_seconds_that_the_link_is_dead() -> None:
+@pytest.mark.parametrize("rtt_s", [0.05, 0.3])
+@pytest.mark.parametrize("gap_s", [0.05, 1e6])  # tokens come; the model is quiet
+@pytest.mark.parametrize("dead", ["both ways", "uplink", "downlink"])
+def test_both_sides_say_within_two_seconds_that_the_link_is_dead(
+    dead: str, gap_s: float, rtt_s: float
+) -> None:
     async def play(world: World) -> tuple[float, float, list[bool]]:
         turn = world.session.ask(b"{}")
         await asyncio.sleep(3.0)
         assert isinstance(world.service, Telling)
         (reader,) = world.service.readers
         before = reader.is_silent
-        world.up.is_cut = world.down.is_cut = True
+        world.up.is_cut = dead != "downlink"
+        world.down.is_cut = dead != "uplink"
         cut_s = now()
         await until(lambda: reader.is_silent)
         server_s = now() - cut_s
         await asyncio.sleep(3.0)
         client_s = world.time_of(LinkState.SILENT) - cut_s
         world.up.is_cut = world.down.is_cut = False
-        await asyncio.sleep(1.0)
-        after = reader.is_silent
+        await asyncio.sleep(2.0)
+        after = any(reader.is_silent for reader in world.service.readers)
+        assert world.session.state is LinkState.UP
         turn.cancel()
         return server_s, client_s, [before, after]
 
-    for gap_s in (0.05, 1e6):  # while tokens come, and while the model is quiet
-        server_s, client_s, alarms = in_world(
-            play, lambda gap_s=gap_s: Telling(tokens(1000), gap_s)
-        )
-        assert server_s <= 2.0
-        assert client_s <= 2.0
-        assert alarms == [False, False]
+    server_s, client_s, alarms = in_world(play, lambda: Telling(tokens(1000), gap_s), rtt_s=rtt_s)
+    assert server_s <= 2.0
+    assert client_s <= 2.0
+    assert alarms == [False, False]
+
+
+def test_what_still_comes_over_a_dead_uplink_is_read() -> None:
+    async def play(world: World) -> tuple[str, list[LinkState]]:
+        times: list[float] = []
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}"), times))
+        await asyncio.sleep(1.0)
+        world.up.is_cut = True
+        await asyncio.sleep(3.5)
+        assert times[-1] > now() - 0.5
+        assert world.session.state is LinkState.SILENT
+        world.up.is_cut = False
+        return await reading, world.seen()
+
+    text, states = in_world(play)
+    assert text == ALL
+    assert states == [LinkState.CONNECTING, LinkState.UP, LinkState.SILENT, LinkState.UP]
+
+
+def test_a_connection_whose_uplink_dies_is_left_for_another() -> None:
+    """A NAT that forgot the way out, and not the way in."""
+
+    async def play(world: World) -> tuple[str, bool, float]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        old_ports = set(world.up.ports)
+        world.up.rewrite = lambda packet: packet.source[1] not in old_ports
+        cut_s = now()
+        text = await reading
+        up_s = world.time_of(LinkState.UP, after=cut_s)
+        return text, before is not world.session.link, up_s - cut_s
+
+    text, is_replaced, replaced_s = in_world(play)
+    assert text == ALL
+    assert is_replaced
+    assert replaced_s < 2.0 + 3 * 0.1
+
+
+def test_a_path_with_a_long_queue_is_no_dead_link() -> None:
+    """Though an answer takes longer than a dead link is otherwise given."""
+
+    async def play(world: World) -> tuple[list[LinkState], list[bool]]:
+        world.session.ask(b"{}")
+        await asyncio.sleep(10.0)
+        assert isinstance(world.service, Telling)
+        silent = []
+        for _ in range(600):
+            silent += [reader.is_silent for reader in world.service.readers]
+            await asyncio.sleep(0.1)
+        return world.seen(), silent
+
+    states, silent = in_world(play, lambda: Telling(["one", "two"], 1e6), rtt_s=1.5)
+    assert states == [LinkState.CONNECTING, LinkState.UP]
+    assert not any(silent)
 
 
 @pytest.mark.parametrize("rtt_s", [0.1, 0.3])
