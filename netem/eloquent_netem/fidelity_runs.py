@@ -18,7 +18,7 @@ from eloquent_netem.namespaces import CLIENT_ADDRESS, SERVER_ADDRESS, Side
 from eloquent_netem.packet import udp_packet
 from eloquent_netem.realtime import LATENESS_BOUND_S, DriverStats
 from eloquent_netem.scenario import Scenario, load_scenario, parse_scenario
-from eloquent_netem.tcp.tokens import START_S, send_tokens
+from eloquent_netem.tcp.tokens import START_S, even_tokens, send_tokens
 from eloquent_netem.tun import TunNetwork, tun_network
 
 INTERVAL_S = 0.02
@@ -70,9 +70,8 @@ def simulated_udp(scenario: Scenario, count: int, seed: int) -> list[float]:
 def simulated_tcp(scenario: Scenario, count: int, seed: int) -> list[float]:
     """Return the delays of tokens over the TCP model."""
     up, down = scenario.links(seed)
-    times = send_tokens(
-        up=up, down=down, tokens=count, interval_s=INTERVAL_S, token_bytes=TOKEN_BYTES
-    )
+    plan = even_tokens(count, interval_s=INTERVAL_S, token_bytes=TOKEN_BYTES)
+    times = send_tokens(up=up, down=down, plan=plan)
     return [seen - made for made, seen in zip(times.generated_s, times.rendered_s, strict=True)]
 
 

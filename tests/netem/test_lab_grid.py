@@ -8,6 +8,7 @@ import pytest
 
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.cases import Cache, Figures, Job, Results, run_jobs
+from eloquent_netem.lab.cells import Cell
 from eloquent_netem.lab.commands import transport
 from eloquent_netem.lab.findings import Finding, Report, markdown_page, summary_rows
 from eloquent_netem.lab.grid import (
@@ -18,7 +19,6 @@ from eloquent_netem.lab.grid import (
     grid_jobs,
     stall_report,
 )
-from eloquent_netem.lab.stalls import Cell
 
 CELL = Cell(rtt_s=0.1, tokens_per_s=30, loss=0.1, tokens=60)
 CASE = GridCase(CELL)
@@ -112,10 +112,12 @@ def test_a_cell_runs_with_every_scheme_and_the_cache_remembers_it(tmp_path: Path
     assert not first.failures
     assert first.figures[jobs[0]]["stall_ratio"] < first.figures[jobs[1]]["stall_ratio"]
     assert first.figures[jobs[0]]["data_packets_per_token"] >= 1
-    said: list[str] = []
-    again = run_jobs(jobs, workers=2, cache=Cache(file), progress=said.append)
+    said: list[tuple[int, int]] = []
+    again = run_jobs(
+        jobs, workers=2, cache=Cache(file), progress=lambda *counts: said.append(counts)
+    )
     assert again.figures == first.figures
-    assert said == ["4 of 4 runs are known from the cache."]
+    assert said == [(4, 4)]
     row = json.loads(file.read_text().splitlines()[0])
     file.write_text(json.dumps({**row, "key": "of other code"}) + "\n")
     assert Cache(file).get(jobs[0]) is None

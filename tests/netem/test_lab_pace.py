@@ -6,9 +6,10 @@ import pytest
 
 from eloquent.core.pacer import MAX_ADDED_DELAY_S
 from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.answer import send_answer
+from eloquent_netem.lab.cells import Cell, cell_path
 from eloquent_netem.lab.leak_commands import pace
 from eloquent_netem.lab.pace import TEXT, evenness
-from eloquent_netem.lab.stalls import Cell, cell_path, send_answer
 
 
 def test_off_shows_what_arrives_when_it_arrives() -> None:
@@ -19,10 +20,10 @@ def test_off_shows_what_arrives_when_it_arrives() -> None:
 
 
 def test_smooth_halves_the_long_gaps_that_bursts_of_loss_leave() -> None:
-    cell = Cell(rtt_s=0.1, tokens_per_s=30, loss=0.10, burst_s=0.15)
+    cell = Cell(rtt_s=0.1, tokens_per_s=30, loss=0.10, burst_s=0.15, tokens=300)
     gaps: list[tuple[float, float]] = []
     for seed in range(5):
-        answer = send_answer(cell_path(cell, seed), "eloquent", tokens=300, tokens_per_s=30)
+        answer = send_answer(cell_path(cell, seed), "eloquent", cell.plan)
         off, smooth = (evenness(answer.rendered_s, mode) for mode in ("off", "smooth"))
         gaps.append((off.gap_p99_s, smooth.gap_p99_s))
         assert smooth.largest_piece < off.largest_piece / 2, f"seed {seed}"

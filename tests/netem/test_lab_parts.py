@@ -12,13 +12,8 @@ from eloquent_netem.lab.findings import Finding, Report
 from eloquent_netem.lab.liveness import LivenessCase, liveness_jobs, liveness_report
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.outages import OutageCase, outage_cases, outage_jobs, outage_report
-from eloquent_netem.lab.traces import (
-    TRACES,
-    ScenarioCase,
-    scenario_path,
-    trace_cases,
-    trace_report,
-)
+from eloquent_netem.lab.simulated import scenario_path
+from eloquent_netem.lab.traces import TRACES, ScenarioCase, trace_cases, trace_report
 from eloquent_netem.lab.transport import Options, Part, make_parts, transport
 from eloquent_netem.lab.wire import CELL, WireCase, wire_report
 from eloquent_netem.scenario import parse_scenario
@@ -207,8 +202,8 @@ def test_the_exit_code_says_whether_all_bounds_are_met(
 
 
 def test_ctrl_c_keeps_what_is_done() -> None:
-    def interrupt(text: str) -> None:
-        if text == "3 of 1000 runs":
+    def interrupt(done: int, total: int) -> None:
+        if (done, total) == (3, 1000):
             raise KeyboardInterrupt
 
     jobs = [Job(Toy(), "eloquent", seed) for seed in range(1000)]

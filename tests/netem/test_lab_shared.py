@@ -19,6 +19,7 @@ from eloquent_netem.lab.fairness import (
     jain,
 )
 from eloquent_netem.lab.shared import Alarms, Flow, SharedLink, TcpTokens, WatchedQueue
+from eloquent_netem.lab.sources import ConstantRate
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import FixedRate
@@ -79,7 +80,7 @@ def test_two_answers_and_a_bulk_flow_share_a_link_and_each_answer_is_whole() -> 
         port = shared.port(flow)
         up = Link(delay_s=0.05, seed=0, name=f"up-{flow}")
         path = LabPath(up=up, down=port, base_delay_s=0.05, passes_from=lambda now: now)
-        answer = AnswerRun(path, OURS, tokens=60, tokens_per_s=30)
+        answer = AnswerRun(path, OURS, ConstantRate(30, 60).plan(0))
         start_s = START_S + flow / 7
         flows.append(Flow((answer, *answer.pair.actors), port, start_s, answer.pair.connect))
         answers.append(answer)

@@ -12,7 +12,7 @@ from eloquent_netem.packet import Packet
 from eloquent_netem.scenario import Scenario, load_scenario, parse_scenario
 from eloquent_netem.scenario_build import build_loss
 from eloquent_netem.scenario_parts import DOWN, UP
-from eloquent_netem.tcp.tokens import send_tokens
+from eloquent_netem.tcp.tokens import even_tokens, send_tokens
 from tests.netem.test_tun import needs_ip, network, run_client, start_server
 
 SEED = 5
@@ -85,7 +85,8 @@ def udp_trace(scenario: Scenario, direction: str, length_s: float) -> Trace:
 
 def tcp_model_traces(scenario: Scenario, tokens: int, interval_s: float) -> dict[str, Trace]:
     up, down = Recorded(scenario, UP), Recorded(scenario, DOWN)
-    send_tokens(up=up, down=down, tokens=tokens, interval_s=interval_s, token_bytes=200)
+    plan = even_tokens(tokens, interval_s=interval_s, token_bytes=200)
+    send_tokens(up=up, down=down, plan=plan)
     return {UP: trace(up.notes), DOWN: trace(down.notes)}
 
 

@@ -15,7 +15,7 @@ from eloquent_netem.loss import IndependentLoss, Loss, NoLoss
 from eloquent_netem.queues import DropTail
 from eloquent_netem.rate import FixedRate, Rate
 from eloquent_netem.sim import simulate
-from eloquent_netem.tcp import TcpPair, send_tokens
+from eloquent_netem.tcp import TcpPair, even_tokens, send_tokens
 from eloquent_netem.tcp.segment import MSS_BYTES
 
 RTT_S = 0.05
@@ -52,9 +52,7 @@ def delays_s(loss: float, interval_s: float, seed: int, tokens: int) -> list[flo
     times = send_tokens(
         up=slot_link("up", loss, seed),
         down=slot_link("down", loss, seed),
-        tokens=tokens,
-        interval_s=interval_s,
-        token_bytes=200,
+        plan=even_tokens(tokens, interval_s=interval_s, token_bytes=200),
     )
     return [seen - made for made, seen in zip(times.generated_s, times.rendered_s, strict=True)]
 

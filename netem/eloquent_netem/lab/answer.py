@@ -1,27 +1,31 @@
 """One answer over one emulated path: when was each token generated and seen, at what cost?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from eloquent.core.events import TextDelta
+from eloquent.core.events import TextDelta, encode_event
 from eloquent.core.log import TokenLog
+from eloquent.core.schemes import EloquentSender
 from eloquent.core.schemes import scheme as find_scheme
 from eloquent.core.turns import TurnCancelled, TurnFailed, TurnProgress, TurnRequested
 from eloquent.quic.connection import Connected, ConnectionEnded, ConnectionEvent
-from eloquent_netem.lab.measures import DeliveryError
+from eloquent_netem.lab.measures import DeliveryError, check_delivery
 from eloquent_netem.lab.pair import QuicPair
+from eloquent_netem.lab.sources import Token
 from eloquent_netem.link import Link
-from eloquent_netem.sim import simulate
+from eloquent_netem.sim import Actor, simulate
 from eloquent_netem.tcp import send_tokens
 
 START_S = 1.0
 "Virtual time starts here: aioquic takes 0 for 'never'."
 
 LIMIT_S = 600.0
-TOKEN_TEXT_CHARS = 10
-"With an event's two bytes of header a token takes 12 bytes of the log."
 
 EVENT_HEADER_BYTES = 2
+"What a token's event takes of the log beside its text, up to 127 bytes of text."
+
+QUIC_STREAM = "quic-stream"
+"The middle rung: the answer on one QUIC stream, as chat over HTTP/3 would have it."
 
 TCP_SCHEMES = {"tcp": "cubic", "tcp-reno": "reno"}
 "Schemes that run over the TCP model, and their congestion control."
@@ -42,6 +46,8 @@ class LabPath:
     "The first time, this one or later, at which the downlink would have carried a packet."
     on_start: Callable[[float], None] = lambda now: None
     "Is told when the first token is generated, before it is sent."
+    others: tuple[Actor, ...] = ()
+    "Whoever else uses the links; they act before the answer's ends."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,7 @@ class Answer:
 
 
 class AnswerRun:
-    """A client that asks, a server that generates at a fixed rate, and what the client sees.
+    """A client that asks, a server that generates as planned, and what the client sees.
 
     An actor for `simulate`, beside those of its `pair`.
     """
@@ -69,16 +75,12 @@ class AnswerRun:
         self,
         path: LabPath,
         scheme: str,
+        plan: Sequence[Token],
         *,
-        tokens: int,
-        tokens_per_s: float,
-        token_chars: int = TOKEN_TEXT_CHARS,
         padding: bool | None = None,
     ) -> None:
         self._path = path
-        self._tokens = tokens
-        self._tokens_per_s = tokens_per_s
-        self._token_chars = token_chars
+        self._plan = plan
         self._log = TokenLog()
         self._token_at: float | None = None
         self._before = (0, 0, 0, 0)
@@ -92,7 +94,8 @@ class AnswerRun:
         self.pair = QuicPair(
             up=path.up,
             down=path.down,
-            make_sender=find_scheme(scheme),
+            make_sender=EloquentSender if scheme == QUIC_STREAM else find_scheme(scheme),
+            has_datagrams=scheme != QUIC_STREAM,
             on_client_event=self._on_client_event,
             on_server_event=self._on_server_event,
             padding=scheme in PADDED_SCHEMES if padding is None else padding,
@@ -106,9 +109,9 @@ class AnswerRun:
         """See `Actor.act`: generate a token."""
         index = len(self.generated_s)
         self.generated_s.append(now)
-        self._log.append(TextDelta(token_text(index, self._token_chars)))
-        if index + 1 < self._tokens:
-            self._token_at = self.generated_s[0] + (index + 1) / self._tokens_per_s
+        self._log.append(TextDelta(self._plan[index].text))
+        if index + 1 < len(self._plan):
+            self._token_at = self.generated_s[0] + self._plan[index + 1].time_s
         else:
             self._token_at = None
             self._log.close("stop", model="lab", prompt_tokens=0, completion_tokens=index + 1)
@@ -120,9 +123,7 @@ class AnswerRun:
         Raises:
             DeliveryError: the text did not arrive whole, in order and once.
         """
-        wanted = [token_text(index, self._token_chars) for index in range(self._tokens)]
-        if self.texts != wanted:
-            raise DeliveryError("The text that arrived is not the text that was sent.")
+        check_delivery([token.text for token in self._plan], self.texts)
         counts = (
             after - before for after, before in zip(self._counts(), self._before, strict=True)
         )
@@ -170,19 +171,8 @@ class AnswerRun:
             raise DeliveryError(f"The server's connection reports {event}.")
 
 
-def token_text(index: int, chars: int = TOKEN_TEXT_CHARS) -> str:
-    """Return token `index` of the synthetic answer, of `chars` characters."""
-    return f"{index:0{chars - 1}d}"[-(chars - 1) :] + " "
-
-
 def send_answer(
-    path: LabPath,
-    scheme: str,
-    *,
-    tokens: int,
-    tokens_per_s: float,
-    token_chars: int = TOKEN_TEXT_CHARS,
-    padding: bool | None = None,
+    path: LabPath, scheme: str, plan: Sequence[Token], *, padding: bool | None = None
 ) -> Answer:
     """Send one answer in virtual time, over QUIC or the TCP model.
 
@@ -195,18 +185,11 @@ def send_answer(
         StuckError: it did not arrive at all.
     """
     if scheme in TCP_SCHEMES:
-        return _send_over_tcp(path, scheme, tokens, tokens_per_s, token_chars)
-    run = AnswerRun(
-        path,
-        scheme,
-        tokens=tokens,
-        tokens_per_s=tokens_per_s,
-        token_chars=token_chars,
-        padding=padding,
-    )
+        return _send_over_tcp(path, scheme, plan)
+    run = AnswerRun(path, scheme, plan, padding=padding)
     run.pair.connect(START_S)
     simulate(
-        (run, *run.pair.actors),
+        (*path.others, run, *run.pair.actors),
         until=lambda: run.is_done,
         start_s=START_S,
         limit_s=START_S + LIMIT_S,
@@ -214,9 +197,7 @@ def send_answer(
     return run.answer()
 
 
-def _send_over_tcp(
-    path: LabPath, scheme: str, tokens: int, tokens_per_s: float, token_chars: int
-) -> Answer:
+def _send_over_tcp(path: LabPath, scheme: str, plan: Sequence[Token]) -> Answer:
     before = (0, 0)
 
     def on_start(now: float) -> None:
@@ -227,11 +208,10 @@ def _send_over_tcp(
     times = send_tokens(
         up=path.up,
         down=path.down,
-        tokens=tokens,
-        interval_s=1 / tokens_per_s,
-        token_bytes=token_chars + EVENT_HEADER_BYTES,
+        plan=[(token.time_s, encode_event(TextDelta(token.text))) for token in plan],
         congestion=TCP_SCHEMES[scheme],
         on_start=on_start,
+        others=path.others,
     )
     return Answer(
         generated_s=times.generated_s,

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from eloquent_netem.lab.answer import START_S, AnswerRun
 from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
+from eloquent_netem.lab.cells import Cell, cell_path
 from eloquent_netem.lab.findings import Finding, Report, Sheet
 from eloquent_netem.lab.measures import quantile
 from eloquent_netem.lab.shared import Alarms
-from eloquent_netem.lab.stalls import Cell, cell_path
+from eloquent_netem.lab.sources import ConstantRate
 from eloquent_netem.link import stage_rng
 from eloquent_netem.sim import simulate
 
@@ -52,7 +53,8 @@ class CancelCase:
     def run(self, scheme: str, seed: int) -> Figures:
         """See `Case.run`."""
         cell = Cell(rtt_s=self.rtt_s, tokens_per_s=TOKENS_PER_S, loss=self.loss)
-        answer = AnswerRun(cell_path(cell, seed), scheme, tokens=TOKENS, tokens_per_s=TOKENS_PER_S)
+        plan = ConstantRate(TOKENS_PER_S, TOKENS).plan(seed)
+        answer = AnswerRun(cell_path(cell, seed), scheme, plan)
         cancel_s = START_S + AFTER_S + PHASE_S * stage_rng(seed, "up", "cancel").random()
         answer.pair.connect(START_S)
         # A handshake that loses much takes longer: then the reader gives up at the first token.

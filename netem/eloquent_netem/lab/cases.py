@@ -1,31 +1,46 @@
 """Experiments as lists of jobs: run on several processes, remembered, ended early without loss."""
 
+import ast
 import hashlib
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TextIO
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 import eloquent.errors
-import eloquent_netem.tcp
-from eloquent_netem.lab.answer import TCP_SCHEMES
-from eloquent_netem.lab.measures import DeliveryError
+from eloquent.errors import EloquentError
+from eloquent_netem.errors import NetemError
 from eloquent_netem.sim import StuckError
-from eloquent_netem.tcp import TcpError
 
-SHARED_MODULES = ("answer", "grid", "measures", "pair", "shared", "stalls")
-"What the runs of several parts are made of, in this folder."
+LAB = "eloquent_netem.lab."
+FOLDER = Path(__file__).parent
 
-Figures = dict[str, float]
-"What a run found, by name; the names end in their units."
+TCP_PREFIX = "tcp"
+"Schemes whose names begin so run none of our transport's code."
+
+Figures = dict[str, Any]
+"What a run found, by name, as JSON has it: mostly numbers; the names end in their units."
+
+OnProgress = Callable[[int, int], None]
+"Takes how many runs are done, and how many there are."
 
 
 class Case(Protocol):
-    """One network and one load: a frozen dataclass, whose `repr` is its identity."""
+    """One network and one load: a frozen dataclass, whose `repr` is its identity.
+
+    The cache takes a run's code to be that of the case, of the objects in its fields, and of what
+    their modules import of the lab.
+    """
 
     @property
     def title(self) -> str:
@@ -72,10 +87,13 @@ class Cache:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, Figures] = {}
-        self._codes: dict[tuple[str, bool], str] = {}
+        self._codes: dict[tuple[frozenset[str], bool], str] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # Whoever wrote it was killed in the middle of the line.
                 self._known[row["key"]] = row["figures"]
 
     def get(self, job: Job) -> Figures | None:
@@ -89,26 +107,47 @@ class Cache:
                 file.write(json.dumps({"key": self._key(job), "figures": figures}) + "\n")
 
     def _key(self, job: Job) -> str:
-        kind = (type(job.case).__module__, job.scheme in TCP_SCHEMES)
+        is_tcp = job.scheme.startswith(TCP_PREFIX)
+        kind = (_modules_of(job.case), is_tcp)
         if kind not in self._codes:
-            self._codes[kind] = _code_hash(kind[0], is_tcp=kind[1])
+            self._codes[kind] = _code_hash(*kind)
         text = f"{self._codes[kind]}/{job.case!r}/{job.scheme}/{job.seed}"
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _code_hash(module: str, *, is_tcp: bool) -> str:
-    """Hash the code that a run depends on: the transport, netem, and of the lab what it runs."""
-    netem = Path(eloquent_netem.tcp.__path__[0]).parent
-    files = [path for path in netem.rglob("*.py") if path.parent.name != "lab"]
-    names = (*SHARED_MODULES, module.rpartition(".")[2])
-    files += [netem / "lab" / f"{name}.py" for name in names]
+def _modules_of(case: Case) -> frozenset[str]:
+    """Return the lab's modules that a case and the objects in its fields come from."""
+    values = [getattr(case, one.name) for one in fields(case)]  # type: ignore[arg-type]
+    names = {type(value).__module__ for value in (case, *values)}
+    return frozenset(name for name in names if name.startswith(LAB))
+
+
+def _code_hash(modules: frozenset[str], is_tcp: bool) -> str:
+    """Hash the code that a run depends on: netem, the transport, and of the lab what it runs."""
+    files = [path for path in FOLDER.parent.rglob("*.py") if path.parent != FOLDER]
     if not is_tcp:
         files += Path(eloquent.__path__[0]).rglob("*.py")
+    reached: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting += _imports_of_lab(module)
+    files += [FOLDER / f"{module.removeprefix(LAB)}.py" for module in reached]
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(set(files)):
-        if path.exists():  # A test's case is not of the lab.
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@lru_cache
+def _imports_of_lab(module: str) -> frozenset[str]:
+    """Return the lab's modules that one of them imports, anywhere in its code."""
+    path = FOLDER / f"{module.removeprefix(LAB)}.py"
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return frozenset(name for name in names if name.startswith(LAB))
 
 
 def run_jobs(
@@ -116,7 +155,7 @@ def run_jobs(
     *,
     workers: int,
     cache: Cache,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> Results:
     """Run all jobs that the cache does not know; Ctrl-C ends it and keeps what is done."""
     results = Results()
@@ -127,23 +166,23 @@ def run_jobs(
             open_jobs.append(job)
         else:
             results.figures[job] = known
-    if results.figures:
-        progress(f"{len(results.figures)} of {len(jobs)} runs are known from the cache.")
+    done = len(results.figures)
+    progress(done, len(jobs))
     if not open_jobs:
         return results
     with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        futures: Mapping[Future[Figures | str], Job] = {
-            pool.submit(_attempt, job): job for job in open_jobs
-        }
+        futures: dict[Future[Figures | str], Job] = {}
         try:
-            for count, future in enumerate(as_completed(futures), start=1):
+            futures.update((pool.submit(_attempt, job), job) for job in open_jobs)
+            for future in as_completed(futures):
                 job, found = futures[future], future.result()
                 if isinstance(found, str):
                     results.failures[job] = found
                 else:
                     results.figures[job] = found
                     cache.put(job, found)
-                progress(f"{count} of {len(open_jobs)} runs")
+                done += 1
+                progress(done, len(jobs))
         except KeyboardInterrupt:
             results.is_complete = False
         finally:
@@ -160,7 +199,7 @@ def _start_worker() -> None:
 def _attempt(job: Job) -> Figures | str:
     try:
         return job.case.run(job.scheme, job.seed)
-    except (DeliveryError, StuckError, TcpError) as error:
+    except (EloquentError, NetemError, StuckError) as error:
         return f"{job.case.title}, {job.scheme}, seed {job.seed}: {error}"
 
 
@@ -170,27 +209,42 @@ def all_jobs(cases: Iterable[Case], schemes: Sequence[str], seeds: Iterable[int]
 
 
 class Progress:
-    """Shows how far the runs are: in one line on a terminal, else a line every tenth part."""
+    """Shows how far the runs are, while its block lasts.
+
+    On a terminal it is a bar with the time that is left, else a line every tenth part.
+    """
 
     def __init__(self, stream: TextIO, part: str) -> None:
         self._stream = stream
         self._part = part
-        self._shown = ""
+        self._tenth = -1
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("runs"),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+            disable=not stream.isatty(),
+        )
+        self._task = self._bar.add_task(part, total=None)
 
-    def __call__(self, text: str) -> None:
-        """Show `text`, which may be "COUNT of ALL runs"."""
-        count, _, rest = text.partition(" of ")
-        if self._stream.isatty():
-            print(f"\r\x1b[K{self._part}: {text}", end="", file=self._stream, flush=True)
-            return
-        if count.isdecimal() and rest.endswith(" runs"):
-            tenth = f"{10 * int(count) // int(rest.removesuffix(' runs'))}"
-            if tenth == self._shown:
-                return
-            self._shown = tenth
-        print(f"{self._part}: {text}", file=self._stream, flush=True)
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` runs are done."""
+        self._bar.update(self._task, completed=done, total=total)
+        tenth = 10 * done // total if total else 10
+        if self._bar.disable and tenth > self._tenth:
+            self._tenth = tenth
+            print(f"{self._part}: {done} of {total} runs", file=self._stream, flush=True)
 
-    def end(self) -> None:
-        """Leave the line."""
-        if self._stream.isatty():
-            print(file=self._stream)
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

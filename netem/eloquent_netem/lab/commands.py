@@ -1,99 +1,21 @@
 """The subcommand `eloquent lab`."""
 
 import json as json_format
-import random
 import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from eloquent.core.schemes import SCHEMES, scheme
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.leak_commands import leak, pace
+from eloquent_netem.lab.stalls_commands import check_writable, record, stalls
 
 lab = App(name="lab", help="Measure the transport on emulated networks.")
+lab.command(stalls)
+lab.command(record)
 lab.command(leak)
 lab.command(pace)
-
-
-@lab.command
-def stalls(
-    *,
-    rtt_ms: float | None = None,
-    rate: float = 30.0,
-    loss: float = 0.05,
-    burst_ms: float | None = None,
-    schemes: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
-    seeds: int = 10,
-    tokens: int = 400,
-    json: Path | None = None,
-    markdown: Path | None = None,
-) -> None:
-    """Compare how long a reader waits under loss: every scheme, the same seeds, virtual time.
-
-    Without `--rtt-ms` it prints the standard table: 100 ms with 5 % and 10 % loss and with 10 % in
-    bursts, 300 ms with 10 %. Both real QUIC ends run; loss is in both directions.
-
-    Parameters
-    ----------
-    rtt_ms
-        Round-trip time in milliseconds.
-    rate
-        Tokens per second (with --rtt-ms).
-    loss
-        Mean share of packets lost each way, 0 to below 1 (with --rtt-ms).
-    burst_ms
-        Lose them in bursts of this mean length in milliseconds, which begin and end at the same
-        instants for all schemes (with --rtt-ms).
-    schemes
-        Which schemes to run; by default all, the model of Linux's TCP (`tcp`), and the link's own
-        bound (`oracle`).
-    seeds
-        How many seeds, from 0 on.
-    tokens
-        Tokens of each answer.
-    json
-        Also write every run to this file.
-    markdown
-        Also write the tables to this file, with how they were made.
-    """
-    from eloquent_netem.lab.answer import TCP_SCHEMES
-    from eloquent_netem.lab.stalls import ORACLE, Cell
-    from eloquent_netem.lab.table import STANDARD_CELLS, render, run_cells, to_json
-
-    if not 0 <= loss < 1:
-        raise ConfigurationError(f"--loss is a probability, 0 to below 1, not {loss}.")
-    is_rtt_fine = rtt_ms is None or 0 <= rtt_ms < float("inf")
-    if seeds < 1 or tokens < 1 or not 0 < rate < float("inf") or not is_rtt_fine:
-        raise ConfigurationError(
-            "--seeds and --tokens must be at least 1, --rate above 0 and --rtt-ms not negative."
-        )
-    for output in (json, markdown):
-        if output is not None:
-            _check_writable(output)
-    if burst_ms is not None:
-        _check_bursts(loss, burst_ms, is_one_cell=rtt_ms is not None)
-    for name in schemes:
-        if name not in (ORACLE, *TCP_SCHEMES):
-            scheme(name)
-    cells: tuple[Cell, ...] = STANDARD_CELLS
-    if rtt_ms is not None:
-        burst_s = None if burst_ms is None else burst_ms / 1000
-        cells = (Cell(rtt_s=rtt_ms / 1000, tokens_per_s=rate, loss=loss, burst_s=burst_s),)
-    runs = run_cells(
-        cells,
-        schemes=schemes or (*SCHEMES, "tcp", ORACLE),
-        seeds=range(seeds),
-        tokens=tokens,
-        progress=sys.stderr,
-    )
-    text = render(runs)
-    print(text)  # noqa: T201
-    if json is not None:
-        json.write_text(json_format.dumps(to_json(runs, sys.argv[1:]), indent=1) + "\n")
-    if markdown is not None:
-        markdown.write_text(_page(text))
 
 
 @lab.command
@@ -112,7 +34,7 @@ def speed(*, json: Path | None = None) -> None:
     from eloquent_netem.lab.speed import measure, to_json
 
     if json is not None:
-        _check_writable(json)
+        check_writable(json)
     speeds = measure()
     for figure in speeds:
         print(figure)  # noqa: T201
@@ -176,7 +98,7 @@ def transport(
         raise ConfigurationError("--seeds and --jobs must be at least 1.")
     for output in (json, markdown, cache):
         if output is not None:
-            _check_writable(output)
+            check_writable(output)
     options = Options(
         seeds=range(seeds),
         workers=jobs,
@@ -186,29 +108,3 @@ def transport(
         cache=cache,
     )
     sys.exit(run([parts[name] for name in part or parts], options))
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the work whether its results can be written."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigurationError(f"Cannot write {path}: {error.strerror}.") from error
-
-
-def _check_bursts(loss: float, burst_ms: float, *, is_one_cell: bool) -> None:
-    from eloquent_netem.loss import GilbertElliott
-
-    if not is_one_cell:
-        raise ConfigurationError(
-            "--burst-ms changes no standard cell: give the network with --rtt-ms too."
-        )
-    try:
-        GilbertElliott(loss=loss, burst_s=burst_ms / 1000, rng=random.Random(0))  # noqa: S311
-    except ValueError as error:
-        raise ConfigurationError(f"--loss {loss} with --burst-ms {burst_ms}: {error}.") from error
-
-
-def _page(tables: str) -> str:
-    command = " ".join(["eloquent", *sys.argv[1:]])
-    return f"# Results\n\nMade by `{command}`; do not edit.\n\n{tables}\n"

@@ -8,7 +8,6 @@ from eloquent_netem.cross import CubicFlow
 from eloquent_netem.lab.answer import (
     EVENT_HEADER_BYTES,
     START_S,
-    TOKEN_TEXT_CHARS,
     AnswerRun,
     LabPath,
 )
@@ -16,6 +15,7 @@ from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
 from eloquent_netem.lab.findings import Finding, Report, Sheet, mean_half
 from eloquent_netem.lab.measures import DeliveryError, quantile
 from eloquent_netem.lab.shared import Alarms, Flow, Port, SharedLink, TcpTokens, WatchedQueue
+from eloquent_netem.lab.sources import TOKEN_TEXT_CHARS, ConstantRate
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.rate import FixedRate
 from eloquent_netem.sim import Actor, simulate
@@ -74,9 +74,8 @@ class Bottleneck:
         """Add a token flow of ours."""
         up, down = self._path()
         path = LabPath(up=up, down=down, base_delay_s=RTT_S / 2, passes_from=lambda now: now)
-        answer = AnswerRun(
-            path, scheme, tokens=round(length_s * TOKENS_PER_S), tokens_per_s=TOKENS_PER_S
-        )
+        source = ConstantRate(TOKENS_PER_S, round(length_s * TOKENS_PER_S))
+        answer = AnswerRun(path, scheme, source.plan(self.seed))
         self.answers.append(answer)
         self.actors.append(Flow((answer, *answer.pair.actors), down, start_s, answer.pair.connect))
 

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from eloquent_netem.lab.answer import LabPath, send_answer
 from eloquent_netem.lab.cases import Case, Figures, Job, Results, all_jobs
+from eloquent_netem.lab.cells import Cell, cell_path, oracle_times
 from eloquent_netem.lab.findings import Finding, Report, Sheet, mean_half
 from eloquent_netem.lab.measures import measure_stalls
-from eloquent_netem.lab.stalls import Cell, cell_path, oracle_times
+from eloquent_netem.lab.sources import Token
 
 OURS = "eloquent"
 SCHEMES = (OURS, "retransmit", "duplicate", "tcp")
@@ -87,12 +88,13 @@ class GridCase:
     def run(self, scheme: str, seed: int) -> Figures:
         """See `Case.run`."""
         cell = self.cell
-        return stall_figures(cell_path(cell, seed), scheme, cell.tokens, cell.tokens_per_s)
+        return stall_figures(cell_path(cell, seed), scheme, cell.plan)
 
 
-def stall_figures(path: LabPath, scheme: str, tokens: int, tokens_per_s: float) -> Figures:
+def stall_figures(path: LabPath, scheme: str, plan: Sequence[Token]) -> Figures:
     """Send one answer and return its figures, and those of the oracle for the same tokens."""
-    answer = send_answer(path, scheme, tokens=tokens, tokens_per_s=tokens_per_s)
+    tokens = len(plan)
+    answer = send_answer(path, scheme, plan)
     mine = measure_stalls(answer.generated_s, answer.rendered_s, path.base_delay_s)
     ideal_s = oracle_times(path, answer.generated_s)
     oracle = measure_stalls(answer.generated_s, ideal_s, path.base_delay_s)
@@ -170,7 +172,8 @@ def stall_report(part: str, cases: Sequence[StallCase], results: Results) -> Rep
 
 def excess(figures: Figures, measure: str) -> float:
     """Return a ratio minus the oracle's for the same tokens."""
-    return figures[measure] - figures[f"oracle_{measure}"]
+    ratio: float = figures[measure] - figures[f"oracle_{measure}"]
+    return ratio
 
 
 BySchemeAndSeed = Mapping[str, Mapping[int, Figures]]

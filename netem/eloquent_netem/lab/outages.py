@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from eloquent_netem.lab.answer import EVENT_HEADER_BYTES, TOKEN_TEXT_CHARS, send_answer
+from eloquent_netem.lab.answer import EVENT_HEADER_BYTES, send_answer
 from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
+from eloquent_netem.lab.cells import Cell, cell_path
 from eloquent_netem.lab.findings import Finding, Report, Sheet
-from eloquent_netem.lab.stalls import Cell, cell_path
+from eloquent_netem.lab.sources import TOKEN_TEXT_CHARS
 from eloquent_netem.link import stage_rng
 
 OURS = "eloquent"
@@ -76,7 +77,7 @@ class OutageCase:
             tokens=math.ceil((stop_s + AFTER_S) * self.tokens_per_s),
         )
         path = cell_path(cell, seed)
-        answer = send_answer(path, scheme, tokens=cell.tokens, tokens_per_s=cell.tokens_per_s)
+        answer = send_answer(path, scheme, cell.plan)
         return_s = answer.generated_s[0] + stop_s
         due = sum(time <= return_s for time in answer.generated_s)
         return {

@@ -1,7 +1,7 @@
 """What the pacer does for the eye and what it costs: `eloquent lab pace`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import get_args
@@ -9,8 +9,8 @@ from typing import get_args
 from eloquent.core.events import Event, TextDelta
 from eloquent.core.pacer import PaceMode, Pacer
 from eloquent_netem.lab.answer import send_answer
+from eloquent_netem.lab.cells import Cell, cell_path
 from eloquent_netem.lab.measures import quantile
-from eloquent_netem.lab.stalls import Cell, cell_path
 
 TEXT = "four"
 "Each token's text: four characters, which is about the mean of English ones."
@@ -71,9 +71,7 @@ def table(seeds: int, tokens: int) -> str:
     ]
     for cell in CELLS:
         answers = [
-            send_answer(
-                cell_path(cell, seed), "eloquent", tokens=tokens, tokens_per_s=cell.tokens_per_s
-            )
+            send_answer(cell_path(cell, seed), "eloquent", replace(cell, tokens=tokens).plan)
             for seed in range(seeds)
         ]
         for mode in get_args(PaceMode):

@@ -89,10 +89,14 @@ class QuicPair:
         on_server_event: Callable[[ConnectionEvent, float], None],
         padding: bool = True,
         marking: MarkingPolicy | None = None,
+        has_datagrams: bool = True,
     ) -> None:
-        self.client = ClientConnection(
-            client_configuration("lab", pin=_CERTIFICATE.pin), pin=_CERTIFICATE.pin
-        )
+        """Without datagrams the turns run over one QUIC stream."""
+        client = client_configuration("lab", pin=_CERTIFICATE.pin)
+        server = server_configuration(_CERTIFICATE)
+        if not has_datagrams:
+            client.max_datagram_frame_size = server.max_datagram_frame_size = None
+        self.client = ClientConnection(client, pin=_CERTIFICATE.pin)
         self._senders: list[Sender] = []
 
         def make(*arguments: Any) -> Sender:
@@ -100,7 +104,7 @@ class QuicPair:
             return self._senders[-1]
 
         self.server = ServerConnection(
-            server_configuration(_CERTIFICATE),
+            server,
             make_sender=make,
             padding=padding,
             marking=marking,

@@ -1,5 +1,6 @@
 """Token sources: when an answer's tokens are generated, and what they say."""
 
+import hashlib
 import json
 import math
 from collections.abc import AsyncIterator
@@ -10,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from eloquent.errors import ConfigurationError
+from eloquent.core.events import Event, TextDelta
+from eloquent.errors import ConfigurationError, EloquentError
 
 TOKEN_TEXT_CHARS = 10
 
@@ -20,6 +22,10 @@ RECORDED = files("eloquent_netem.lab") / "recorded.json"
 RECORDING_VERSION = 1
 
 DEFAULT_PROMPT = "Explain to a child in a few paragraphs why the sky is blue and sunsets are red."
+
+
+class GenerationError(EloquentError):
+    """A model was to answer, and gave nothing that could be used."""
 
 
 class Token(NamedTuple):
@@ -63,7 +69,7 @@ class ConstantRate:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Recording:
     """The timings of a real generation, in a file that `eloquent lab record` wrote."""
 
@@ -96,6 +102,10 @@ class Recording:
         tokens = map(Token, content.times_s, content.texts)
         return tuple(tokens)[: self.tokens]
 
+    def __repr__(self) -> str:
+        digest = hashlib.blake2b(self.content.dumps().encode(), digest_size=12).hexdigest()
+        return f"Recording({digest}, {self.tokens})"
+
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
@@ -111,24 +121,36 @@ class LiveModel:
         """See `PlannedSource.name`."""
         return f"live {self.model or 'default'}"
 
-    async def texts(self) -> AsyncIterator[str]:
-        """Generate an answer on a server of one's own on loopback; give each piece as it comes.
+    async def events(self) -> AsyncIterator[Event]:
+        """Generate an answer; give each event as it comes, and check that there is any text.
 
-        The server is ready, and the model loaded, before the first piece is asked for.
+        A server of one's own is started on loopback, a process of its own. It is ready, and the
+        model loaded, before the answer is asked for.
 
         Raises:
-            EloquentError: the server cannot be started, or fails.
+            EloquentError: the server cannot be started, or the answer failed.
         """
-        from eloquent_client import TextDelta, local_client
+        from eloquent_client import Failure, local_client
 
         messages = [{"role": "user", "content": self.prompt}]
         async with (
             local_client(self.model) as client,
-            client.stream(messages, max_tokens=self.max_tokens, temperature=0, seed=1) as stream,
+            client.stream(messages, max_tokens=self.max_tokens) as stream,
         ):
             async for event in stream:
-                if isinstance(event, TextDelta) and event.text:
-                    yield event.text
+                if isinstance(event, Failure):
+                    raise GenerationError(f"The model's answer failed: {event.message}")
+                yield event
+
+    async def texts(self) -> AsyncIterator[str]:
+        """Generate an answer; give each piece of its text as it comes.
+
+        Raises:
+            EloquentError: see `events`.
+        """
+        async for event in self.events():
+            if isinstance(event, TextDelta) and event.text:
+                yield event.text
 
 
 Source = ConstantRate | Recording | LiveModel

@@ -1,128 +1,276 @@
-"""Cells: one network and one token source each, and one answer over one of them, measured."""
+"""The comparison: every scheme over every place with the same seeds, run once and remembered."""
 
-import random
-from dataclasses import dataclass
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from eloquent_netem.lab.answer import LabPath, send_answer
-from eloquent_netem.lab.measures import StallMeasures, measure_stalls
-from eloquent_netem.link import Link, stage_rng
-from eloquent_netem.loss import GilbertElliott, IndependentLoss, Loss, NoLoss, Outages
+from eloquent.errors import ConfigurationError
+from eloquent_netem.errors import NetemError
+from eloquent_netem.lab.answer import START_S
+from eloquent_netem.lab.cases import Cache, Figures, Job, Progress, Results, all_jobs, run_jobs
+from eloquent_netem.lab.oracle import bound
+from eloquent_netem.lab.rows import ORACLE, Arrivals, Bound, Driver, Place, Row, measure
+from eloquent_netem.lab.sources import LiveModel, Source
 
-ORACLE = "oracle"
-"Not a scheme: the link's own bound (`Loss.passes_from`)."
+DRIVERS = {"sim": ("simulated", "SimDriver"), "tun": ("tun_driver", "TunDriver")}
+"By name: the lab's module and its class, imported when it is asked for."
 
+DEFAULT_SCHEMES = {
+    "sim": ("eloquent", "eloquent-queued", "duplicate", "retransmit", "quic-stream", "tcp"),
+}
+"Where not all that a driver can run is worth a look."
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One network and one token source."""
+KEPT_SEEDS = 3
+"Of so many seeds, from the first on, the arrivals are kept, for reports."
 
-    rtt_s: float
-    tokens_per_s: float
-    loss: float = 0.0
-    "Mean share of packets lost, each way."
-    burst_s: float | None = None
-    "Mean length of the bursts in which they are lost; None: each is lost independently."
-    tokens: int = 400
-    jitter_s: float = 0.0
-    "Uniform extra delay, which reorders packets."
-    duplicates: float = 0.0
-    outages_s: tuple[tuple[float, float], ...] = ()
-    "Spans without any link, counted from the first token's generation; both ways."
+HANDSHAKE_RTTS = 1.5
+"The oracle's reader connects (1 RTT) and asks (half of one) without loss."
+
+_OF_THE_JOB = ("scenario", "source", "scheme", "driver", "seed", "rtt_ms", "loss", "burst_ms")
+"A row's fields that the job has; the rest was measured."
+
+_ARRIVALS = "arrivals"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One cell, scheme and seed."""
+class Comparison:
+    """One place and one source under one driver: a case of `eloquent_netem.lab.cases`."""
 
-    cell: Cell
-    scheme: str
-    seed: int
-    measures: StallMeasures
-    downlink_packets: int
-    downlink_bytes: int
-    "IPv4 and UDP (or TCP) headers included, from the first token's generation on."
+    place: Place
+    source: Source
+    driver: Driver
 
+    @property
+    def title(self) -> str:
+        """See `Case.title`."""
+        return f"{self.place.name}, {self.source.name}, {self.driver.name}"
 
-class CellLoss:
-    """A cell's loss on one link; outages begin to count when the first token is generated."""
+    def run(self, scheme: str, seed: int) -> Figures:
+        """See `Case.run`: a row's figures, and for a few seeds when each token came."""
+        arrivals, oracle = self.answer(scheme, seed)
+        row = asdict(self.row(scheme, seed, arrivals, oracle))
+        figures: Figures = {
+            name: value
+            for name, value in row.items()
+            if name not in _OF_THE_JOB and value is not None
+        }
+        if seed < KEPT_SEEDS:
+            figures[_ARRIVALS] = asdict(arrivals)
+        return figures
 
-    def __init__(self, cell: Cell, seed: int, name: str) -> None:
-        self._cell = cell
-        self._loss = _steady_loss(cell, stage_rng(seed, name, "loss"))
+    def answer(self, scheme: str, seed: int) -> tuple[Arrivals, Bound]:
+        """Send one answer; return what it did, and what no sender can beat for its tokens."""
+        if scheme == ORACLE:
+            return self._oracle(seed)
+        arrivals = self.driver.run(self.place, scheme, seed, self.source)
+        oracle = bound(self.place, seed, arrivals.generated_s, arrivals.origin_s)
+        return arrivals, oracle
 
-    def start_outages(self, origin_s: float) -> None:
-        """Let the cell's outages count from `origin_s` on."""
-        spans = [(origin_s + start, origin_s + stop) for start, stop in self._cell.outages_s]
-        self._loss = Outages(spans, self._loss)
+    def row(self, scheme: str, seed: int, arrivals: Arrivals, oracle: Bound | None) -> Row:
+        """Measure an answer.
 
-    def drops(self, now: float) -> bool:
-        """See `Loss.drops`."""
-        return self._loss.drops(now)
-
-    def passes_from(self, now: float) -> float:
-        """See `Loss.passes_from`."""
-        return self._loss.passes_from(now)
-
-
-def _steady_loss(cell: Cell, rng: random.Random) -> Loss:
-    if not cell.loss:
-        return NoLoss()
-    if cell.burst_s is None:
-        return IndependentLoss(cell.loss, rng)
-    return GilbertElliott(loss=cell.loss, burst_s=cell.burst_s, rng=rng)
-
-
-def cell_path(cell: Cell, seed: int) -> LabPath:
-    """Return a new path for one answer in this cell: the same network for every scheme."""
-    losses = {name: CellLoss(cell, seed, name) for name in ("up", "down")}
-    links = {
-        name: Link(
-            delay_s=cell.rtt_s / 2,
+        Raises:
+            DeliveryError: it did not arrive whole, in order and once.
+        """
+        return measure(
+            self.place,
+            arrivals,
+            oracle,
+            scheme=scheme,
+            driver=self.driver.name,
             seed=seed,
-            name=name,
-            loss=loss,
-            jitter_s=cell.jitter_s,
-            reorders=cell.jitter_s > 0,
-            duplicates=cell.duplicates,
+            source=self.source.name,
         )
-        for name, loss in losses.items()
-    }
 
-    def start_outages(now: float) -> None:
-        for loss in losses.values():
-            loss.start_outages(now)
+    def _oracle(self, seed: int) -> tuple[Arrivals, Bound]:
+        if isinstance(self.source, LiveModel):
+            raise ConfigurationError(
+                "The oracle needs to know when tokens are generated, and a live model does not "
+                "tell: leave it out of --schemes; the rows of the others have their excess."
+            )
+        plan = self.source.plan(seed)
+        origin_s = START_S - self.place.begin_s(seed, plan[-1].time_s)
+        first_s = START_S + HANDSHAKE_RTTS * self.place.rtt_s
+        generated_s = tuple(first_s + token.time_s for token in plan)
+        oracle = bound(self.place, seed, generated_s, origin_s)
+        arrivals = Arrivals(
+            generated_s=generated_s,
+            rendered_s=oracle.rendered_s,
+            requested_s=START_S,
+            base_delay_s=self.place.base_delay_s,
+            origin_s=origin_s,
+            downlink_packets=0,
+            downlink_bytes=0,
+            uplink_bytes=0,
+        )
+        return arrivals, oracle
 
-    return LabPath(
-        up=links["up"],
-        down=links["down"],
-        base_delay_s=cell.rtt_s / 2,
-        passes_from=losses["down"].passes_from,
-        on_start=start_outages,
-    )
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a comparison found."""
+
+    rows: tuple[Row, ...]
+    arrivals: Mapping[tuple[str, str, int], Arrivals]
+    "Of the first seeds, by scenario, scheme and seed."
+    failures: tuple[str, ...]
+    "Runs that lost, doubled or changed a byte, did not end, or were refused, and how."
+    meta: Mapping[str, object]
+    is_complete: bool
+    "False: the user ended it before its time."
 
 
-def run_cell(cell: Cell, scheme: str, seed: int) -> Run:
-    """Send one answer in virtual time and measure it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run."""
+
+    pairs: Sequence[tuple[Place, Source]]
+    driver: Driver
+    schemes: Sequence[str]
+    seeds: Sequence[int]
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    cache: Path | None = None
+
+
+def find_driver(name: str) -> Driver:
+    """Return a driver by its name.
 
     Raises:
-        DeliveryError: the text did not arrive whole, in order and once.
-        TcpError: the same, over the TCP model.
-        StuckError: it did not arrive at all.
+        ConfigurationError: there is none, or what it needs is not installed.
     """
-    path = cell_path(cell, seed)
-    answer = send_answer(
-        path,
-        "retransmit" if scheme == ORACLE else scheme,
-        tokens=cell.tokens,
-        tokens_per_s=cell.tokens_per_s,
+    if name not in DRIVERS:
+        raise ConfigurationError(f"There is no driver {name!r}: choose {' or '.join(DRIVERS)}.")
+    module, kind = DRIVERS[name]
+    try:
+        driver: Driver = getattr(import_module(f"eloquent_netem.lab.{module}"), kind)()
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"The driver {name!r} needs the package {error.name!r}: install it, or use another "
+            "driver."
+        ) from error
+    return driver
+
+
+def default_schemes(driver: Driver, source: Source | None) -> tuple[str, ...]:
+    """Return what to compare where the user does not say; `source` None is a planned one."""
+    schemes = DEFAULT_SCHEMES.get(driver.name, driver.schemes)
+    return schemes if isinstance(source, LiveModel) else (*schemes, ORACLE)
+
+
+def compare(plan: Plan) -> Found:
+    """Run what the cache does not know, with a progress bar; Ctrl-C keeps what is done.
+
+    Raises:
+        ConfigurationError: two places have one name, a scheme is unknown, or the machine cannot.
+    """
+    _check(plan)
+    cases = [Comparison(place, source, plan.driver) for place, source in plan.pairs]
+    jobs = all_jobs(cases, plan.schemes, plan.seeds)
+    most = plan.driver.most_workers
+    begun_at = datetime.now(UTC)
+    with Progress(sys.stderr, f"stalls ({plan.driver.name})") as progress:
+        results = run_jobs(
+            jobs,
+            workers=plan.workers if most is None else min(plan.workers, most),
+            cache=Cache(plan.cache),
+            progress=progress,
+        )
+    # In the jobs' order, so that the same seeds give the same file whatever ended first.
+    done = [job for job in jobs if job in results.figures]
+    rows = tuple(_row(job, results.figures[job]) for job in done)
+    return Found(
+        rows=rows,
+        arrivals=dict(_kept(done, results)),
+        failures=tuple(results.failures[job] for job in jobs if job in results.failures),
+        meta=_meta(plan, rows, begun_at, results),
+        is_complete=results.is_complete,
     )
-    rendered_s = answer.rendered_s
-    if scheme == ORACLE:
-        rendered_s = oracle_times(path, answer.generated_s)
-    measures = measure_stalls(answer.generated_s, rendered_s, path.base_delay_s)
-    return Run(cell, scheme, seed, measures, answer.downlink_packets, answer.downlink_bytes)
 
 
-def oracle_times(path: LabPath, generated_s: list[float]) -> list[float]:
-    """Return when the tokens would arrive if each left at the first instant that lets it pass."""
-    return [path.passes_from(time) + path.base_delay_s for time in generated_s]
+def dumps(found: Found) -> str:
+    """Return the JSON file: `{"meta": {...}, "rows": [...]}`."""
+    content = {"meta": dict(found.meta), "rows": [asdict(row) for row in found.rows]}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _check(plan: Plan) -> None:
+    names = [place.name for place, _ in plan.pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigurationError(f"Two networks are called {twice!r}: give each a name of its own.")
+    known = (*plan.driver.schemes, ORACLE)
+    for scheme in plan.schemes:
+        if scheme not in known:
+            raise ConfigurationError(
+                f"There is no scheme {scheme!r} with --driver {plan.driver.name}: choose from "
+                f"{', '.join(known)}."
+            )
+    try:
+        plan.driver.check()
+    except NetemError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _row(job: Job, figures: Figures) -> Row:
+    case = _comparison(job)
+    place = case.place
+    measured: dict[str, Any] = {
+        name: figures.get(name) for name in Row.__dataclass_fields__ if name not in _OF_THE_JOB
+    }
+    return Row(
+        scenario=place.name,
+        source=case.source.name,
+        scheme=job.scheme,
+        driver=case.driver.name,
+        seed=job.seed,
+        rtt_ms=1000 * place.rtt_s,
+        loss=place.loss,
+        burst_ms=place.burst_ms,
+        **measured,
+    )
+
+
+def _kept(jobs: Iterable[Job], results: Results) -> Iterable[tuple[tuple[str, str, int], Arrivals]]:
+    for job in jobs:
+        kept = results.figures[job].get(_ARRIVALS)
+        if kept is not None:
+            times: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in kept.items()
+            }
+            yield (_comparison(job).place.name, job.scheme, job.seed), Arrivals(**times)
+
+
+def _comparison(job: Job) -> Comparison:
+    assert isinstance(job.case, Comparison)
+    return job.case
+
+
+def _meta(
+    plan: Plan, rows: Sequence[Row], begun_at: datetime, results: Results
+) -> dict[str, object]:
+    lateness_us = [row.lateness_p99_us for row in rows if row.lateness_p99_us is not None]
+    names = ("aioquic", "cryptography", "eloquent-stream")
+    return {
+        "command": " ".join(["eloquent", *sys.argv[1:]]),
+        "begun_at": begun_at.isoformat(timespec="seconds"),
+        "took_s": round((datetime.now(UTC) - begun_at).total_seconds(), 1),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "driver": {"name": plan.driver.name, **plan.driver.meta()},
+        "fidelity": {"worst_lateness_p99_us": max(lateness_us)} if lateness_us else None,
+        "schemes": list(plan.schemes),
+        "seeds": list(plan.seeds),
+        "sources": list(dict.fromkeys(source.name for _, source in plan.pairs)),
+        "is_complete": results.is_complete,
+        "failures": list(results.failures.values()),
+    }

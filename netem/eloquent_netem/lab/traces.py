@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from eloquent_netem.lab.answer import START_S, LabPath
 from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
 from eloquent_netem.lab.findings import Report
 from eloquent_netem.lab.grid import SCHEMES, stall_figures, stall_report
+from eloquent_netem.lab.simulated import scenario_path
+from eloquent_netem.lab.sources import ConstantRate
 from eloquent_netem.link import stage_rng
-from eloquent_netem.loss import Outages
-from eloquent_netem.rate import PausedRate
 from eloquent_netem.scenario import Scenario, load_scenario, parse_scenario
-from eloquent_netem.scenario_build import build_loss, build_rate, outage_spans
-from eloquent_netem.scenario_parts import DOWN
 
 TOKENS = 600
 TOKENS_PER_S = 30.0
@@ -74,7 +71,7 @@ class ScenarioCase:
         latest_s = max(length_s - self.tokens / self.tokens_per_s, 0.0)
         begin_s = latest_s * stage_rng(seed, "both", "begin").random()
         path = scenario_path(scenario, seed, begin_s)
-        return stall_figures(path, scheme, self.tokens, self.tokens_per_s)
+        return stall_figures(path, scheme, ConstantRate(self.tokens_per_s, self.tokens).plan(seed))
 
 
 @lru_cache(maxsize=len(TRACES) + len(SCENARIOS))
@@ -97,26 +94,6 @@ def _scenario(name: str, folder: Path | None) -> Scenario:
             f'loss = {{ kind = "independent", probability = {TRACE_LOSS} }}\n'
         )
     return parse_scenario("\n".join(directions), name=name, file=name, folder=folder)
-
-
-def scenario_path(scenario: Scenario, seed: int, begin_s: float) -> LabPath:
-    """Return a path over a scenario's links, `begin_s` after the scenario's beginning.
-
-    The oracle's token passes when the loss lets one in and the rate takes one; its own time on the
-    wire is not counted.
-    """
-    origin_s = START_S - begin_s
-    up, down = scenario.links(seed, origin_s)
-    dropped, held = outage_spans(scenario, DOWN, seed)
-    loss = Outages(dropped, build_loss(scenario.down, DOWN, seed))
-    rate = PausedRate(build_rate(scenario, DOWN, seed), held)
-
-    def passes_from(now: float) -> float:
-        return rate.ready_from(loss.passes_from(now - origin_s)) + origin_s
-
-    return LabPath(
-        up=up, down=down, base_delay_s=scenario.down.delay_ms / 1000, passes_from=passes_from
-    )
 
 
 def trace_cases(folder: Path) -> list[ScenarioCase]:

@@ -89,9 +89,8 @@ def transport(parts: Sequence[Part], options: Options) -> int:
             for job in part.jobs(options.seeds)
             if not options.schemes or job.scheme in options.schemes
         ]
-        progress = Progress(sys.stderr, part.name)
-        results = run_jobs(jobs, workers=options.workers, cache=cache, progress=progress)
-        progress.end()
+        with Progress(sys.stderr, part.name) as progress:
+            results = run_jobs(jobs, workers=options.workers, cache=cache, progress=progress)
         reports.append(part.report(results))
         rows += _rows(part.name, results)
         is_complete = results.is_complete

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from eloquent_netem.lab.answer import send_answer
 from eloquent_netem.lab.cases import Figures, Job, Results
+from eloquent_netem.lab.cells import Cell, cell_path
 from eloquent_netem.lab.findings import Finding, Report, Sheet
-from eloquent_netem.lab.stalls import Cell, cell_path
+from eloquent_netem.lab.sources import ConstantRate
 
 OURS = "eloquent"
 
@@ -35,9 +36,7 @@ class WireCase:
         answer = send_answer(
             cell_path(CELL, seed),
             scheme,
-            tokens=CELL.tokens,
-            tokens_per_s=CELL.tokens_per_s,
-            token_chars=TOKEN_CHARS,
+            ConstantRate(CELL.tokens_per_s, CELL.tokens, TOKEN_CHARS).plan(seed),
             padding=self.is_padded,
         )
         return {

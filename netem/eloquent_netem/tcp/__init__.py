@@ -3,7 +3,7 @@
 from eloquent_netem.tcp.connection import TcpConnection
 from eloquent_netem.tcp.errors import SegmentError, TcpError
 from eloquent_netem.tcp.pair import TcpPair
-from eloquent_netem.tcp.tokens import TokenTimes, send_tokens
+from eloquent_netem.tcp.tokens import TokenTimes, even_tokens, send_tokens
 
 __all__ = [
     "SegmentError",
@@ -11,5 +11,6 @@ __all__ = [
     "TcpError",
     "TcpPair",
     "TokenTimes",
+    "even_tokens",
     "send_tokens",
 ]

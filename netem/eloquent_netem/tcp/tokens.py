@@ -1,10 +1,12 @@
 """A token stream over the TCP model: when was each token generated and seen?"""
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from eloquent_netem.link import Link
-from eloquent_netem.sim import simulate
+from eloquent_netem.sim import Actor, simulate
 from eloquent_netem.tcp.errors import TcpError
 from eloquent_netem.tcp.pair import TcpPair
 
@@ -24,24 +26,33 @@ class TokenTimes:
     "IP and TCP headers included, from the first token's generation on."
 
 
+Plan = Sequence[tuple[float, bytes]]
+"When each token is written, counted from the first, never going back; and its bytes, at least one."
+
+
+def even_tokens(tokens: int, *, interval_s: float, token_bytes: int) -> Plan:
+    """Return a plan of numbered tokens of the same size, one every `interval_s`."""
+    return [
+        (index * interval_s, f"{index:0{token_bytes}d}"[-token_bytes:].encode())
+        for index in range(tokens)
+    ]
+
+
 class _Source:
-    """A client that asks, and a server that writes a token every so often."""
+    """A client that asks, and a server that writes tokens as planned."""
 
     def __init__(
         self,
         *,
         up: Link,
         down: Link,
-        tokens: int,
-        token_bytes: int,
-        interval_s: float,
+        plan: Plan,
         congestion: str,
         on_start: Callable[[float], None],
     ) -> None:
         self._down = down
-        self._tokens = tokens
-        self._token_bytes = token_bytes
-        self._interval_s = interval_s
+        self._plan = plan
+        self._ends = list(accumulate(len(token) for _, token in plan))
         self._token_at: float | None = None
         self._sent = bytearray()
         self._received = 0
@@ -64,11 +75,11 @@ class _Source:
         if not self.generated_s:
             self.before = (self._down.packets_sent, self._down.bytes_sent)
             self._on_start(now)
+        _, token = self._plan[len(self.generated_s)]
         self.generated_s.append(now)
         count = len(self.generated_s)
-        more = count < self._tokens
-        self._token_at = self.generated_s[0] + count * self._interval_s if more else None
-        token = f"{count:0{self._token_bytes}d}"[-self._token_bytes :].encode()
+        more = count < len(self._plan)
+        self._token_at = self.generated_s[0] + self._plan[count][0] if more else None
         self._sent += token
         self.pair.server.write(token, now)
         self.pair.flush(now)
@@ -84,7 +95,7 @@ class _Source:
                 "broken, and the run proves nothing."
             )
         self._received += len(data)
-        complete = self._received // self._token_bytes
+        complete = bisect_right(self._ends, self._received)
         self.rendered_s += [now] * (complete - len(self.rendered_s))
 
 
@@ -92,15 +103,15 @@ def send_tokens(
     *,
     up: Link,
     down: Link,
-    tokens: int,
-    interval_s: float,
-    token_bytes: int,
+    plan: Plan,
     congestion: str = "cubic",
     on_start: Callable[[float], None] = lambda now: None,
+    others: Sequence[Actor] = (),
 ) -> TokenTimes:
-    """Connect, ask, and send `tokens` down, one every `interval_s`, in virtual time.
+    """Connect, ask, and send tokens down as planned, in virtual time.
 
-    `on_start` is called when the first one is generated, before it is sent.
+    `on_start` is called when the first one is generated, before it is sent. `others` use the links
+    too, and act before the two ends.
 
     Raises:
         TcpError: something else arrived than was sent.
@@ -109,17 +120,15 @@ def send_tokens(
     source = _Source(
         up=up,
         down=down,
-        tokens=tokens,
-        token_bytes=token_bytes,
-        interval_s=interval_s,
+        plan=plan,
         congestion=congestion,
         on_start=on_start,
     )
     source.pair.client.write(REQUEST, START_S)
     source.pair.connect(START_S)
     simulate(
-        (source, *source.pair.actors),
-        until=lambda: len(source.rendered_s) == tokens,
+        (*others, source, *source.pair.actors),
+        until=lambda: len(source.rendered_s) == len(plan),
         start_s=START_S,
         limit_s=START_S + LIMIT_S,
     )

@@ -1,0 +1,95 @@
+"""The driver in virtual time: both real QUIC ends, or the model of TCP, over emulated links."""
+
+from dataclasses import dataclass, replace
+
+from eloquent.core.schemes import SCHEMES
+from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.answer import QUIC_STREAM, START_S, TCP_SCHEMES, LabPath, send_answer
+from eloquent_netem.lab.oracle import downlink_passes
+from eloquent_netem.lab.rows import Arrivals, Place
+from eloquent_netem.lab.shared import Alarms, SharedLink
+from eloquent_netem.lab.sources import LiveModel, Source
+from eloquent_netem.packet import SUBJECT
+from eloquent_netem.rate import MS_PER_S
+from eloquent_netem.scenario import Scenario
+from eloquent_netem.sim import Actor, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class SimDriver:
+    """Virtual time: the same seed gives the same run, and nothing is late."""
+
+    @property
+    def name(self) -> str:
+        """See `Driver.name`."""
+        return "sim"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """See `Driver.schemes`."""
+        return (*SCHEMES, QUIC_STREAM, *TCP_SCHEMES)
+
+    @property
+    def most_workers(self) -> int | None:
+        """See `Driver.most_workers`."""
+        return None
+
+    def meta(self) -> dict[str, object]:
+        """See `Driver.meta`."""
+        return {
+            "time": "virtual",
+            "tcp": "a model of Linux's TCP without TLS, held to the kernel by `eloquent netem "
+            "fidelity`",
+        }
+
+    def check(self) -> None:
+        """See `Driver.check`: any machine can."""
+
+    def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
+        """See `Driver.run`."""
+        if isinstance(source, LiveModel):
+            raise ConfigurationError(
+                "A live model generates in real time, and virtual time does not wait for it: use "
+                "--driver tun, or record it first (`eloquent lab record`)."
+            )
+        plan = source.plan(seed)
+        begin_s = place.begin_s(seed, plan[-1].time_s)
+        answer = send_answer(scenario_path(place.scenario, seed, begin_s), scheme, plan)
+        return Arrivals(
+            generated_s=tuple(answer.generated_s),
+            rendered_s=tuple(answer.rendered_s),
+            requested_s=START_S,
+            base_delay_s=place.base_delay_s,
+            origin_s=START_S - begin_s,
+            downlink_packets=answer.downlink_packets,
+            downlink_bytes=answer.downlink_bytes,
+            uplink_bytes=answer.uplink_bytes,
+        )
+
+
+def scenario_path(scenario: Scenario, seed: int, begin_s: float) -> LabPath:
+    """Return a path over a scenario's links, for an answer that begins at `begin_s` of its clock.
+
+    Cross traffic has been there since the scenario's beginning by then.
+    """
+    origin_s = START_S - begin_s
+    up, down = scenario.links(seed, origin_s)
+    passes_from = downlink_passes(scenario, seed)
+    path = LabPath(
+        up=up,
+        down=down,
+        base_delay_s=scenario.down.delay_ms / MS_PER_S,
+        passes_from=lambda now: passes_from(now - origin_s) + origin_s,
+    )
+    flows = scenario.cross_flows(up, down, seed, origin_s)
+    if not flows:
+        return path
+    shared = SharedLink(up), SharedLink(down)
+    for link in shared:
+        for flow in flows:
+            link.listen(flow.on_delivered)
+    others: tuple[Actor, ...] = (*shared, *flows)
+    is_time: list[bool] = []
+    begin = Alarms([(START_S, lambda: is_time.append(True))])
+    simulate((*others, begin), until=lambda: bool(is_time), start_s=origin_s, limit_s=START_S)
+    return replace(path, up=shared[0].port(SUBJECT), down=shared[1].port(SUBJECT), others=others)
