@@ -115,6 +115,11 @@ class Cache:
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
+def code_of(case: Case, *, is_tcp: bool = False) -> str:
+    """Return a hash of the code that the runs of a case depend on."""
+    return _code_hash(_modules_of(case), is_tcp)
+
+
 def _modules_of(case: Case) -> frozenset[str]:
     """Return the lab's modules that a case and the objects in its fields come from."""
     values = [getattr(case, one.name) for one in fields(case)]  # type: ignore[arg-type]
