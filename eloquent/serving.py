@@ -7,7 +7,7 @@ turn over one connection. The application owns the turns, which outlive their re
 from typing import Protocol
 
 from eloquent.core.log import Log
-from eloquent.core.wire import Request
+from eloquent.core.wire import Report, Request
 
 
 class Reader(Protocol):
@@ -22,6 +22,13 @@ class Reader(Protocol):
         """Whether nothing has come from the reader's machine for so long that its link is dead.
 
         Apart from whether the application there reads: see `eloquent.core.liveness`.
+        """
+
+    @property
+    def report(self) -> Report | None:
+        """The newest that it said of what it has and what its application has taken.
+
+        None before it said anything, and when it is gone.
         """
 
     def accept(self, log: Log) -> None:

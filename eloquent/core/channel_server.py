@@ -52,6 +52,8 @@ class _Reader:
     window: ReaderWindow
     bundles: int = 0
     is_confirmed: bool = False
+    report: Report | None = None
+    "The last one."
 
 
 class ServerChannel(Channel):
@@ -100,6 +102,11 @@ class ServerChannel(Channel):
         reader = self._readers.get(turn)
         if reader is not None:
             self._confirm(turn, reader)
+
+    def report(self, turn: int) -> Report | None:
+        """Return what the turn's reader reported last; None: nothing, or it is gone."""
+        reader = self._readers.get(turn)
+        return reader.report if reader is not None else None
 
     def receive(self, message: bytes, now: float) -> None:
         """See `Channel.receive`."""
@@ -191,6 +198,7 @@ class ServerChannel(Channel):
             return
         if report.contiguous > reader.window.sent or report.newest >= reader.bundles:
             raise WireError("A report acknowledges what was never sent: the client is broken.")
+        reader.report = report
         reader.window.on_taken(report.contiguous - report.unread)
         self._confirm(report.turn, reader)
         if reader.is_confirmed and report.contiguous == reader.window.sent:

@@ -16,7 +16,7 @@ from eloquent.core.beat import BeatLimit
 from eloquent.core.log import Log
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnRequested
-from eloquent.core.wire import Request
+from eloquent.core.wire import Report, Request
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import Address, ConnectionEnded, ConnectionEvent, ConnectionIdChanged
@@ -55,6 +55,11 @@ class QuicReader:
     def is_silent(self) -> bool:
         """See `Reader.is_silent`."""
         return self._peer.connection.is_silent(self._peer.driver.now())
+
+    @property
+    def report(self) -> Report | None:
+        """See `Reader.report`."""
+        return self._peer.connection.report(self._number)
 
     def accept(self, log: Log) -> None:
         """See `Reader.accept`."""

@@ -77,6 +77,8 @@ class _Reader:
     sender: Sender
     window: ReaderWindow
     is_confirmed: bool = False
+    report: Report | None = None
+    "The newest one."
 
 
 class ServerConnection(Connection):
@@ -205,6 +207,13 @@ class ServerConnection(Connection):
         reader = self._readers.get(turn)
         return reader.sender if reader is not None else None
 
+    def report(self, turn: int) -> Report | None:
+        """Return the newest that the turn's reader reported; None: nothing, or it is gone."""
+        if self._channel is not None:
+            return self._channel.channel.report(turn)
+        reader = self._readers.get(turn)
+        return reader.report if reader is not None else None
+
     def has_datagram(self, now: float) -> bool:
         """See `DatagramSource`."""
         return self._quic.can_send_datagrams and any(
@@ -269,6 +278,12 @@ class ServerConnection(Connection):
         reader = self._readers.get(frame.turn)
         if reader is not None:
             reader.sender.on_report(frame)
+            # They may come in another order; both what is there and what was taken only grow.
+            reader.report = max(
+                reader.report or frame,
+                frame,
+                key=lambda report: (report.contiguous, -report.unread),
+            )
             self._move_window(frame, reader, now)
             self._drop_if_complete(frame.turn, reader)
 

@@ -16,7 +16,7 @@ from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S
 from eloquent.core.log import Log
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnEvent, TurnRequested
-from eloquent.core.wire import Request
+from eloquent.core.wire import Report, Request
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.serving import TurnService
@@ -51,6 +51,11 @@ class WebSocketReader:
     def is_silent(self) -> bool:
         """See `Reader.is_silent`."""
         return self._peer.is_silent
+
+    @property
+    def report(self) -> Report | None:
+        """See `Reader.report`."""
+        return self._peer.channel.report(self._number)
 
     def accept(self, log: Log) -> None:
         """See `Reader.accept`."""
