@@ -28,7 +28,7 @@ from eloquent_client.errors import (
     ServerFaultError,
 )
 from eloquent_client.local import local_client, local_server
-from eloquent_client.messages import Message, StreamStats, Usage
+from eloquent_client.messages import Message, PromptTokensDetails, StreamStats, Usage
 from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
 
@@ -52,6 +52,7 @@ __all__ = [
     "MessageStream",
     "NotFoundError",
     "Pacer",
+    "PromptTokensDetails",
     "ServerFaultError",
     "ServerUrl",
     "StreamStats",

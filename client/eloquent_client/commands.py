@@ -231,6 +231,7 @@ async def _print_json(stream: MessageStream) -> None:
         "model": message.model,
         "tokens": message.usage.completion_tokens,
         "prompt_tokens": message.usage.prompt_tokens,
+        "cached_tokens": message.usage.prompt_tokens_details.cached_tokens,
         "ttft_ms": _rounded(stats.ttft_ms),
         "duration_ms": _rounded(stats.duration_ms),
         "rtt_ms": _rounded(stats.rtt_ms),

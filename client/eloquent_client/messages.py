@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokensDetails:
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int = 0
+    "Not computed, since the server knew them from before."
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a turn cost, in tokens."""
 
@@ -11,6 +19,8 @@ class Usage:
     "Tokens of the prompt, after the chat template."
     completion_tokens: int
     "Tokens generated."
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    "As OpenAI's usage has them."
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from eloquent.errors import EloquentError
 from eloquent.session.session import Session
 from eloquent.session.turn import ClientTurn
 from eloquent_client.errors import APIError, APITimeoutError, api_error, status_error
-from eloquent_client.messages import Message, StreamStats, Usage
+from eloquent_client.messages import Message, PromptTokensDetails, StreamStats, Usage
 
 
 class MessageStream:
@@ -120,7 +120,7 @@ class MessageStream:
             self.text,
             end.finish_reason,
             end.model,
-            Usage(end.prompt_tokens, end.completion_tokens),
+            Usage(end.prompt_tokens, end.completion_tokens, PromptTokensDetails(end.cached_tokens)),
         )
 
     async def close(self) -> None:

@@ -81,6 +81,8 @@ class End:
     "Bytes in the log before this event."
     digest: bytes
     "BLAKE2b (16 bytes) of those bytes; `log_digest` makes it."
+    cached_tokens: int = 0
+    "Tokens of the prompt that were not computed, since they were known from before."
 
 
 Delta = TextDelta | Logprobs | Failure
@@ -106,6 +108,8 @@ class _EndBody(msgspec.Struct, array_like=True, frozen=True):
     completion_tokens: int
     length: int
     digest: bytes
+    cached_tokens: int = 0
+    "Left out where it is 0."
 
 
 def log_digest() -> "hashlib.blake2b":
@@ -126,19 +130,8 @@ def encode_event(event: Event) -> bytes:
     elif isinstance(event, Failure):
         kind, body = KIND_FAILURE, msgspec.msgpack.encode(_FailureBody(event.code, event.message))
     else:
-        kind, body = (
-            KIND_END,
-            msgspec.msgpack.encode(
-                _EndBody(
-                    event.finish_reason,
-                    event.model,
-                    event.prompt_tokens,
-                    event.completion_tokens,
-                    event.length,
-                    event.digest,
-                )
-            ),
-        )
+        fields = [getattr(event, name) for name in _EndBody.__struct_fields__]
+        kind, body = KIND_END, msgspec.msgpack.encode(fields if fields[-1] else fields[:-1])
     if len(body) > MAX_EVENT_BYTES:
         raise ValueError(f"an event of {len(body)} bytes: at most {MAX_EVENT_BYTES} are allowed")
     return bytes((kind,)) + encode_varint(len(body)) + body

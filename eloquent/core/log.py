@@ -87,7 +87,13 @@ class TokenLog:
         self._bytes += encoded
 
     def close(
-        self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
+        self,
+        finish_reason: str,
+        *,
+        model: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
     ) -> End:
         """Add the `End` event, with the log's length and digest, and return it.
 
@@ -103,6 +109,7 @@ class TokenLog:
             completion_tokens=completion_tokens,
             length=len(self._bytes),
             digest=self._digest.digest(),
+            cached_tokens=cached_tokens,
         )
         self._bytes += encode_event(self._end)
         return self._end

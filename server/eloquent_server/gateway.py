@@ -82,6 +82,7 @@ class Gateway:
                         model=request.model or self._backend.models[0],
                         prompt_tokens=event.prompt_tokens,
                         completion_tokens=event.completion_tokens,
+                        cached_tokens=event.cached_tokens,
                     )
                     return event.reason, event.completion_tokens
                 turn.append(cast(Delta, event), continuation)

@@ -127,7 +127,13 @@ class Turn:
         self._hub.keep(self, continuation)
 
     def close(
-        self, finish_reason: str, *, model: str, prompt_tokens: int, completion_tokens: int
+        self,
+        finish_reason: str,
+        *,
+        model: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
     ) -> None:
         """End the answer."""
         self.log.close(
@@ -135,6 +141,7 @@ class Turn:
             model=model,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
+            cached_tokens=cached_tokens,
         )
         self._hub.keep(self)
 

@@ -48,7 +48,7 @@ async def test_json(start_server: StartServer) -> None:
     assert out.count("\n") == 1
     answer = json.loads(out)
     assert set(answer) == {
-        *("turn", "text", "finish_reason", "model", "tokens", "prompt_tokens"),
+        *("turn", "text", "finish_reason", "model", "tokens", "prompt_tokens", "cached_tokens"),
         *("ttft_ms", "duration_ms", "rtt_ms"),
         *("datagrams", "loss_recovered", "duplicates", "missing"),
     }
@@ -56,6 +56,16 @@ async def test_json(start_server: StartServer) -> None:
     assert (answer["finish_reason"], answer["model"], answer["tokens"]) == ("length", "told", 2)
     assert answer["duplicates"] == answer["missing"] == 0
     assert 0 < answer["ttft_ms"] <= answer["duration_ms"]
+
+
+async def test_cached_tokens(start_server: StartServer) -> None:
+    async def handle(turn: Turn) -> None:
+        turn.append(TextDelta("yes"))
+        turn.close("stop", model="m", prompt_tokens=40, completion_tokens=1, cached_tokens=32)
+
+    server = await start_server(handle)
+    _, out, _ = await run("Hi", "--json", "--url", str(server.url))
+    assert (json.loads(out)["prompt_tokens"], json.loads(out)["cached_tokens"]) == (40, 32)
 
 
 async def test_everything_is_asked(start_server: StartServer) -> None:

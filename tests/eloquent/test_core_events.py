@@ -70,6 +70,11 @@ logs = st.lists(deltas, max_size=6).map(closed_log)
             End("stop", "m", 3, 200, 1000, bytes(range(16))),
             "03 20 96 a4 73746f70 a1 6d 03 ccc8 cd03e8 c410 000102030405060708090a0b0c0d0e0f",
         ),
+        # a seventh where tokens were cached
+        (
+            End("stop", "m", 3, 200, 1000, bytes(range(16)), 2),
+            "03 21 97 a4 73746f70 a1 6d 03 ccc8 cd03e8 c410 000102030405060708090a0b0c0d0e0f 02",
+        ),
         # kind 04 | length | array of tokens: bytes, logprob, alternatives of bytes and logprob
         (
             Logprobs((ChosenLogprob(b"\xc3", -0.5, (TokenLogprob(b"a", -1.0),)),)),
