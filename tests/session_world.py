@@ -22,7 +22,7 @@ from eloquent_netem.capture import Address
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import IndependentLoss, Loss, NoLoss
 from eloquent_netem.packet import Packet
-from eloquent_netem.vloop import VirtualNetwork, run
+from eloquent_netem.vloop import VirtualLoop, VirtualNetwork, run
 from eloquent_netem.vloop_network import Datagram
 
 T = TypeVar("T")
@@ -215,6 +215,13 @@ def tokens(count: int) -> list[str]:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def stop_process(seconds: float) -> None:
+    """Let time pass in which nobody on the loop does anything; packets wait for them."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop._now += seconds
 
 
 async def until(holds: Callable[[], bool]) -> None:

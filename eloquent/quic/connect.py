@@ -2,6 +2,7 @@
 
 import asyncio
 
+from eloquent.core.liveness import DEAD_AFTER_S
 from eloquent.core.path import Path
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress
@@ -144,14 +145,22 @@ class QuicLink:
         self._driver.receive(data, self._address, ecn)
 
     def error_received(self, exc: OSError) -> None:
-        """See `UdpProtocol`; only a refusal while connecting is final."""
-        if isinstance(exc, ConnectionRefusedError) and not self._connected.done():
+        """See `UdpProtocol`; a refusal counts while connecting, and on a link that is silent.
+
+        Anybody may send one. But machines limit how often they refuse, so that a link that goes on
+        asking a server that is gone leaves none for the attempts to make another.
+        """
+        if not isinstance(exc, ConnectionRefusedError):
+            return
+        where = f"Nothing listens on {self._url.host}, UDP port {self._url.port}"
+        if not self._connected.done():
             self._fail(
                 ServerRefusedError(
-                    f"Nothing listens on {self._url.host}, UDP port {self._url.port}: start the "
-                    "server (`eloquent serve`) or check the URL."
+                    f"{where}: start the server (`eloquent serve`) or check the URL."
                 )
             )
+        elif self._driver.now() - self._heard_s >= DEAD_AFTER_S:
+            self._fail(ConnectionFailedError(f"{where}, any more: the server has stopped."))
 
     def _send(self, data: bytes, address: Address, ecn: Ecn) -> None:
         if self._transport is not None:

@@ -22,7 +22,7 @@ from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedE
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
-from eloquent.session.retries import CLIMB_EVERY_S, CLIMB_FIRST_S, Climbs, Retries
+from eloquent.session.retries import CLIMB_EVERY_S, CLIMB_FIRST_S, RETRY_FOR_S, Climbs, Retries
 from eloquent.session.routes import WOKE_S, Machine, Route
 from eloquent.session.states import (
     CANCEL_KEPT_S,
@@ -442,13 +442,21 @@ class Session:
                 )
                 if self._retries.is_over:
                     self._cancels.clear()
-                    self._give_up(error, self._numbers)
+                    self._give_up(self._why_over(error), self._numbers)
                     self._retries = Retries()
                 else:
                     self._give_up(error, self._numbers.keys() - self._asked)
-            if await self._route.wait(changes, wait_s):
+            if self._wants_link() and await self._route.wait(changes, wait_s):
                 self._retries.hurry()
         return None
+
+    def _why_over(self, last: EloquentError) -> EloquentError:
+        if isinstance(last, ServerRefusedError):
+            return last
+        return ConnectionFailedError(
+            f"{self._url.host} was not reached for {RETRY_FOR_S:g} s, though there is a network. "
+            f"What has arrived is kept. The last attempt: {last}"
+        )
 
     def _use(self, link: Link) -> None:
         early, self._early = self._early, None

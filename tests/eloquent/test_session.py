@@ -2,9 +2,20 @@
 
 import asyncio
 import gc
+from functools import partial
 
 import pytest
-from session_world import World, first_events, in_world, now, read, tokens, until
+from session_world import (
+    URL,
+    FakeMachine,
+    World,
+    first_events,
+    in_world,
+    now,
+    read,
+    tokens,
+    until,
+)
 from telling import Telling
 
 from eloquent.core.wire import Request
@@ -14,9 +25,12 @@ from eloquent.errors import (
     RequestError,
     ServerRefusedError,
 )
+from eloquent.quic.connect import connect
 from eloquent.serving import Reader
-from eloquent.session.retries import REFUSED_FOR_S
-from eloquent.session.states import LinkState
+from eloquent.session.retries import REFUSED_FOR_S, RETRY_FOR_S
+from eloquent.session.session import Session
+from eloquent.session.states import SILENT_FOR_S, LinkState
+from eloquent_netem.vloop_network import Datagram
 
 ALL = "".join(tokens(100))
 
@@ -272,6 +286,99 @@ def test_a_server_that_is_gone_for_good_fails_the_turn_by_name() -> None:
         return now() - gone_s
 
     assert REFUSED_FOR_S <= in_world(play) < REFUSED_FOR_S + 15.0
+
+
+class FewRefusals:
+    """A machine that refuses as seldom as Linux does: six times, then once a second."""
+
+    def __init__(self, burst: float = 6.0) -> None:
+        self._burst = self._left = burst
+        self._at_s = 0.0
+
+    def __call__(self, packet: Datagram) -> bool:
+        if not packet.is_refusal:
+            return True
+        self._left = min(self._burst, self._left + now() - self._at_s)
+        self._at_s = now()
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+def test_a_server_that_is_gone_behind_a_machine_that_seldom_refuses_fails_the_turn() -> None:
+    async def play(world: World) -> tuple[float, list[LinkState]]:
+        turn = world.session.ask(b"{}")
+        await first_events(turn, 5)
+        world.down.rewrite = FewRefusals()
+        gone_s = now()
+        await world.kill_server()
+        with pytest.raises(ServerRefusedError, match="Nothing listens"):
+            await read(turn)
+        failed_s = now() - gone_s
+        await asyncio.sleep(0.1)
+        return failed_s, world.seen()
+
+    gone_s, states = in_world(play)
+    assert REFUSED_FOR_S <= gone_s < REFUSED_FOR_S + 10.0
+    silent = [LinkState.SILENT] * (LinkState.SILENT in states)
+    assert states[2:] == [*silent, LinkState.RECONNECTING, LinkState.IDLE]
+
+
+def test_a_server_that_is_gone_without_a_word_is_not_silent_for_ever() -> None:
+    async def play(world: World) -> tuple[float, float, float, list[LinkState]]:
+        turn = world.session.ask(b"{}")
+        await first_events(turn, 5)
+        world.up.is_cut = world.down.is_cut = True
+        gone_s = now()
+        with pytest.raises(ConnectionFailedError, match="not reached for 300 s") as caught:
+            await read(turn)
+        failed_s = now() - gone_s
+        assert not isinstance(caught.value, ServerRefusedError)
+        await until(lambda: world.session.state is LinkState.IDLE)
+        silent_s = world.time_of(LinkState.SILENT)
+        lost_s = world.time_of(LinkState.RECONNECTING)
+        return lost_s - silent_s, failed_s, now() - gone_s, world.seen()
+
+    silent_s, failed_s, idle_s, states = in_world(play)
+    assert silent_s <= SILENT_FOR_S + 0.5
+    assert failed_s == pytest.approx(RETRY_FOR_S, abs=10.0)
+    assert idle_s <= failed_s + 0.1
+    assert states[2:] == [LinkState.SILENT, LinkState.RECONNECTING, LinkState.IDLE]
+
+
+def test_time_without_a_network_does_not_count_as_time_of_trying() -> None:
+    async def play(world: World) -> str:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(1.0)
+        world.up.is_cut = world.down.is_cut = True
+        await asyncio.sleep(0.9 * RETRY_FOR_S)
+        world.machine.change(None)
+        await asyncio.sleep(RETRY_FOR_S)
+        world.up.is_cut = world.down.is_cut = False
+        world.machine.change("wlan")
+        return await reading
+
+    assert in_world(play) == ALL
+
+
+def test_a_resume_that_left_early_fails_with_the_attempt_to_connect() -> None:
+    async def play(world: World) -> float:
+        turn = world.session.ask(b"{}")
+        await first_events(turn, 5)
+        request = turn.request
+        await world.session.close()
+        world.up.is_cut = True
+        begun_s = now()
+        session = Session(
+            URL, connector=partial(connect, tickets=world.tickets), machine=FakeMachine()
+        )
+        with pytest.raises(ConnectionFailedError, match="No answer"):
+            await read(session.open(request))
+        await session.close()
+        return now() - begun_s
+
+    assert in_world(play) == pytest.approx(5.0)
 
 
 def test_a_server_that_is_not_there_at_first_fails_the_turn_at_once() -> None:

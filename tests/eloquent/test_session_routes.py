@@ -4,7 +4,18 @@ import asyncio
 import itertools
 
 import pytest
-from session_world import OTHER_IP, Nat, World, in_world, now, read, tokens, until
+from session_world import (
+    OTHER_IP,
+    Nat,
+    World,
+    in_world,
+    now,
+    read,
+    stop_process,
+    tokens,
+    until,
+)
+from telling import Telling
 
 from eloquent.errors import ConnectionFailedError
 from eloquent.session.states import LinkState
@@ -140,7 +151,7 @@ def test_a_network_that_comes_back_with_another_address_is_used_at_once() -> Non
     assert first_s < 1.0
 
 
-def test_without_a_route_what_is_heard_proves_that_there_is_a_way() -> None:
+def test_without_a_route_an_answer_proves_that_there_is_a_way() -> None:
     async def play(world: World) -> tuple[str, list[LinkState]]:
         reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
         await asyncio.sleep(2.0)
@@ -149,7 +160,75 @@ def test_without_a_route_what_is_heard_proves_that_there_is_a_way() -> None:
 
     text, states = in_world(play)
     assert text == ALL
-    assert states[-1] is LinkState.UP
+    assert states == [LinkState.CONNECTING, LinkState.UP]
+
+
+def test_without_a_route_packets_that_still_come_do_not_make_the_state_flap() -> None:
+    """The kernel sends nothing any more, and the server's packets go on coming."""
+
+    async def play(world: World) -> tuple[str, list[LinkState]]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        world.up.is_cut = True
+        gone_s = now()
+        world.machine.change(None)
+        await asyncio.sleep(170.0)
+        world.up.is_cut = False
+        world.machine.change("wlan")
+        text = await reading
+        return text, [state for time, state in world.states if time >= gone_s]
+
+    text, states = in_world(play, lambda: Telling(tokens(100), 2.0))
+    assert text == ALL
+    assert states == [LinkState.OFFLINE, LinkState.UP]
+
+
+def test_a_route_that_comes_and_goes_while_all_packets_pass_is_no_matter() -> None:
+    async def play(world: World) -> tuple[str, list[LinkState]]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        for source in ("wlan", None) * 20:
+            await asyncio.sleep(0.2)
+            world.machine.change(source)
+        return await reading, world.seen()
+
+    text, states = in_world(play)
+    assert text == ALL
+    assert states == [LinkState.CONNECTING, LinkState.UP]
+
+
+def test_a_process_that_was_stopped_asks_before_it_takes_the_link_for_dead() -> None:
+    """SIGSTOP, or a virtual machine that was paused: the clock went on, and packets waited."""
+
+    async def play(world: World) -> tuple[str, bool, list[LinkState]]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        before = world.session.link
+        stop_process(30.0)
+        return await reading, before is world.session.link, world.seen()
+
+    text, is_same, states = in_world(play, lambda: Telling(tokens(100), 0.7))
+    assert text == ALL
+    assert is_same
+    assert states == [LinkState.CONNECTING, LinkState.UP]
+
+
+def test_a_process_that_was_stopped_while_its_link_died_is_back_at_once() -> None:
+    async def play(world: World) -> tuple[str, float]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        old = set(world.up.ports)
+        world.up.rewrite = lambda packet: packet.source[1] not in old
+        world.down.rewrite = lambda packet: packet.destination[1] not in old
+        await asyncio.sleep(RTT_S)
+        stop_process(30.0)
+        woke_s = now()
+        text = await reading
+        silent_s = world.time_of(LinkState.SILENT, after=woke_s)
+        return text, world.time_of(LinkState.UP, after=silent_s) - woke_s
+
+    text, back_s = in_world(play, lambda: Telling(tokens(100), 0.7))
+    assert text == ALL
+    assert back_s < 1.0
 
 
 def test_after_a_sleep_the_link_is_asked_at_once_and_replaced_if_it_is_silent() -> None:
