@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
 
-.PHONY: chat test check format results bench-netem bench-transport bench-engine clean help
+.PHONY: chat test check format paper bench-netem bench-transport bench-engine clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,8 +29,8 @@ format: $(INSTALLED) ## Put the code into its standard form.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-results: $(INSTALLED) ## Make docs/results.md anew (a minute on two cores).
-	$(BIN)/eloquent lab stalls --seeds 20 --markdown docs/results.md
+paper: $(INSTALLED) ## Make docs/results.md and its figures anew (minutes in virtual time, then an hour over TUN, which needs root or user namespaces; goes on where it was stopped).
+	$(BIN)/eloquent lab paper
 
 bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (five minutes; needs root or user namespaces).
 	$(BIN)/eloquent netem fidelity

@@ -9,11 +9,13 @@ from cyclopts import App, Parameter
 
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.leak_commands import leak, pace
+from eloquent_netem.lab.paper_commands import paper
 from eloquent_netem.lab.stalls_commands import check_writable, record, stalls
 
 lab = App(name="lab", help="Measure the transport on emulated networks.")
 lab.command(stalls)
 lab.command(record)
+lab.command(paper)
 lab.command(leak)
 lab.command(pace)
 

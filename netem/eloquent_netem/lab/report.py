@@ -47,10 +47,13 @@ if TYPE_CHECKING:
 
 OURS = "eloquent"
 PAGE = "report.html"
+MOST_CARDS = 6
 MOST_PANELS = 3
 "So many places have a panel in the figure of delays."
 
 CAPTION_CHARS_PER_INCH = 16
+
+STUCK_S = 0.5
 
 STAIRS_S = 4.0
 "How much of a run the staircase shows."
@@ -159,30 +162,45 @@ COMPARISON_HEADER = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Ours and another scheme over all places, in one measure."""
+
+    measure: str
+    excess: Reduction
+    plain: Reduction
+    "Of the stall ratio itself."
+
+
+def comparisons(rows: Sequence[Row]) -> list[Compared]:
+    """Compare ours with every other scheme, in both measures."""
+    found = []
+    for against in in_order(row.scheme for row in rows):
+        for measure, fields in MEASURES.items():
+            plain, excess = (reduction(samples_of(rows, name), OURS, against) for name in fields)
+            if against not in (OURS, ORACLE) and plain is not None and excess is not None:
+                found.append(Compared(measure, excess, plain))
+    return found
+
+
 def comparison_sheet(title: str, rows: Sequence[Row]) -> Sheet:
     """Compare ours with every other scheme over all places: excess, and the plain ratio."""
-    lines = []
-    for against in in_order(row.scheme for row in rows):
-        for measure, (plain, excess) in MEASURES.items():
-            found = reduction(samples_of(rows, excess), OURS, against)
-            ratios = reduction(samples_of(rows, plain), OURS, against)
-            if against in (OURS, ORACLE) or found is None or ratios is None:
-                continue
-            lines.append(
-                (
-                    style_of(against).label,
-                    measure,
-                    percent(found.ours, unit=""),
-                    percent(found.theirs, unit=""),
-                    percent_range(found.share),
-                    percent(ratios.ours),
-                    percent(ratios.theirs),
-                    percent_range(ratios.share),
-                    str(found.scenarios),
-                    str(found.seeds),
-                )
-            )
-    return Sheet(title, COMPARISON_HEADER, tuple(lines))
+    lines = tuple(
+        (
+            style_of(found.excess.against).label,
+            found.measure,
+            percent(found.excess.ours, unit=""),
+            percent(found.excess.theirs, unit=""),
+            percent_range(found.excess.share),
+            percent(found.plain.ours),
+            percent(found.plain.theirs),
+            percent_range(found.plain.share),
+            str(found.excess.scenarios),
+            str(found.excess.seeds),
+        )
+        for found in comparisons(rows)
+    )
+    return Sheet(title, COMPARISON_HEADER, lines)
 
 
 CELL_HEADER = (
@@ -286,12 +304,12 @@ def _cards(rows: Sequence[Row]) -> list[Card]:
     """Return the headline figures: how far our excess is below the others'."""
     cards = []
     for driver, mine in by_driver(rows).items():
-        for against in in_order(row.scheme for row in mine):
-            found = reduction(samples_of(mine, "excess_strict"), OURS, against)
-            if against in (OURS, ORACLE, "eloquent-queued") or found is None:
-                continue
-            cards.append(_card(found, driver))
-    return cards[:6]
+        cards += [
+            _card(found.excess, driver)
+            for found in comparisons(mine)
+            if found.measure == "strict" and found.excess.against != "eloquent-queued"
+        ]
+    return cards[:MOST_CARDS]
 
 
 def _card(found: Reduction, driver: str) -> Card:
@@ -426,11 +444,14 @@ def _stairs(scheme: str, run: Arrivals) -> Stairs:
 
 
 def _window(stairs: Sequence[Stairs]) -> tuple[float, float]:
-    """Return the span in which the readers of all runs together wait longest."""
+    """Return the span in which the readers of all runs together wait longest.
+
+    A run that is stuck for long does not decide alone.
+    """
 
     def late_s(begin: float) -> float:
         return sum(
-            came - due
+            min(came - due, STUCK_S)
             for run in stairs
             for due, came in zip(run.due_s, run.rendered_s, strict=True)
             if begin <= due < begin + STAIRS_S

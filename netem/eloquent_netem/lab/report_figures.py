@@ -24,6 +24,9 @@ SHORTEST_DELAY_MS = 1.0
 
 NEVER_ZERO = 1e-5
 
+LABEL_SHARE = 0.06
+"The height of a label in the cost curve, as a stall ratio."
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -73,7 +76,8 @@ def stalls_by_network(
             if row == len(kinds) - 1:
                 axes.set_xlabel("packets lost each way (%)")
         grid[row][0].set_ylabel(f"{kind}\nstall ratio, {measure} (%)")
-        grid[row][0].set_ylim(bottom=0)  # The row shares its axis: only now all is drawn.
+        # The row shares its axis: only now all is drawn.
+        grid[row][0].set_ylim(bottom=0, top=min(grid[row][0].get_ylim()[1], 101))
     grid[0][0].set_xlim(left=0)
     schemes = in_order(curve.scheme for curves in panels.values() for curve in curves)
     _legend(figure, schemes, theme)
@@ -98,7 +102,7 @@ def stalls_by_place(
             _dot(axes, scheme, theme, x=percent, y=Interval(*(row + shift,) * 3))
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0, right=min(axes.get_xlim()[1], 101))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"stall ratio, {measure} (%)")
     _legend(figure, schemes, theme, has_lines=False)
@@ -230,18 +234,17 @@ def cost_curve(costs: Sequence[Cost], theme: Theme, measure: str) -> "Figure":
 
 
 def _labels_below(costs: Sequence[Cost]) -> list[bool]:
-    """Say which labels go below their dot: of two that are close, that of the lower one."""
-    found = []
+    """Say which labels go below their dot: those that would cover one that is above its own."""
+    above: list[Cost] = []
     for cost in costs:
-        bytes_, stall = cost.wire_bytes.figure, cost.stall.figure
-        found.append(
-            any(
-                2 / 3 < other.wire_bytes.figure / bytes_ < 3 / 2
-                and 0 < other.stall.figure - stall < 0.08
-                for other in costs
-            )
+        is_free = not any(
+            2 / 3 < other.wire_bytes.figure / cost.wire_bytes.figure < 3 / 2
+            and abs(other.stall.figure - cost.stall.figure) < LABEL_SHARE
+            for other in above
         )
-    return found
+        if is_free:
+            above.append(cost)
+    return [cost not in above for cost in costs]
 
 
 def _is_within(value: float, span: tuple[float, float]) -> bool:

@@ -1,0 +1,195 @@
+"""`eloquent lab paper`: the comparison with the paper and with TCP, and the page of its results."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from eloquent.errors import ConfigurationError
+from eloquent_netem.errors import NetemError
+from eloquent_netem.lab.paper_page import (
+    FIGURES,
+    Mark,
+    empty_part,
+    mark_of,
+    page,
+    part_text,
+    split,
+)
+from eloquent_netem.lab.paper_parts import Part, make_parts
+from eloquent_netem.lab.report import Study, figures
+from eloquent_netem.lab.report_page import Picture
+from eloquent_netem.lab.stalls import Found, Plan, compare, find_driver
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+PICTURE_COLOURS = 128
+"The page's figures are files in the repository: a palette makes them a third as large."
+
+TITLES = {
+    "sim": "In virtual time",
+    "traces": "Recorded cellular links",
+    "tun": "Against the kernel's TCP",
+}
+"All parts, in the page's order."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to run."""
+
+    seeds: Mapping[str, int]
+    "How many, by driver, from 0 on."
+    output: Path
+    cache: Path | None
+    workers: int | None = None
+
+
+def runnable_parts(traces: Path, *, has_tun: bool) -> Sequence[Part]:
+    """Return the parts that can be made here; say of the others why not."""
+    parts = make_parts(traces, has_tun=has_tun and _can_tun())
+    if not any(part.name == "traces" for part in parts):
+        _say(f"No recordings in {traces}: that part of the page stays as it was.")
+    return parts
+
+
+def paper(parts: Sequence[Part], options: Options) -> int:
+    """Run the parts and write them to the page; return the exit code.
+
+    What is not among the parts, or not done when Ctrl-C comes, stays as it was on the page.
+    """
+    texts = split(_read(options.output))
+    failures: list[str] = []
+    for part in parts:
+        found = _run(part, options)
+        if not found.is_complete:
+            _say("Ended before its time: what is done is kept for the next run.")
+            return EXIT_INTERRUPTED
+        failures += found.failures
+        if not found.rows:
+            _say(f"No run of the part {part.name} succeeded: it stays as it was.")
+            continue
+        pictures = figures(_pictured(part, found))
+        texts[part.name] = part_text(
+            part,
+            _mark(part, options),
+            found.rows,
+            pictures,
+            meta=found.meta,
+            failures=found.failures,
+        )
+        _write(options.output, texts, part, pictures)
+        _say(f"{options.output}: {part.name} is written.")
+    for failure in failures:
+        _say(f"FAILED: {failure}")
+    return EXIT_FAILED if failures else 0
+
+
+def check(output: Path, traces: Path) -> list[str]:
+    """Return a line for each part of the page that is missing or out of date."""
+    texts = split(_read(output))
+    codes = {part.name: part.code for part in make_parts(traces)}
+    lines = []
+    for name, title in TITLES.items():
+        mark = mark_of(texts.get(name, ""))
+        if mark is None:
+            lines.append(f"{name} ({title}): was never made.")
+        elif name in codes and mark.code != codes[name]:
+            lines.append(
+                f"{name} ({title}): made on {mark.date} at commit {mark.commit} from code "
+                f"{mark.code}; the code now is {codes[name]}."
+            )
+    return lines
+
+
+def _can_tun() -> bool:
+    """Return whether runs over TUN can be made here; say why not."""
+    try:
+        find_driver("tun").check()
+    except (ConfigurationError, NetemError) as error:
+        _say(f"No runs over TUN: {error} That part of the page stays as it was.")
+        return False
+    return True
+
+
+def _run(part: Part, options: Options) -> Found:
+    driver = find_driver(part.driver)
+    workers = options.workers or driver.most_workers or os.cpu_count() or 1
+    return compare(
+        Plan(
+            pairs=[(place, part.source) for place in part.places],
+            driver=driver,
+            schemes=part.schemes,
+            seeds=range(options.seeds[part.driver]),
+            workers=workers,
+            cache=options.cache,
+        )
+    )
+
+
+def _pictured(part: Part, found: Found) -> Study:
+    arrivals = {
+        key: run for name in part.pictured for key, run in found.arrivals.items() if key[0] == name
+    }
+    return Study(found.rows, arrivals, found.meta)
+
+
+def _mark(part: Part, options: Options) -> Mark:
+    return Mark(
+        code=part.code,
+        commit=_commit(),
+        date=datetime.now(UTC).date().isoformat(),
+        seeds=options.seeds[part.driver],
+    )
+
+
+def _commit() -> str:
+    """Return the commit of the working tree, or what stands for none."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=8"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _read(output: Path) -> str:
+    try:
+        return output.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _write(output: Path, texts: Mapping[str, str], part: Part, pictures: Sequence[Picture]) -> None:
+    """Write the page, and this part's figures in the place of its old ones."""
+    folder = output.parent / FIGURES
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{part.name}-*.png"):
+        old.unlink()
+    for picture in pictures:
+        (folder / f"{part.name}-{picture.name}.png").write_bytes(_small(picture.captioned_png))
+    ordered = {name: texts.get(name) or empty_part(name, title) for name, title in TITLES.items()}
+    output.write_text(page(ordered), encoding="utf-8")
+
+
+def _small(png: bytes) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").quantize(PICTURE_COLOURS).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,132 @@
+"""What `eloquent lab paper` runs: the parts of the results' page, and the code they depend on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eloquent_netem.lab.cases import code_of
+from eloquent_netem.lab.places import recorded, synthetic
+from eloquent_netem.lab.rows import ORACLE, Place
+from eloquent_netem.lab.simulated import SimDriver
+from eloquent_netem.lab.sources import ConstantRate, Source
+from eloquent_netem.lab.stalls import Comparison, find_driver
+
+LOSSES = (0.01, 0.05, 0.10)
+BURSTS_MS = (None, 150.0)
+RTTS_MS = (50.0, 100.0, 300.0)
+SOURCE: Source = ConstantRate(30.0)
+"30 tokens a second, 400 of them."
+
+TRACE_LOSS = 0.02
+TRACES = (
+    "ATT-LTE-driving-2016",
+    "Verizon-LTE-short",
+    "TMobile-UMTS-driving",
+    "nyc-taxi3",
+    "nyc-timessquare-3204803",
+)
+"Recordings in mahimahi's format, NAME.down and mostly NAME.up; nothing of them is shipped."
+
+SIM_SCHEMES = ("eloquent", "duplicate", "retransmit", "quic-stream", "tcp", ORACLE)
+TUN_SCHEMES = (
+    "eloquent",
+    "duplicate",
+    "retransmit",
+    "quic-stream",
+    "tcp-sse",
+    "tcp-websocket",
+    ORACLE,
+)
+
+LEAST = {
+    "duplicate": 0.60,
+    "retransmit": 0.90,
+    "quic-stream": 0.90,
+    "tcp": 0.90,
+    "tcp-sse": 0.90,
+    "tcp-websocket": 0.90,
+}
+"By which share our summed excess is to be below theirs, at least."
+
+PAPERS = {"retransmit": 0.710, "duplicate": 0.316}
+"By which share Eloquent's paper (arXiv 2401.12961) has the stall ratio below theirs."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of the page, made by one comparison."""
+
+    name: str
+    title: str
+    driver: str
+    schemes: tuple[str, ...]
+    places: tuple[Place, ...]
+    source: Source = SOURCE
+    pictured: tuple[str, ...] = ()
+    "Places with a panel in the figure of delays; the last one is the staircase's."
+
+    @property
+    def code(self) -> str:
+        """A hash of the code that its figures depend on."""
+        return code_of(Comparison(self.places[0], self.source, find_driver(self.driver)))
+
+
+def grid() -> tuple[Place, ...]:
+    """Return the 18 networks of the comparison: losses by round trips, independent and bursts."""
+    return tuple(
+        synthetic(rtt_ms=rtt_ms, loss=loss, burst_ms=burst_ms)
+        for burst_ms in BURSTS_MS
+        for rtt_ms in RTTS_MS
+        for loss in LOSSES
+    )
+
+
+def recordings(folder: Path) -> tuple[Place, ...]:
+    """Return the recordings that are in `folder`."""
+    places = []
+    for name in TRACES:
+        down, up = folder / f"{name}.down", folder / f"{name}.up"
+        if down.exists():
+            places.append(recorded(down, up if up.exists() else None, loss=TRACE_LOSS))
+    return tuple(places)
+
+
+def make_parts(traces: Path, *, has_tun: bool = True) -> Sequence[Part]:
+    """Return the parts that can be made, in the page's order."""
+    places = grid()
+    pictured = tuple(
+        synthetic(rtt_ms=100, loss=loss, burst_ms=burst_ms).name
+        for loss, burst_ms in ((0.10, 150), (0.10, None), (0.05, None))
+    )
+    parts = [
+        Part(
+            name="sim",
+            title="In virtual time",
+            driver=SimDriver().name,
+            schemes=SIM_SCHEMES,
+            places=places,
+            pictured=pictured,
+        )
+    ]
+    if found := recordings(traces):
+        parts.append(
+            Part(
+                name="traces",
+                title="Recorded cellular links",
+                driver=SimDriver().name,
+                schemes=SIM_SCHEMES,
+                places=found,
+            )
+        )
+    if has_tun:
+        parts.append(
+            Part(
+                name="tun",
+                title="Against the kernel's TCP",
+                driver="tun",
+                schemes=TUN_SCHEMES,
+                places=places,
+                pictured=pictured,
+            )
+        )
+    return parts

@@ -1,0 +1,212 @@
+"""The page of results: parts made one by one, marked with their code, kept where not made."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lab_rows import row
+
+from eloquent_netem.lab.commands import lab
+from eloquent_netem.lab.paper import Options, check, paper
+from eloquent_netem.lab.paper_page import (
+    NOT_YET,
+    Mark,
+    empty_part,
+    mark_of,
+    missed_cells,
+    page,
+    part_text,
+    split,
+)
+from eloquent_netem.lab.paper_parts import (
+    LEAST,
+    TRACES,
+    TUN_SCHEMES,
+    Part,
+    grid,
+    make_parts,
+    recordings,
+)
+from eloquent_netem.lab.places import synthetic
+from eloquent_netem.lab.rows import ORACLE, Row
+from eloquent_netem.lab.sources import ConstantRate
+
+NOWHERE = Path("/nonexistent")
+MARK = Mark(code="c0de", commit="abc1234-dirty", date="2026-01-31", seeds=3)
+TINY = Part(
+    name="sim",
+    title="In virtual time",
+    driver="sim",
+    schemes=("eloquent", "retransmit", ORACLE),
+    places=(synthetic(rtt_ms=50, loss=0.1), synthetic(rtt_ms=50, loss=0.2)),
+    source=ConstantRate(30.0, tokens=60),
+    pictured=(synthetic(rtt_ms=50, loss=0.1).name,),
+)
+
+
+def rows(ours: float, theirs: float, against: str = "duplicate") -> list[Row]:
+    return [
+        row(
+            "50 ms, 1 % loss",
+            scheme,
+            seed,
+            stall_ratio=excess + 0.01,
+            stall_ratio_200ms=excess + 0.01,
+            excess_strict=excess,
+            excess_200ms=excess,
+        )
+        for scheme, excess in (("eloquent", ours), (against, theirs))
+        for seed in range(3)
+    ]
+
+
+def options(folder: Path, **fields: object) -> Options:
+    made = Options(
+        seeds={"sim": 2, "tun": 1},
+        output=folder / "results.md",
+        cache=folder / "runs.jsonl",
+        workers=1,
+    )
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def test_a_page_comes_apart_into_what_it_was_made_of() -> None:
+    parts = {"sim": f"{MARK.line('sim')}\n\n## A\n\ntext\n", "tun": empty_part("tun", "B")}
+    assert split(page(parts)) == {"sim": f"{parts['sim']}\n", "tun": parts["tun"]}
+    assert split("# An older page\n\nof another make") == {}
+    assert page(split(page(parts))).split() == page(parts).split()
+
+
+def test_a_mark_is_read_as_it_was_written() -> None:
+    assert mark_of(f"{MARK.line('sim')}\nand more") == MARK
+    assert mark_of(empty_part("tun", "B")) is None
+    assert mark_of("<!-- part sim: code=1 seeds=many -->") is None
+    assert mark_of("") is None
+
+
+def test_the_papers_figures_stand_beside_ours() -> None:
+    text = part_text(TINY, MARK, rows(0.03, 0.09), [], meta={})
+    # Plain stall ratios: 4 % against 10 %. Excess: 3 against 9 points.
+    assert "| duplicate | strict | 4.00 ± 0.00 % | 10.00 ± 0.00 % | 60.0 % " in text
+    assert "| 31.6 % |" in text
+    assert (
+        "| duplicate | strict | 3.00 ± 0.00 | 9.00 ± 0.00 | 66.7 % (66.7 to 66.7) | 60 % | yes |"
+        in text
+    )
+    assert "abc1234-dirty" in text
+
+
+def test_a_missed_bound_is_not_hidden() -> None:
+    text = part_text(TINY, MARK, rows(0.06, 0.09), [], meta={})
+    assert "| 33.3 % (33.3 to 33.3) | 60 % | NO |" in text
+    assert (
+        "| 50 ms, 1 % loss | duplicate | strict | 6.00 ± 0.00 | 9.00 ± 0.00 | 0.67 | 0.40 |" in text
+    )
+
+
+def test_failed_runs_are_on_the_page() -> None:
+    text = part_text(TINY, MARK, rows(0.01, 0.09), [], meta={}, failures=["seed 7: it broke"])
+    assert "- seed 7: it broke" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "misses"),
+    [
+        (0.0359, 0.09, False),
+        (0.0361, 0.09, True),
+        (0.0009, 0.0, False),  # below the floor there is nothing left to win
+        (0.0011, 0.0, True),
+        (-0.01, 0.05, False),
+    ],
+)
+def test_a_network_misses_where_our_excess_is_above_its_share_of_theirs(
+    ours: float, theirs: float, misses: bool
+) -> None:
+    assert bool(missed_cells(rows(ours, theirs))) is misses
+
+
+def test_the_page_is_made_part_by_part_and_runs_are_not_made_again(tmp_path: Path) -> None:
+    settings = options(tmp_path)
+    before = f"{MARK.line('tun')}\n\n## Against the kernel's TCP\n\nmeasured in January\n"
+    settings.output.write_text(page({"tun": before}), encoding="utf-8")
+
+    assert paper([TINY], settings) == 0
+
+    text = settings.output.read_text(encoding="utf-8")
+    parts = split(text)
+    assert list(parts) == ["sim", "traces", "tun"]
+    assert NOT_YET in parts["traces"]
+    assert "measured in January" in parts["tun"]
+    assert mark_of(parts["tun"]) == MARK
+    mark = mark_of(parts["sim"])
+    assert mark is not None
+    assert (mark.code, mark.seeds) == (TINY.code, 2)
+    assert "2 networks, 2 seeds each" in parts["sim"]
+    linked = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert {file.split("-")[0] for file in linked} == {"figures/sim"}
+    assert sorted(linked) == sorted(
+        f"figures/{path.name}" for path in (tmp_path / "figures").iterdir()
+    )
+    known = (tmp_path / "runs.jsonl").read_bytes()
+    assert len(known.splitlines()) == 12
+
+    assert paper([TINY], settings) == 0
+    assert (tmp_path / "runs.jsonl").read_bytes() == known
+    assert settings.output.read_text(encoding="utf-8") == text
+
+
+def test_figures_that_a_part_has_no_longer_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for name in ("sim-old.png", "tun-cost.png"):
+        (folder / name).write_bytes(b"")
+    assert paper([TINY], options(tmp_path)) == 0
+    names = {path.name for path in folder.iterdir()}
+    assert "sim-old.png" not in names
+    assert "tun-cost.png" in names
+
+
+def test_what_is_out_of_date_is_named_with_its_date_and_commit(tmp_path: Path) -> None:
+    output = tmp_path / "results.md"
+    assert [line.split()[0] for line in check(output, NOWHERE)] == ["sim", "traces", "tun"]
+    codes = {part.name: part.code for part in make_parts(NOWHERE)}
+    fresh = {name: replace(MARK, code=code).line(name) for name, code in codes.items()}
+    fresh["traces"] = MARK.line("traces")  # without recordings nobody can tell
+    output.write_text(page(fresh), encoding="utf-8")
+    assert check(output, NOWHERE) == []
+    output.write_text(page(fresh | {"tun": MARK.line("tun")}), encoding="utf-8")
+    (line,) = check(output, NOWHERE)
+    assert "2026-01-31" in line
+    assert "abc1234-dirty" in line
+    assert codes["tun"] in line
+
+
+def test_the_command_says_whether_the_page_is_up_to_date(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        lab(["paper", "--check", "-o", str(tmp_path / "none.md")], exit_on_error=False)
+    assert stopped.value.code == 1
+    assert "make paper" in capsys.readouterr().out
+
+
+def test_the_comparison_is_that_of_the_papers() -> None:
+    places = grid()
+    assert len({place.name for place in places}) == 18
+    assert {place.rtt_s for place in places} == {0.05, 0.1, 0.3}
+    assert {place.loss for place in places} == {0.01, 0.05, 0.1}
+    assert {place.burst_ms for place in places} == {None, 150.0}
+    for part in make_parts(NOWHERE):
+        assert set(part.pictured) <= {place.name for place in places}
+        assert set(part.schemes) - {"eloquent", ORACLE} <= set(LEAST)
+    assert {"tcp-sse", "tcp-websocket", "duplicate", "retransmit"} <= set(TUN_SCHEMES)
+
+
+def test_recordings_are_taken_where_they_are(tmp_path: Path) -> None:
+    assert recordings(tmp_path) == ()
+    assert [part.name for part in make_parts(tmp_path, has_tun=False)] == ["sim"]
+    (tmp_path / f"{TRACES[1]}.down").write_text("1\n2\n")
+    (place,) = recordings(tmp_path)
+    assert place.name.startswith(TRACES[1])
+    assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun"]
