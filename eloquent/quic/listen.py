@@ -3,14 +3,18 @@
 import asyncio
 import errno
 import logging
+import os
 import random
 
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
 from aioquic.quic.packet import (
+    QuicHeader,
     QuicPacketType,
+    encode_quic_retry,
     encode_quic_version_negotiation,
     pull_quic_header,
 )
+from aioquic.quic.retry import QuicRetryTokenHandler
 
 from eloquent.core.beat import BeatLimit
 from eloquent.core.log import Log
@@ -18,6 +22,7 @@ from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnRequested
 from eloquent.core.wire import Report, Request
 from eloquent.errors import ConfigurationError
+from eloquent.handshakes import Handshakes
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import Address, ConnectionEnded, ConnectionEvent, ConnectionIdChanged
 from eloquent.quic.driver import Driver
@@ -35,6 +40,11 @@ INITIAL_MIN_BYTES = 1200
 
 MAX_PORT = 65535
 MAX_CONNECTIONS = 10_000
+MAX_HANDSHAKES = 512
+RETRY_FROM = 64
+"""While so many connections are being made, a client first has to show that it is where it says it
+is (RFC 9000 section 8.1.2), which costs it a round trip and the server nothing."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -84,6 +94,8 @@ class _Peer:
     def __init__(self, listener: "Listener", connection: ServerConnection) -> None:
         self.connection = connection
         self.driver = Driver(connection, listener.send, self._on_event)
+        self.connection_ids: set[bytes] = set()
+        "Those that lead here."
         self._readers: dict[int, QuicReader] = {}
         self._listener = listener
 
@@ -101,7 +113,7 @@ class _Peer:
                 service.on_cancel(reader_or_none)
             service.on_gone(reader_or_none)
         elif isinstance(event, ConnectionIdChanged):
-            self._listener.route(event.connection_id, self if event.is_issued else None)
+            self._listener.route(event.connection_id, self, is_issued=event.is_issued)
         elif isinstance(event, ConnectionEnded):
             self.end()
             self._listener.forget(self, event)
@@ -147,6 +159,8 @@ class Listener:
         self._beats = BeatLimit()
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
+        self._handshakes = Handshakes(MAX_HANDSHAKES, self._give_up)
+        self._retry = QuicRetryTokenHandler()
         self._transport: UdpTransport | None = None
         self.service = service
 
@@ -167,6 +181,7 @@ class Listener:
             peer.connection.close("the server is shutting down")
             peer.driver.pump()
             peer.end()
+            self._handshakes.done(peer)
         self._routes.clear()
         self._peers.clear()
         if self._transport is not None:
@@ -177,20 +192,33 @@ class Listener:
         if self._transport is not None:
             self._transport.send(data, address, ecn)
 
-    def route(self, connection_id: bytes, peer: _Peer | None) -> None:
-        """Bring datagrams with this connection id to `peer`, or to nobody."""
-        if peer is None:
-            self._routes.pop(connection_id, None)
-        else:
+    def route(self, connection_id: bytes, peer: _Peer, *, is_issued: bool) -> None:
+        """Bring datagrams with this connection id to `peer`, or not any more."""
+        if is_issued:
             self._routes[connection_id] = peer
+            peer.connection_ids.add(connection_id)
+        elif connection_id in peer.connection_ids:
+            del self._routes[connection_id]
+            peer.connection_ids.remove(connection_id)
 
     def forget(self, peer: _Peer, event: ConnectionEnded) -> None:
         """Drop a connection that ended."""
         if event.by_peer_error:
             # Anybody may send what breaks a connection, so it must not fill the operator's log.
             logger.info("connection ended: %s", event.reason)
+        self._drop(peer)
+
+    def _drop(self, peer: _Peer) -> None:
+        self._handshakes.done(peer)
         self._peers.pop(peer, None)
-        self._routes = {key: value for key, value in self._routes.items() if value is not peer}
+        for connection_id in peer.connection_ids:
+            del self._routes[connection_id]
+        peer.connection_ids.clear()
+
+    def _give_up(self, peer: _Peer) -> None:
+        """Forget a connection that is not made in time; nobody is told."""
+        peer.end()
+        self._drop(peer)
 
     def connection_made(self, transport: UdpTransport) -> None:
         """See `UdpProtocol`."""
@@ -219,9 +247,11 @@ class Listener:
                         addr,
                     )
             elif header.packet_type is QuicPacketType.INITIAL:
-                peer = self._new_peer(header.destination_cid)
+                peer = self._admit(header, addr)
         if peer is not None:
             peer.driver.receive(data, addr, ecn)
+            if not peer.connection.is_handshaking:
+                self._handshakes.done(peer)
         elif header.packet_type is QuicPacketType.ONE_RTT:
             self._reset(header.destination_cid, len(data), addr)
 
@@ -235,16 +265,52 @@ class Listener:
         if reset is not None and self._reset_limit.allows(asyncio.get_running_loop().time()):
             self.send(reset, addr)
 
-    def _new_peer(self, destination_cid: bytes) -> _Peer | None:
+    def _admit(self, header: QuicHeader, addr: Address) -> _Peer | None:
+        """Begin a connection, if there is room for one, or have the client show its address."""
         if len(self._peers) >= MAX_CONNECTIONS:
             logger.warning("refused a connection: %d are open", len(self._peers))
             return None
+        now = asyncio.get_running_loop().time()
+        if not header.token:
+            if len(self._handshakes) < RETRY_FROM:
+                return self._new_peer(header.destination_cid, retried=None)
+            self._send_retry(header, addr, now)
+            return None
+        try:
+            original = self._retry.validate_token(
+                address=addr, destination_cid=header.destination_cid, token=header.token, now=now
+            )
+        except ValueError:
+            return None  # no token of ours, or an old one: the client begins anew
+        return self._new_peer(original, retried=header.destination_cid)
+
+    def _send_retry(self, header: QuicHeader, addr: Address, now: float) -> None:
+        assert header.version is not None
+        source_cid = os.urandom(self._configuration.connection_id_length)
+        token = self._retry.create_token(
+            address=addr,
+            original_destination_connection_id=header.destination_cid,
+            retry_source_connection_id=source_cid,
+            now=now,
+        )
+        retry = encode_quic_retry(
+            version=header.version,
+            source_cid=source_cid,
+            destination_cid=header.source_cid,
+            original_destination_cid=header.destination_cid,
+            retry_token=token,
+        )
+        self.send(retry, addr)
+
+    def _new_peer(self, original_cid: bytes, *, retried: bytes | None) -> _Peer:
+        """`retried` is the connection id of the Retry that the client answers."""
         connection = ServerConnection(
             self._configuration,
             make_sender=self._make_sender,
             padding=self._padding,
             marking=self._make_marking() if self._make_marking is not None else None,
-            original_destination_connection_id=destination_cid,
+            original_destination_connection_id=original_cid,
+            retry_source_connection_id=retried,
             reset_key=self._reset_key,
             skips=self._skips,
             session_ticket_fetcher=self._tickets.take,
@@ -253,8 +319,9 @@ class Listener:
         connection.path.beats = self._beats
         peer = _Peer(self, connection)
         self._peers[peer] = None
-        self.route(destination_cid, peer)
-        self.route(connection.quic.host_cid, peer)
+        self._handshakes.begin(peer)
+        for connection_id in (retried or original_cid, connection.quic.host_cid):
+            self.route(connection_id, peer, is_issued=True)
         return peer
 
 

@@ -137,6 +137,11 @@ class ServerConnection(Connection):
             reader.window.look(now)
         return datagrams
 
+    @property
+    def is_handshaking(self) -> bool:
+        """Whether nothing proves yet that the client takes part in the handshake."""
+        return self._early is not None and not self._is_ended
+
     def is_silent(self, now: float) -> bool:
         """Return whether turns are open and the link to the client is dead, one way or both."""
         if self._channel is not None:

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import ssl
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -18,17 +20,23 @@ from eloquent.core.log import Log
 from eloquent.core.turns import ReaderDone, TurnCancelled, TurnEvent, TurnRequested
 from eloquent.core.wire import Report, Request
 from eloquent.errors import ConfigurationError
+from eloquent.handshakes import HANDSHAKE_S, Handshakes
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.serving import TurnService
-from eloquent.websocket.driver import OPTIONS, SUBPROTOCOL, ChannelDriver, HeardConnection
-
-OPEN_TIMEOUT_S = 10.0
-"How long each of the handshakes, TLS's and WebSocket's, may take."
+from eloquent.websocket.driver import (
+    CLOSE_TIMEOUT_S,
+    OPTIONS,
+    SUBPROTOCOL,
+    ChannelDriver,
+    HeardConnection,
+)
 
 SILENT_S = 60.0
 "A client that says nothing for so long is gone: it sends a beat every 20 s at least."
 
 MAX_CONNECTIONS = 10_000
+MAX_HANDSHAKES = 100
+"""Each has buffers of 400 KB, which are Python's and OpenSSL's."""
 BUSY = 503
 
 logger = logging.getLogger(__name__)
@@ -74,7 +82,74 @@ class WebSocketReader:
 
 
 class _HeardServer(HeardConnection, ServerConnection):
-    """A server's WebSocket."""
+    """A server's WebSocket, over TLS that it begins itself: so few are begun at a time."""
+
+    def __init__(
+        self,
+        handshakes: "Handshakes[_HeardServer]",
+        tls: ssl.SSLContext,
+        *given: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(*given, **options)
+        self._handshakes = handshakes
+        self._tls = tls
+        self._below: asyncio.Transport | None = None
+        "TCP, while TLS is being made."
+        self._early = bytearray()
+        "What came with the end of TLS's handshake."
+        self._securing: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`: there is TCP."""
+        self._below = cast(asyncio.Transport, transport)
+        self._handshakes.begin(self)
+        self._securing = asyncio.ensure_future(self._secure(self._below))
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self._below is None:
+            super().data_received(data)
+        else:
+            self._early += data
+
+    def eof_received(self) -> None:
+        """See `asyncio.Protocol`."""
+        if self._below is None:
+            super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._handshakes.done(self)
+        if self._below is None:
+            super().connection_lost(exc)
+
+    def give_up(self) -> None:
+        """End the connection before it is made."""
+        transport = self.transport if self._below is None else self._below
+        transport.abort()
+
+    async def _secure(self, below: asyncio.Transport) -> None:
+        try:
+            secured = await self.loop.start_tls(
+                below,
+                self,
+                self._tls,
+                server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=CLOSE_TIMEOUT_S,
+            )
+        except OSError as error:  # TLS's errors and timeouts are such, too
+            logger.debug("no TLS: %s", error)
+            secured = None
+        if secured is None or secured.is_closing():
+            self._handshakes.done(self)
+            return
+        self._below = None
+        super().connection_made(secured)
+        if self._early:
+            super().data_received(bytes(self._early))
+            self._early.clear()
 
 
 class _Peer:
@@ -119,6 +194,9 @@ class WebSocketListener:
         self._padding = padding
         self._peers: dict[_Peer, None] = {}
         self._server: Server | None = None
+        self._handshakes: Handshakes[_HeardServer] = Handshakes(
+            MAX_HANDSHAKES, _HeardServer.give_up
+        )
 
     @property
     def port(self) -> int:
@@ -137,18 +215,18 @@ class WebSocketListener:
         Raises:
             OSError: the address cannot be had.
         """
+        connection = partial(_HeardServer, self._handshakes, _tls_context(certificate))
         self._server = await serve(
             self._handle,
             host,
             port,
-            ssl=_tls_context(certificate),
             subprotocols=[SUBPROTOCOL],
             # Programs send no Origin; a web page, which does, has no business here.
             origins=[None],
             process_request=self._refuse_too_many,
-            open_timeout=OPEN_TIMEOUT_S,
+            open_timeout=HANDSHAKE_S,
             max_size=MAX_TO_SERVER_BYTES,
-            create_connection=_HeardServer,
+            create_connection=cast(type[_HeardServer], connection),
             server_header=None,
             logger=logger,
             **OPTIONS,
@@ -158,6 +236,7 @@ class WebSocketListener:
         """Tell all readers what there is to tell, close their connections, release the port."""
         if self._server is not None:
             self._server.close(close_connections=False)
+            self._handshakes.close()
             await asyncio.gather(
                 *(peer.driver.close("the server is shutting down") for peer in self._peers)
             )
@@ -165,6 +244,7 @@ class WebSocketListener:
 
     async def _handle(self, websocket: ServerConnection) -> None:
         assert isinstance(websocket, _HeardServer)
+        self._handshakes.done(websocket)
         peer = _Peer(self._service, websocket, padding=self._padding)
         self._peers[peer] = None
         try:

@@ -1,14 +1,26 @@
-"""Requests that are begun and not finished: they are told so, and hold nothing for ever."""
+"""Requests and handshakes that are begun and not finished: they hold little, and not for ever."""
 
 import asyncio
 
-from session_world import World, in_world, now, read, tokens
+import pytest
+import rungs
+from session_world import CERTIFICATE, SERVER, World, in_world, now, read, tokens
+from telling import Telling
 
 from eloquent.core.receiver import Receiver
 from eloquent.core.wire import Request, encode_request
 from eloquent.errors import RequestError
+from eloquent.handshakes import HANDSHAKE_S
+from eloquent.quic import listen as quic_listen
+from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connect import QuicLink
+from eloquent.quic.ecn import Ecn
+from eloquent.quic.listen import RETRY_FROM, Listener
 from eloquent.quic.server import REQUEST_DEADLINE_S
+from eloquent.session.session import Session
+from eloquent.websocket import server as websocket
+from eloquent.websocket.client import connect as connect_websocket
+from eloquent_netem.vloop import VirtualNetwork
 
 ALL = "".join(tokens(100))
 
@@ -40,3 +52,157 @@ def test_a_request_that_is_never_finished_is_declined_by_name() -> None:
     assert text == ALL
     assert REQUEST_DEADLINE_S <= waited_s < REQUEST_DEADLINE_S + 0.2
     assert held == 0
+
+
+class HalfOpen:
+    """A client that begins a handshake and never finishes it."""
+
+    def __init__(self, listener: Listener, number: int) -> None:
+        configuration = client_configuration(SERVER, pin=CERTIFICATE.pin)
+        self._connection = ClientConnection(configuration, pin=CERTIFICATE.pin)
+        self._listener = listener
+        self.address = (f"198.51.100.{number % 250}", 10_000 + number)
+        self._connection.connect((SERVER, 1), now())
+        self._send()
+
+    def answer(self, retry: bytes) -> None:
+        """Take a Retry, and begin anew with its token."""
+        self._connection.receive(retry, (SERVER, 1), now())
+        self._send()
+
+    def _send(self) -> None:
+        for data, _, _ in self._connection.send(now()):
+            self._listener.datagram_received(data, self.address, Ecn.NOT_ECT)
+
+
+def sent_by(listener: Listener) -> list[tuple[bytes, object]]:
+    """Return what the listener sends from now on, which reaches nobody."""
+    sent: list[tuple[bytes, object]] = []
+    usual = listener.send
+
+    def send(data: bytes, address: object, ecn: Ecn = Ecn.NOT_ECT) -> None:
+        if str(address).startswith("('198.51.100."):
+            sent.append((data, address))
+        else:
+            usual(data, address, ecn)
+
+    listener.send = send  # type: ignore[method-assign]
+    return sent
+
+
+def test_handshakes_from_made_up_addresses_leave_room_for_those_that_are_meant() -> None:
+    async def play(world: World) -> tuple[int, str, int]:
+        assert world.listener is not None
+        sent = sent_by(world.listener)
+        for number in range(3 * RETRY_FROM):
+            HalfOpen(world.listener, number)
+        half_open = world.listener.connections
+        assert len(sent) >= 2 * RETRY_FROM  # a Retry each
+        text = await read(world.session.ask(b"{}"))
+        await asyncio.sleep(HANDSHAKE_S)
+        return half_open, text, world.listener.connections
+
+    half_open, text, left = in_world(play)
+    assert half_open == RETRY_FROM
+    assert text == ALL
+    assert left == 1
+
+
+def test_the_oldest_handshake_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quic_listen, "RETRY_FROM", 2)
+    monkeypatch.setattr(quic_listen, "MAX_HANDSHAKES", 10)
+
+    async def play(world: World) -> tuple[int, str, int]:
+        assert world.listener is not None
+        sent = sent_by(world.listener)
+        for number in range(40):
+            sent.clear()
+            client = HalfOpen(world.listener, number)
+            if number >= 2:
+                ((retry, _),) = sent
+                client.answer(retry)
+            await asyncio.sleep(0.001)
+        half_open = world.listener.connections
+        text = await read(world.session.ask(b"{}"))
+        await asyncio.sleep(HANDSHAKE_S)
+        assert len(world.listener._routes) == len(next(iter(world.listener._peers)).connection_ids)
+        return half_open, text, world.listener.connections
+
+    half_open, text, left = in_world(play)
+    assert half_open == 10
+    assert text == ALL
+    assert left == 1
+
+
+def test_a_made_up_token_begins_nothing() -> None:
+    async def play(world: World) -> int:
+        assert world.listener is not None
+        sent = sent_by(world.listener)
+        for number in range(RETRY_FROM + 1):
+            HalfOpen(world.listener, number)
+        retry = sent[-1][0]
+        HalfOpen(world.listener, 999).answer(retry)  # a token for another address
+        return world.listener.connections
+
+    assert in_world(play) == RETRY_FROM
+
+
+def is_over(reader: asyncio.StreamReader) -> bool:
+    return reader.exception() is not None or reader.at_eof()
+
+
+@pytest.mark.parametrize("sent", [b"", bytes.fromhex("1603010200010001fc0303")])
+def test_tls_handshakes_that_are_not_finished_are_few_and_leave_room(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """They say nothing at all, or begin a ClientHello."""
+    most = 20
+    monkeypatch.setattr(websocket, "MAX_HANDSHAKES", most)
+
+    async def main(network: VirtualNetwork) -> tuple[int, int, str, int]:
+        with network.on("server"):
+            listener = await websocket.listen(
+                "server",
+                rungs.PORT,
+                certificate=rungs.CERTIFICATE,
+                service=Telling(tokens(100), 0.05),
+            )
+        opened = []
+        for _ in range(2 * most):
+            reader, writer = await asyncio.open_connection("server", rungs.PORT)
+            writer.write(sent)
+            opened.append((reader, writer))
+        await asyncio.sleep(1.0)
+        half_open = len(listener._handshakes)
+        closed = sum(is_over(reader) for reader, _ in opened)
+        session = Session(rungs.URL, connector=connect_websocket)
+        text = rungs.text_of(await rungs.collect(session.ask(b"{}")))
+        await asyncio.sleep(HANDSHAKE_S)
+        left = len(listener._handshakes)
+        for _, writer in opened:
+            writer.close()
+        await session.close()
+        await listener.close()
+        return half_open, closed, text, left
+
+    half_open, closed, text, left = rungs.virtually(main)
+    assert half_open == most
+    assert closed == most
+    assert text == ALL
+    assert left == 0
+
+
+def test_a_server_that_stops_ends_half_open_connections() -> None:
+    async def main(network: VirtualNetwork) -> bool:
+        with network.on("server"):
+            listener = await websocket.listen(
+                "server", rungs.PORT, certificate=rungs.CERTIFICATE, service=Telling([], 0.0)
+            )
+        reader, writer = await asyncio.open_connection("server", rungs.PORT)
+        await asyncio.sleep(1.0)
+        await listener.close()
+        await asyncio.sleep(1.0)
+        writer.close()
+        return is_over(reader)
+
+    assert rungs.virtually(main)
