@@ -56,6 +56,11 @@ class EcnConnection(LateBoundConnection):
         """Whether the path carries marks, or None while nothing is to be marked."""
         return None if self._marking is None else self._validation.state
 
+    @property
+    def ecn_reported(self) -> EcnCounts:
+        """What the peer counted of the marks that it got."""
+        return self._validation.reported
+
     def receive_datagram(self, data: bytes, addr: Any, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `QuicConnection.receive_datagram`; `ecn` is what the datagram came with."""
         self._arriving = ecn

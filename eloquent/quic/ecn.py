@@ -118,6 +118,11 @@ class EcnValidation:
         return self.state is EcnState.TESTING or self.state is EcnState.CAPABLE
 
     @property
+    def reported(self) -> EcnCounts:
+        """What the peer counted, by the last ACK that was judged."""
+        return self._last or EcnCounts()
+
+    @property
     def in_flight(self) -> int:
         """How many marked packets are out with their fate unknown."""
         return max(self._sent.total - self._acked - self._lost, 0)
