@@ -32,7 +32,13 @@ from eloquent.link import Rung
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.listen import listen as listen_quic
 from eloquent.session.race import MAX_ADDRESSES, in_turn
-from eloquent.session.retries import CLIMB_EVERY_S, CLIMB_FIRST_S
+from eloquent.session.retries import (
+    CLIMB_EVERY_S,
+    CLIMB_FIRST_S,
+    CLIMB_GOOD_S,
+    CLIMB_MAX_S,
+    Climbs,
+)
 from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
@@ -42,6 +48,7 @@ from eloquent.websocket.server import listen as listen_websocket
 from eloquent_netem.packet import Packet
 from eloquent_netem.tcp.segment import TcpPacket
 from eloquent_netem.vloop import VirtualNetwork
+from eloquent_netem.vloop_network import Datagram
 
 TOKENS = [f"token {index} " for index in range(200)]
 TEXT = "".join(TOKENS)
@@ -232,6 +239,64 @@ def test_a_climb_that_fails_is_tried_again_a_minute_later() -> None:
     assert [rung for _, rung in rungs] == [Rung.WEBSOCKET, Rung.DATAGRAMS]
     # The first attempt ends at its own timeout of 5 s.
     assert rungs[1][0] == pytest.approx(CLIMB_FIRST_S + 5 + CLIMB_EVERY_S, abs=1)
+
+
+def test_udp_that_dies_after_each_climb_is_climbed_to_ever_later() -> None:
+    """A firewall that lets UDP pass for five seconds after it has not seen any for a while."""
+    opened_s = last_s = -10.0
+
+    def drops(time: float, packet: Packet) -> bool:
+        nonlocal opened_s, last_s
+        if not isinstance(packet, Datagram):
+            return False
+        if packet.destination[1] == URL.port:  # the server goes on sending for a while
+            opened_s, last_s = time if time - last_s > 5.0 else opened_s, time
+        return time >= opened_s + 5.0
+
+    events, rungs = whole_turn(drops, tokens=TOKENS * 3, gap_s=0.4)
+    assert text_of(events) == TEXT * 3
+    falls = [time for time, rung in rungs if rung is Rung.WEBSOCKET]
+    climbs = [time for time, rung in rungs[1:] if rung is Rung.DATAGRAMS]
+    waits = [climb - fall for fall, climb in zip(falls, climbs, strict=False)]
+    assert [round(wait_s, -1) for wait_s in waits] == [10, 20, 40, 80]
+
+
+@pytest.mark.parametrize(("source", "waits"), [("wlan", False), ("cellular", True)])
+def test_a_late_climb_heeds_another_network_and_not_just_any_change(
+    source: str, waits: bool
+) -> None:
+    async def main(network: VirtualNetwork) -> Rung | None:
+        async with serving(network, Telling(TOKENS * 10, GAP_S)):
+            machine = FakeMachine()
+            session = racing(machine=machine)
+            reading = asyncio.ensure_future(collect(session.ask(b"{}")))
+            await asyncio.sleep(35.0)  # fallen at 5 and 20 s; the next climb is due at 40
+            assert rung_of(session) is Rung.WEBSOCKET
+            machine.change(source)
+            await asyncio.sleep(2.0)
+            rung = rung_of(session)
+            reading.cancel()
+            await session.close()
+            return rung
+
+    def drops(time: float, packet: Packet) -> bool:
+        return udp(time, packet) and (3.0 <= time < 6.0 or 18.0 <= time < 30.0)
+
+    assert (virtually(main, drops) is Rung.DATAGRAMS) is waits
+
+
+def test_climbs_come_soon_again_after_a_long_good_time() -> None:
+    climbs = Climbs()
+    assert climbs.on_fall(0.0) == CLIMB_FIRST_S  # QUIC was never there
+    climbs.on_quic(10.0)
+    assert climbs.on_fall(20.0) == CLIMB_FIRST_S
+    for count in range(1, 20):
+        climbs.on_quic(1000.0 * count)
+        wait_s = climbs.on_fall(1000.0 * count + 5.0)
+        assert wait_s == min(CLIMB_FIRST_S * 2**count, CLIMB_MAX_S)
+    climbs.on_quic(1e6)
+    climbs.on_quic(1e6 + 299.0)  # another connection
+    assert climbs.on_fall(1e6 + CLIMB_GOOD_S) == CLIMB_FIRST_S
 
 
 def test_udp_and_tcp_blocked_by_turns() -> None:
