@@ -4,15 +4,19 @@ import hashlib
 import json
 import math
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from eloquent.core.events import Event, TextDelta
+from eloquent.core.events import Event
 from eloquent.errors import ConfigurationError, EloquentError
+
+if TYPE_CHECKING:
+    from eloquent_client import Client
 
 TOKEN_TEXT_CHARS = 10
 
@@ -121,36 +125,40 @@ class LiveModel:
         """See `PlannedSource.name`."""
         return f"live {self.model or 'default'}"
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Generate an answer; give each event as it comes, and check that there is any text.
+    @asynccontextmanager
+    async def loaded(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """Start a server of one's own on loopback, a process of its own, and load the model.
 
-        A server of one's own is started on loopback, a process of its own. It is ready, and the
-        model loaded, before the answer is asked for.
+        What it gives asks for the answer when its first event is, gives each event as it comes, and
+        raises `EloquentError` if the answer failed.
+
+        Raises:
+            EloquentError: the server cannot be started.
+        """
+        from eloquent_client import local_client
+
+        async with local_client(self.model) as client:
+            yield self._ask(client)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Generate an answer; give each event as it comes.
 
         Raises:
             EloquentError: the server cannot be started, or the answer failed.
         """
-        from eloquent_client import Failure, local_client
+        async with self.loaded() as events:
+            async for event in events:
+                yield event
+
+    async def _ask(self, client: "Client") -> AsyncIterator[Event]:
+        from eloquent_client import Failure
 
         messages = [{"role": "user", "content": self.prompt}]
-        async with (
-            local_client(self.model) as client,
-            client.stream(messages, max_tokens=self.max_tokens) as stream,
-        ):
+        async with client.stream(messages, max_tokens=self.max_tokens) as stream:
             async for event in stream:
                 if isinstance(event, Failure):
                     raise GenerationError(f"The model's answer failed: {event.message}")
                 yield event
-
-    async def texts(self) -> AsyncIterator[str]:
-        """Generate an answer; give each piece of its text as it comes.
-
-        Raises:
-            EloquentError: see `events`.
-        """
-        async for event in self.events():
-            if isinstance(event, TextDelta) and event.text:
-                yield event.text
 
 
 Source = ConstantRate | Recording | LiveModel

@@ -1,13 +1,20 @@
 """The driver `tun`: real programs, the kernel's TCP and our QUIC, through the TUN router."""
 
+import contextlib
+import fcntl
 import os
 import platform
 import socket
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from eloquent.core.schemes import SCHEMES
 from eloquent.errors import ConfigurationError
+from eloquent_netem.cross import CrossFlow
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.answer import PADDED_SCHEMES, QUIC_STREAM
 from eloquent_netem.lab.rows import Arrivals, Place
@@ -22,8 +29,14 @@ from eloquent_netem.lab.tun_run import (
     play,
 )
 from eloquent_netem.link import Link
-from eloquent_netem.realtime import LATENESS_BOUND_S, LatenessError, OverloadError
-from eloquent_netem.sim import CrossTraffic
+from eloquent_netem.packet import Packet
+from eloquent_netem.realtime import (
+    LATENESS_BOUND_S,
+    Driver,
+    LatenessError,
+    OverloadError,
+    become_real_time,
+)
 from eloquent_netem.tun import tun_network
 
 KINDS = {
@@ -32,6 +45,10 @@ KINDS = {
     "tcp-websocket": "websocket",
 }
 "Schemes, and the programs that are their ends."
+
+RUNS_PER_PROCESSOR = 6
+"""A run of 400 tokens at 30 a second takes 1.8 s of a processor's time, start included, in
+its 15 s. On two processors 18 at once were no later than 8."""
 
 LIVE_TOKENS_PER_S = 30.0
 "A guess, to place the live model's answer on the scenario's clock."
@@ -47,11 +64,13 @@ class TunDriver:
 
     congestion: str = "cubic"
     "Of the kernel's TCP, at both ends."
-    at_once: int = 8
-    tries: int = 3
+    at_once: int = field(
+        default_factory=lambda: RUNS_PER_PROCESSOR * (os.cpu_count() or 1), repr=False
+    )
+    tries: int = field(default=3, repr=False)
     "A run in which the machine was too slow is made so often at most."
     lateness_bound_s: float = LATENESS_BOUND_S
-    rootless: bool | None = None
+    rootless: bool | None = field(default=None, repr=False)
     "Whether to use user namespaces; None: only if need be."
 
     @property
@@ -72,9 +91,10 @@ class TunDriver:
     def meta(self) -> dict[str, object]:
         """See `Driver.meta`."""
         return {
+            "time": "real",
             "kernel": platform.release(),
-            "cores": os.cpu_count(),
-            "tcp_congestion": self.congestion,
+            "scheduling": _scheduling(),
+            "tcp": f"the kernel's, {self.congestion}, over TLS 1.3",
             "lateness_bound_us": self.lateness_bound_s * 1e6,
             "end_lateness_bound_us": END_LATENESS_BOUND_S * 1e6,
             "tries": self.tries,
@@ -122,7 +142,8 @@ class TunDriver:
         reason = ""
         for _ in range(self.tries):
             try:
-                return arrivals(play(run), place, begin_s)
+                with contextlib.nullcontext() if live is None else _alone():
+                    return arrivals(play(run), place, begin_s)
             except (LatenessError, OverloadError, StarvedError) as error:
                 reason = str(error)
         raise RefusedError(f"Refused {self.tries} times, the last time so: {reason}")
@@ -147,10 +168,32 @@ def check_congestion(name: str) -> None:
             ) from error
 
 
-def _cross(
-    place: Place, seed: int, origin_s: float, up: Link, down: Link
-) -> tuple[CrossTraffic, ...]:
-    return place.scenario.cross_flows(up, down, seed, origin_s)
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Let one run of a live model go on at a time, whichever process makes it."""
+    path = Path(tempfile.gettempdir()) / f"eloquent-lab-live-{os.getuid()}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _scheduling() -> str:
+    """Return under which policy routers and ends run; each thread has one of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return "SCHED_FIFO" if pool.submit(become_real_time).result() else "SCHED_OTHER"
+
+
+def _cross(place: Place, seed: int, origin_s: float, up: Link, down: Link) -> tuple[CrossFlow, ...]:
+    """Return the cross traffic, which has been there since the scenario's beginning."""
+    flows = place.scenario.cross_flows(up, down, seed, origin_s)
+    past = Driver(up, down, deliver_up=_drop, deliver_down=_drop, cross=flows, clock=lambda: 0.0)
+    past.start()
+    past.deliver_due()
+    return flows
+
+
+def _drop(packet: Packet) -> None:
+    """Deliver nothing: there is no subject yet."""
 
 
 def _no_links() -> tuple[Link, Link]:

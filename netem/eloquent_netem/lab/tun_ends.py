@@ -20,7 +20,8 @@ from typing import NoReturn
 
 import msgspec
 
-from eloquent_netem.lab.sources import DEFAULT_PROMPT, LiveModel, Token
+from eloquent.core.events import Event, TextDelta
+from eloquent_netem.lab.sources import DEFAULT_PROMPT, GenerationError, LiveModel, Token
 from eloquent_netem.namespaces import Side
 from eloquent_netem.realtime import LatenessHistogram, reduce_timer_slack
 
@@ -40,6 +41,9 @@ LOOK_EVERY_S = 0.05
 "How often an end looks how late it is woken."
 
 SETUP = "setup.json"
+
+Emit = Callable[[str, bool], None]
+"Takes a piece of the answer, and whether it is the last; the last one may be empty."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,8 @@ class End:
         self._lateness = LatenessHistogram()
         self._is_real_time = False
         self._looking: asyncio.Task[None] | None = None
+        self._live: AsyncIterator[Event] | None = None
+        "What the live model says."
 
     def note(self, text: str) -> None:
         """Take down that a piece of text was generated, or is in the reader's hands, now."""
@@ -105,9 +111,13 @@ class End:
 
     async def serve_until_stopped(self, hello: Hello) -> NoReturn:
         """Say that the server is ready, serve until it is to end, and end the process."""
-        await self._say_ready(hello)
-        await self._commands.read()
-        self.leave()
+        live = self.setup.live
+        async with contextlib.AsyncExitStack() as stack:
+            if live is not None:
+                self._live = await stack.enter_async_context(live.loaded())
+            await self._say_ready(hello)
+            await self._commands.read()
+            self.leave()
 
     async def until_start(self) -> Hello:
         """Say that the client is ready, and wait until it is to begin; return the server's word."""
@@ -116,18 +126,33 @@ class End:
         await asyncio.sleep(go.start_s - time.monotonic())
         return go.server
 
-    async def generate(self, emit: Callable[[str, bool], None]) -> None:
-        """Generate the answer from now on; `emit` takes each piece, and whether it is the last."""
-        plan = self.setup.plan
-        start_s = time.monotonic()
+    async def generate(self, emit: Emit) -> None:
+        """Generate the answer from now on."""
         try:
-            for index, token in enumerate(plan):
-                await asyncio.sleep(start_s + token.time_s - time.monotonic())
-                self.note(token.text)
-                emit(token.text, index + 1 == len(plan))
+            if self._live is None:
+                await self._replay(emit)
+            else:
+                await self._generate(self._live, emit)
         except Exception as error:
             self._commands.set_exception(error)  # It ends the program, with what went wrong.
             raise
+
+    async def _replay(self, emit: Emit) -> None:
+        plan = self.setup.plan
+        start_s = time.monotonic()
+        for index, token in enumerate(plan):
+            await asyncio.sleep(start_s + token.time_s - time.monotonic())
+            self.note(token.text)
+            emit(token.text, index + 1 == len(plan))
+
+    async def _generate(self, events: AsyncIterator[Event], emit: Emit) -> None:
+        async for event in events:
+            if isinstance(event, TextDelta) and event.text:
+                self.note(event.text)
+                emit(event.text, False)
+        if not self._texts:
+            raise GenerationError("The model gave no text: ask another prompt.")
+        emit("", True)
 
     def leave(self) -> NoReturn:
         """Write down what was seen, and end the process: what closing would say counts no more."""
@@ -184,17 +209,12 @@ def _become_real_time() -> bool:
 async def _run(kind: str, side: Side, folder: Path) -> None:
     end = End(folder, side)
     if kind == "quic":
-        from eloquent_netem.lab import tun_quic
-
-        await (tun_quic.serve if side == "server" else tun_quic.ask)(end)
+        from eloquent_netem.lab.tun_quic import ask, serve
     elif kind == "sse":
-        from eloquent_netem.lab import tun_sse
-
-        await (tun_sse.serve if side == "server" else tun_sse.ask)(end)
+        from eloquent_netem.lab.tun_sse import ask, serve
     else:
-        from eloquent_netem.lab import tun_websocket
-
-        await (tun_websocket.serve if side == "server" else tun_websocket.ask)(end)
+        from eloquent_netem.lab.tun_websocket import ask, serve
+    await (serve if side == "server" else ask)(end)
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -41,12 +41,16 @@ END_LATENESS_BOUND_S = 0.005
 "A run in which one of 100 timers of an end came later than this is refused."
 
 LOOK_EVERY_S = 0.1
+US_PER_S = 1e6
 PROGRAMS_SPREAD_S = 0.002
 """Tokens that took up to this much longer than the fastest met nothing on their way: what varies is
 how long the programs took."""
 
 PATIENCE_S = 180.0
 "How much longer than its generation an answer may take; ends a hang."
+
+LIVE_TOKEN_S = 1.0
+"No model that is worth a run is slower."
 
 UP, DOWN = 0.0, 1.0
 "Directions in `PacketNotes`' file."
@@ -179,18 +183,21 @@ def arrivals(played: Played, place: Place, begin_s: float) -> Arrivals:
     check_delivery(played.server.texts, played.client.texts)
     generated_s, rendered_s = played.server.times_s, played.client.times_s
     packets = played.packets
+    own_s = programs_s(generated_s, rendered_s, place.base_delay_s)
     down = packets.sizes(packets.down, generated_s[0], rendered_s[-1])
     up = packets.sizes(packets.up, generated_s[0], rendered_s[-1])
     return Arrivals(
         generated_s=generated_s,
         rendered_s=rendered_s,
         requested_s=played.begun_s,
-        base_delay_s=place.base_delay_s + programs_s(generated_s, rendered_s, place.base_delay_s),
+        base_delay_s=place.base_delay_s + own_s,
+        programs_s=own_s,
         origin_s=played.begun_s - begin_s,
         downlink_packets=len(down),
         downlink_bytes=sum(down),
         uplink_bytes=sum(up),
-        lateness_p99_us=played.stats.lateness.p99_s * 1e6,
+        lateness_p50_us=played.stats.lateness.p50_s * US_PER_S,
+        lateness_p99_us=played.stats.lateness.p99_s * US_PER_S,
     )
 
 
@@ -246,8 +253,8 @@ def _say(process: "subprocess.Popen[str]", line: str) -> None:
 
 def _await_end(run: Play, sides: "dict[Side, subprocess.Popen[str]]", folder: Path) -> None:
     """Wait until the client has the answer, then end the server."""
-    plan = run.setup.plan
-    length_s = plan[-1].time_s if plan else 0.0
+    plan, live = run.setup.plan, run.setup.live
+    length_s = plan[-1].time_s if live is None else live.max_tokens * LIVE_TOKEN_S
     deadline_s = time.monotonic() + length_s + PATIENCE_S
     _await(sides["client"], "client", folder, deadline_s, sides["server"])
     _close(sides["server"].stdin)
