@@ -11,6 +11,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
 from eloquent.errors import ConfigurationError
+from eloquent_server.engine import loader
 from eloquent_server.engine.linear import PrepackedLinear
 from eloquent_server.engine.loader import load, prepare, refuse_unsupported
 
@@ -115,6 +116,12 @@ def test_fingerprints_tell_weights_apart() -> None:
     assert prepare(copy.deepcopy(tiny_model()), tiny_tokenizer(), "b").fingerprint == first
     model.model.layers[1].self_attn.q_proj.weight.data *= 1.001
     assert prepare(model, tiny_tokenizer(), "a").fingerprint != first
+
+
+def test_keys_stored_by_another_forward_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = prepare(tiny_model(), tiny_tokenizer(), "a").fingerprint
+    monkeypatch.setattr(loader, "_FORWARD_VERSION", 1)
+    assert prepare(tiny_model(), tiny_tokenizer(), "a").fingerprint != now
 
 
 def test_a_base_model_is_refused() -> None:

@@ -34,6 +34,8 @@ _PROBE_TOLERANCE = 0.1
 "Relative; rounding in bfloat16 is below it, another architecture's semantics far above."
 _SAMPLED_WEIGHTS = 1024
 "Of each tensor, for the fingerprint."
+_FORWARD_VERSION = 2
+"Of the fingerprint, too: raised when the forward rounds otherwise, so that stored keys miss."
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +272,8 @@ def _fingerprint(model: Any) -> bytes:
 
     A sample suffices: models that were trained apart, however little, differ nearly everywhere.
     """
-    digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
+    description = f"{_FORWARD_VERSION} {model.config.to_json_string()}"
+    digest = hashlib.blake2b(description.encode(), digest_size=16)
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from eloquent.errors import ConfigurationError
+from eloquent_server.engine.forward import is_plain_decoder
 from eloquent_server.engine.linear import PrepackedLinear, prepacking_works, replace_linears
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -100,11 +101,11 @@ def apply_precision(model: nn.Module, precision: Precision) -> bool:
             raise ConfigurationError(
                 "This torch has no int8 kernel for this processor. Use --precision fp32 or bf16."
             )
-        replace_linears(model, Int8Linear)
+        replace_linears(model, Int8Linear, join=is_plain_decoder(model))
         return True
     if not prepacking_works(weights_dtype(precision)):
         return False
-    replace_linears(model, PrepackedLinear)
+    replace_linears(model, PrepackedLinear, join=is_plain_decoder(model))
     return True
 
 

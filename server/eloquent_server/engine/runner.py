@@ -1,4 +1,4 @@
-"""The model's forward: all tokens of a step, of all its turns, packed in one row."""
+"""A step's forward: the tokens of all its turns packed in one row, and whose logits are whose."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from eloquent_server.engine.attention import KvLayout, Segment
+from eloquent_server.engine.forward import forward_of
 
 
 class Runner:
@@ -15,7 +16,7 @@ class Runner:
     """
 
     def __init__(self, model: Any, layout: KvLayout) -> None:
-        self._model = model
+        self._forward = forward_of(model)
         self._layout = layout
         self._device: torch.device = model.device
 
@@ -34,15 +35,14 @@ class Runner:
         for segment in packed:
             last += len(segment.tokens)
             kept += range(last - segment.keep, last)
-        output = self._model(
-            input_ids=self._tensor([t for segment in packed for t in segment.tokens])[None],
-            position_ids=self._tensor([p for s in packed for p in range(s.start, s.end)])[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(kept),
-            eloquent_plan=plan,
+        output = self._forward(
+            self._tensor([t for segment in packed for t in segment.tokens]),
+            self._tensor([p for s in packed for p in range(s.start, s.end)]),
+            self._tensor(kept),
+            plan,
         )
-        logits: list[torch.Tensor] = [output.logits[0, :0]] * len(segments)
-        rows = output.logits[0].split([segment.keep for segment in packed])
+        logits: list[torch.Tensor] = [output[:0]] * len(segments)
+        rows = torch.split(output, [segment.keep for segment in packed])
         for i, part in zip(order, rows, strict=True):
             logits[i] = part
         return logits
