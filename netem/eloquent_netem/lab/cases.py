@@ -25,7 +25,7 @@ from eloquent_netem.sim import StuckError
 LAB = "eloquent_netem.lab."
 FOLDER = Path(__file__).parent
 
-TCP_PREFIX = "tcp"
+FOREIGN = ("tcp", "oracle")
 "Schemes whose names begin so run none of our transport's code."
 
 Figures = dict[str, Any]
@@ -89,12 +89,12 @@ class Cache:
         self._known: dict[str, Figures] = {}
         self._codes: dict[tuple[frozenset[str], bool], str] = {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # Whoever wrote it was killed in the middle of the line.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            for line in lines[:-1]:
+                row = json.loads(line)
                 self._known[row["key"]] = row["figures"]
+            if lines[-1]:  # Whoever wrote it was killed in the middle of the line.
+                path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
 
     def get(self, job: Job) -> Figures | None:
         """Return what this job found when it ran on the same code, or None."""
@@ -107,8 +107,7 @@ class Cache:
                 file.write(json.dumps({"key": self._key(job), "figures": figures}) + "\n")
 
     def _key(self, job: Job) -> str:
-        is_tcp = job.scheme.startswith(TCP_PREFIX)
-        kind = (_modules_of(job.case), is_tcp)
+        kind = (modules_of(job.case), job.scheme.startswith(FOREIGN))
         if kind not in self._codes:
             self._codes[kind] = _code_hash(*kind)
         text = f"{self._codes[kind]}/{job.case!r}/{job.scheme}/{job.seed}"
@@ -117,21 +116,30 @@ class Cache:
 
 def code_of(case: Case, *, is_tcp: bool = False) -> str:
     """Return a hash of the code that the runs of a case depend on."""
-    return _code_hash(_modules_of(case), is_tcp)
+    return _code_hash(modules_of(case), is_tcp)
 
 
-def _modules_of(case: Case) -> frozenset[str]:
+def modules_of(case: Case) -> frozenset[str]:
     """Return the lab's modules that a case and the objects in its fields come from."""
     values = [getattr(case, one.name) for one in fields(case)]  # type: ignore[arg-type]
     names = {type(value).__module__ for value in (case, *values)}
     return frozenset(name for name in names if name.startswith(LAB))
 
 
-def _code_hash(modules: frozenset[str], is_tcp: bool) -> str:
+def _code_hash(modules: frozenset[str], is_foreign: bool) -> str:
     """Hash the code that a run depends on: netem, the transport, and of the lab what it runs."""
     files = [path for path in FOLDER.parent.rglob("*.py") if path.parent != FOLDER]
-    if not is_tcp:
+    if not is_foreign:
         files += Path(eloquent.__path__[0]).rglob("*.py")
+    files += [FOLDER / f"{module.removeprefix(LAB)}.py" for module in modules_reached(modules)]
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def modules_reached(modules: Iterable[str]) -> set[str]:
+    """Return these modules of the lab, and all of it that they import, directly or not."""
     reached: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -139,11 +147,7 @@ def _code_hash(modules: frozenset[str], is_tcp: bool) -> str:
         if module not in reached:
             reached.add(module)
             waiting += _imports_of_lab(module)
-    files += [FOLDER / f"{module.removeprefix(LAB)}.py" for module in reached]
-    digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return reached
 
 
 @lru_cache

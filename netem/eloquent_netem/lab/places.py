@@ -88,7 +88,7 @@ def make_places(options: NetworkOptions) -> list[Place]:
         loss = DEFAULT_LOSS if options.loss is None else options.loss
         found = [synthetic(rtt_ms=rtt_ms, loss=loss, burst_ms=options.burst_ms)]
     for place in found:
-        _blaming(place.name, place.scenario.links)  # A recording may be missing, or none.
+        _blaming(place.scenario.links)  # A recording may be missing, or none.
     return found
 
 
@@ -148,7 +148,7 @@ def _traced(options: NetworkOptions) -> Place:
 
 
 def _load(name: str) -> Place:
-    scenario = _blaming("--scenario", lambda: load_scenario(name))
+    scenario = _blaming(lambda: load_scenario(name))
     return Place(name=scenario.name, scenario=scenario)
 
 
@@ -165,7 +165,7 @@ def _changed(place: Place, options: NetworkOptions) -> Place:
         up, down = replace(up, delay_ms=delay_ms), replace(down, delay_ms=delay_ms)
         words.append(f"{options.rtt_ms:g} ms")
     changed = replace(scenario, up=up, down=down)
-    _blaming(place.name, lambda: changed.check(changed.place))
+    _blaming(lambda: changed.check(changed.place))
     return replace(place, name=", ".join(words), scenario=changed)
 
 
@@ -215,9 +215,9 @@ def _loss_words(loss: float, burst_ms: float | None) -> str:
     return f"{100 * loss:g} % loss{bursts}"
 
 
-def _blaming(what: str, make: Callable[[], MadeT]) -> MadeT:
+def _blaming(make: Callable[[], MadeT]) -> MadeT:
     """Turn netem's errors into those that the command line shows."""
     try:
         return make()
     except NetemError as error:
-        raise ConfigurationError(f"{what}: {error}") from error
+        raise ConfigurationError(str(error)) from error

@@ -14,6 +14,11 @@ from eloquent_netem.rate import MS_PER_S
 from eloquent_netem.scenario import Scenario
 from eloquent_netem.sim import Actor, simulate
 
+NOT_LIVE = (
+    "A live model generates in real time, and virtual time does not wait for it: use --driver tun, "
+    "or record it first (`eloquent lab record`)."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SimDriver:
@@ -48,10 +53,7 @@ class SimDriver:
     def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
         """See `Driver.run`."""
         if isinstance(source, LiveModel):
-            raise ConfigurationError(
-                "A live model generates in real time, and virtual time does not wait for it: use "
-                "--driver tun, or record it first (`eloquent lab record`)."
-            )
+            raise ConfigurationError(NOT_LIVE)
         plan = source.plan(seed)
         begin_s = place.begin_s(seed, plan[-1].time_s)
         answer = send_answer(scenario_path(place.scenario, seed, begin_s), scheme, plan)

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from eloquent_netem.lab.answer import START_S
 from eloquent_netem.lab.cases import Cache, Figures, Job, Progress, Results, all_jobs, run_jobs
 from eloquent_netem.lab.oracle import bound
 from eloquent_netem.lab.rows import ORACLE, Arrivals, Bound, Driver, Place, Row, measure
+from eloquent_netem.lab.simulated import NOT_LIVE, SimDriver
 from eloquent_netem.lab.sources import LiveModel, Source
 
 DRIVERS = {"sim": ("simulated", "SimDriver"), "tun": ("tun_driver", "TunDriver")}
@@ -136,12 +137,21 @@ class Plan:
     driver: Driver
     schemes: Sequence[str]
     seeds: Sequence[int]
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int | None = None
+    "Processes to run on; None: what the driver bears, or one for each processor."
     cache: Path | None = None
 
+    @property
+    def processes(self) -> int:
+        """How many processes to run on."""
+        most = self.driver.most_workers
+        if self.workers is None:
+            return most or os.cpu_count() or 1
+        return min(self.workers, most or self.workers)
 
-def find_driver(name: str) -> Driver:
-    """Return a driver by its name.
+
+def find_driver(name: str, **options: Any) -> Driver:
+    """Return a driver by its name; `options` are the fields of its class.
 
     Raises:
         ConfigurationError: there is none, or what it needs is not installed.
@@ -150,7 +160,7 @@ def find_driver(name: str) -> Driver:
         raise ConfigurationError(f"There is no driver {name!r}: choose {' or '.join(DRIVERS)}.")
     module, kind = DRIVERS[name]
     try:
-        driver: Driver = getattr(import_module(f"eloquent_netem.lab.{module}"), kind)()
+        driver: Driver = getattr(import_module(f"eloquent_netem.lab.{module}"), kind)(**options)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"The driver {name!r} needs the package {error.name!r}: install it, or use another "
@@ -174,12 +184,11 @@ def compare(plan: Plan) -> Found:
     _check(plan)
     cases = [Comparison(place, source, plan.driver) for place, source in plan.pairs]
     jobs = all_jobs(cases, plan.schemes, plan.seeds)
-    most = plan.driver.most_workers
     begun_at = datetime.now(UTC)
     with Progress(sys.stderr, f"stalls ({plan.driver.name})") as progress:
         results = run_jobs(
             jobs,
-            workers=plan.workers if most is None else min(plan.workers, most),
+            workers=plan.processes,
             cache=Cache(plan.cache),
             progress=progress,
         )
@@ -213,6 +222,9 @@ def _check(plan: Plan) -> None:
                 f"There is no scheme {scheme!r} with --driver {plan.driver.name}: choose from "
                 f"{', '.join(known)}."
             )
+    is_live = any(isinstance(source, LiveModel) for _, source in plan.pairs)
+    if is_live and isinstance(plan.driver, SimDriver):
+        raise ConfigurationError(NOT_LIVE)
     try:
         plan.driver.check()
     except NetemError as error:

@@ -47,6 +47,7 @@ def stalls(
     json: Path | None = None,
     report: Path | None = None,
     markdown: Path | None = None,
+    congestion: str | None = None,
     workers: int | None = None,
     cache: Path | None = None,
 ) -> None:
@@ -66,7 +67,8 @@ def stalls(
         link's own bound, which no sender can beat. By default all but tcp-reno.
     driver
         `sim`: virtual time, any machine. `tun`: real sockets and kernel TCP through a router
-        between network namespaces; needs Linux, and root or user namespaces.
+        between network namespaces; needs Linux, and root or user namespaces. Its schemes are
+        those of ours, tcp-sse and tcp-websocket.
     seeds
         How many seeds, from 0 on; each is a network of its own, the same for all schemes.
     down_trace
@@ -99,6 +101,8 @@ def stalls(
         Write a page with figures, and the figures, into this folder.
     markdown
         Write the tables to this file.
+    congestion
+        What the kernel's TCP uses, with `tun`: cubic if not given, or bbr where it has it.
     workers
         Processes to run on; by default one for each processor (`tun`: as many as it bears).
     cache
@@ -109,6 +113,11 @@ def stalls(
     from eloquent_netem.lab.sources import ConstantRate
     from eloquent_netem.lab.stalls import Plan, compare, default_schemes, find_driver
 
+    if congestion is not None and driver != "tun":
+        raise ConfigurationError(
+            "--congestion is that of the kernel's TCP: add --driver tun. The model has CUBIC "
+            "(scheme tcp) and Reno (tcp-reno)."
+        )
     if seeds < 1 or (workers is not None and workers < 1):
         raise ConfigurationError("--seeds and --workers must be at least 1.")
     chosen = _source(source, rate=rate, tokens=tokens, prompt=prompt, model=model)
@@ -131,14 +140,16 @@ def stalls(
     for output in (json, markdown, cache):
         if output is not None:
             check_writable(output)
-    runner = find_driver(driver)
+    if report is not None:
+        _make_folder(report)
+    runner = find_driver(driver, **({} if congestion is None else {"congestion": congestion}))
     found = compare(
         Plan(
             pairs=pairs,
             driver=runner,
             schemes=schemes or default_schemes(runner, chosen),
             seeds=range(seeds),
-            workers=workers or os.cpu_count() or 1,
+            workers=workers,
             cache=cache,
         )
     )
@@ -192,14 +203,9 @@ def user_cache() -> Path:
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(root) / "eloquent" / "stalls.jsonl"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > CACHE_MOST_BYTES:
-            path.unlink()
-    except OSError as error:
-        raise ConfigurationError(
-            f"Cannot make {path.parent}: {error.strerror}. Name another file with --cache."
-        ) from error
+    _make_folder(path.parent)
+    if path.exists() and path.stat().st_size > CACHE_MOST_BYTES:
+        path.unlink()
     return path
 
 
@@ -213,6 +219,13 @@ def check_writable(path: Path) -> None:
         path.open("a").close()
     except OSError as error:
         raise ConfigurationError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"Cannot write to {path}: {error.strerror}.") from error
 
 
 def _source(

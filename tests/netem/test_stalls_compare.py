@@ -1,0 +1,283 @@
+"""The comparison as a whole: what is run, what is remembered, what fails it, how it ends early."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eloquent.core import schemes
+from eloquent.core.schemes import RetransmitSender
+from eloquent.core.wire import Bundle
+from eloquent.errors import ConfigurationError
+from eloquent_netem.errors import NetemError
+from eloquent_netem.lab import cases
+from eloquent_netem.lab.places import synthetic
+from eloquent_netem.lab.rows import ORACLE, Arrivals, Place
+from eloquent_netem.lab.simulated import SimDriver
+from eloquent_netem.lab.sources import ConstantRate, LiveModel, Recording, Source
+from eloquent_netem.lab.stalls import (
+    KEPT_SEEDS,
+    Comparison,
+    Plan,
+    compare,
+    default_schemes,
+    dumps,
+    find_driver,
+)
+from eloquent_netem.lab.table import markdown, tables
+
+PLACE = synthetic(rtt_ms=40, loss=0.1)
+SOURCE = ConstantRate(50, 40)
+PLAN = Plan(
+    pairs=((PLACE, SOURCE), (synthetic(rtt_ms=80, loss=0.05, burst_ms=50), SOURCE)),
+    driver=SimDriver(),
+    schemes=("eloquent", "retransmit", ORACLE),
+    seeds=range(2),
+    workers=2,
+)
+
+
+@dataclass(frozen=True)
+class ToyDriver:
+    """A driver whose answers are made up."""
+
+    change: tuple[tuple[str, Any], ...] = ()
+    "Of the arrivals of its scheme `broken`."
+    name: str = "toy"
+    schemes: tuple[str, ...] = ("sound", "broken")
+    most_workers: int | None = 1
+
+    def meta(self) -> dict[str, object]:
+        return {"made": "up"}
+
+    def check(self) -> None:
+        if dict(self.change).get("is_absent"):
+            raise NetemError("This machine has no toys.")
+
+    def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
+        sound = Arrivals(
+            generated_s=(1.0, 1.1),
+            rendered_s=(1.02, 1.12),
+            requested_s=0.0,
+            base_delay_s=0.02,
+            origin_s=0.0,
+            downlink_packets=2,
+            downlink_bytes=100,
+            uplink_bytes=50,
+            lateness_p99_us=100.0 + seed,
+        )
+        return sound if scheme == "sound" else replace(sound, **dict(self.change))
+
+
+def toys(**change: Any) -> Plan:
+    driver = ToyDriver(tuple(change.items()))
+    return replace(PLAN, driver=driver, schemes=("sound", "broken"), workers=1)
+
+
+@pytest.fixture
+def broken_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add schemes that lose, double or change one byte of the tokens that they send."""
+
+    class Spoiling(RetransmitSender):
+        @staticmethod
+        def spoil(data: bytes) -> bytes:
+            raise NotImplementedError
+
+        def next_bundle(self, now: float, room: int) -> Bundle | None:
+            bundle = super().next_bundle(now, room)
+            if bundle is None or bundle.number != 20:
+                return bundle
+            return replace(bundle, data=self.spoil(bundle.data))
+
+    def scheme(spoil: Any) -> type[Spoiling]:
+        return type("Spoiled", (Spoiling,), {"spoil": staticmethod(spoil)})
+
+    monkeypatch.setitem(schemes.SCHEMES, "dropping", scheme(lambda data: data[:5] + data[6:]))
+    monkeypatch.setitem(schemes.SCHEMES, "doubling", scheme(lambda data: data[:5] + data[4:]))
+    monkeypatch.setitem(
+        schemes.SCHEMES, "changing", scheme(lambda data: data[:5] + b"?" + data[6:])
+    )
+
+
+def test_every_place_scheme_and_seed_has_a_row_and_the_same_seeds_the_same_rows() -> None:
+    found = compare(PLAN)
+    assert [(row.scenario, row.seed, row.scheme) for row in found.rows] == [
+        (place.name, seed, scheme)
+        for place, _ in PLAN.pairs
+        for seed in PLAN.seeds
+        for scheme in PLAN.schemes
+    ]
+    assert found.is_complete
+    assert not found.failures
+    again = compare(replace(PLAN, workers=1))
+    assert again.rows == found.rows
+    assert again.arrivals == found.arrivals
+    other = compare(replace(PLAN, seeds=range(2, 4)))
+    assert {row.stall_ratio for row in other.rows} != {row.stall_ratio for row in found.rows}
+
+
+def test_the_file_has_meta_and_rows() -> None:
+    found = compare(replace(PLAN, seeds=range(1)))
+    content = json.loads(dumps(found))
+    assert content.keys() == {"meta", "rows"}
+    assert len(content["rows"]) == 6
+    meta = content["meta"]
+    assert meta["seeds"] == [0]
+    assert meta["schemes"] == list(PLAN.schemes)
+    assert meta["driver"]["name"] == "sim"
+    assert meta["fidelity"] is None
+    assert {"command", "versions", "platform", "begun_at", "took_s"} <= meta.keys()
+
+
+def test_the_tables_have_every_network_and_scheme_and_the_sum_of_both() -> None:
+    pairs = ((synthetic(rtt_ms=300, loss=0.2), SOURCE), PLAN.pairs[1])
+    found = compare(replace(PLAN, pairs=pairs))
+    sheets = tables(found.rows)
+    assert [sheet.title.partition(":")[0] for sheet in sheets[:2]] == [
+        place.name for place, _ in pairs
+    ]
+    for sheet in sheets[:2]:
+        assert [line[0] for line in sheet.rows] == list(PLAN.schemes)
+        assert all(len(line) == len(sheet.header) for line in sheet.rows)
+    assert [line[:2] for line in sheets[2].rows] == [
+        ("retransmit", "strict"),
+        ("retransmit", "200 ms"),
+    ]
+    assert "in bursts of 50 ms" in markdown(found.rows, "eloquent lab stalls")
+
+
+def test_arrivals_are_kept_of_the_first_seeds_and_are_those_of_the_rows() -> None:
+    seeds = range(KEPT_SEEDS + 1)
+    found = compare(replace(PLAN, pairs=PLAN.pairs[:1], seeds=seeds, schemes=("eloquent",)))
+    assert {seed for _, _, seed in found.arrivals} == set(seeds[:-1])
+    kept = found.arrivals[PLACE.name, "eloquent", 1]
+    assert kept == SimDriver().run(PLACE, "eloquent", 1, SOURCE)
+
+
+def test_a_finished_part_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(PLAN, cache=tmp_path / "cache.jsonl")
+    first = compare(replace(plan, seeds=range(1)))
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 6
+    # Killed in the middle of a line: the rest is known.
+    with (tmp_path / "cache.jsonl").open("a") as file:
+        file.write('{"key": "half')
+    tried = []
+    real = cases.ProcessPoolExecutor.submit
+
+    def submit(self: Any, function: Any, job: cases.Job) -> Any:
+        tried.append(job.seed)
+        return real(self, function, job)
+
+    monkeypatch.setattr(cases.ProcessPoolExecutor, "submit", submit)
+    both = compare(plan)
+    assert tried == [1] * 6
+    assert [row for row in both.rows if row.seed == 0] == list(first.rows)
+    again = compare(plan)
+    assert tried == [1] * 6
+    assert again.rows == both.rows
+    assert again.arrivals == both.arrivals
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pairs": ((synthetic(rtt_ms=40, loss=0.11), SOURCE),)},
+        {"pairs": ((PLACE, ConstantRate(50, 41)),)},
+        {"pairs": ((PLACE, Recording(tokens=40)),)},
+        {"driver": ToyDriver(schemes=("retransmit",))},
+        {"schemes": ("duplicate",)},
+        {"seeds": range(1, 2)},
+    ],
+)
+def test_what_is_another_run_is_not_taken_from_the_cache(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "cache.jsonl"
+    plan = replace(
+        PLAN, pairs=PLAN.pairs[:1], schemes=("retransmit",), seeds=range(1), workers=1, cache=file
+    )
+    compare(plan)
+    compare(replace(plan, **change))
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_a_case_depends_on_the_code_that_it_runs_and_on_no_other() -> None:
+    reached = cases.modules_reached(cases.modules_of(Comparison(PLACE, SOURCE, SimDriver())))
+    names = {name.rpartition(".")[2] for name in reached}
+    assert {"rows", "measures", "oracle", "simulated", "answer", "sources", "pair"} <= names
+    assert not names & {"table", "report", "grid", "tun_driver", "stalls_commands"}
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cases.Progress.__call__
+
+    def interrupt(self: cases.Progress, done: int, total: int) -> None:
+        real(self, done, total)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cases.Progress, "__call__", interrupt)
+    plan = replace(PLAN, cache=tmp_path / "cache.jsonl")
+    found = compare(plan)
+    assert not found.is_complete
+    assert len(found.rows) == 5
+    assert json.loads(dumps(found))["meta"]["is_complete"] is False
+    monkeypatch.undo()
+    whole = compare(plan)
+    assert whole.is_complete
+    assert set(found.rows) <= set(whole.rows)
+
+
+@pytest.mark.usefixtures("broken_schemes")
+@pytest.mark.parametrize("scheme", ["dropping", "doubling", "changing"])
+def test_a_scheme_that_drops_doubles_or_changes_a_byte_fails_the_run(scheme: str) -> None:
+    clean = synthetic(rtt_ms=40, loss=0)
+    plan = replace(PLAN, pairs=((clean, SOURCE),), schemes=(scheme, "retransmit"), seeds=range(1))
+    found = compare(replace(plan, workers=1))
+    assert [row.scheme for row in found.rows] == ["retransmit"]
+    assert len(found.failures) == 1
+    assert f"40 ms, 0 % loss, 50 tok/s, sim, {scheme}, seed 0: " in found.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"missing": 1}, "1 bytes of the answer are missing"),
+        ({"duplicates": 1}, "1 came twice"),
+        ({"rendered_s": (1.02,)}, "2 tokens were generated and 1 rendered"),
+    ],
+)
+def test_a_driver_that_tells_of_a_lost_or_doubled_byte_fails_the_run(
+    change: dict[str, Any], said: str
+) -> None:
+    found = compare(toys(**change))
+    assert {row.scheme for row in found.rows} == {"sound"}
+    assert len(found.failures) == 4
+    assert all(said in failure for failure in found.failures)
+    assert json.loads(dumps(found))["meta"]["failures"] == list(found.failures)
+    assert found.meta["fidelity"] == {"worst_lateness_p99_us": 101.0}
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (replace(PLAN, schemes=("nosuch",)), "no scheme 'nosuch' with --driver sim: choose from"),
+        (replace(PLAN, pairs=PLAN.pairs[:1] * 2), "Two networks are called '40 ms, 10 % loss'"),
+        (replace(PLAN, pairs=((PLACE, LiveModel()),)), "--driver tun, or record it first"),
+        (toys(is_absent=True), "This machine has no toys"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_work(plan: Plan, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        compare(plan)
+
+
+def test_drivers_have_names_and_the_live_model_has_no_oracle() -> None:
+    with pytest.raises(ConfigurationError, match="choose sim or tun"):
+        find_driver("ns3")
+    sim = find_driver("sim")
+    assert default_schemes(sim, SOURCE)[-1] == ORACLE
+    assert ORACLE not in default_schemes(sim, LiveModel())
+    assert "quic-stream" in default_schemes(sim, SOURCE)
