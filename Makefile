@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
-SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump
+SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables
 
 .PHONY: chat test check format paper bench-netem bench-transport bench-engine clean help
 
