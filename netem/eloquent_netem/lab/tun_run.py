@@ -1,29 +1,23 @@
 """One answer through the TUN router: two programs in two namespaces, and what they saw."""
 
-import array
-import atexit
 import contextlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import IO
 
 import msgspec
 
-from eloquent_netem.capture import Captured, Fate
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.measures import DeliveryError, check_delivery
 from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.tun_ends import SETUP, Go, Hello, Report, Setup
-from eloquent_netem.link import Link
+from eloquent_netem.lab.tun_notes import Packets, noted_links, sizes
 from eloquent_netem.namespaces import Side
-from eloquent_netem.packet import Packet
 from eloquent_netem.realtime import (
     LATENESS_BOUND_S,
     DriverStats,
@@ -31,7 +25,6 @@ from eloquent_netem.realtime import (
     MakeLinks,
     no_cross_traffic,
 )
-from eloquent_netem.run import CapturedLink
 from eloquent_netem.tun import TunNetwork, tun_network
 
 LEAD_S = 0.1
@@ -42,18 +35,11 @@ END_LATENESS_BOUND_S = 0.005
 
 LOOK_EVERY_S = 0.1
 US_PER_S = 1e6
-PROGRAMS_SPREAD_S = 0.002
-"""Tokens that took up to this much longer than the fastest met nothing on their way: what varies is
-how long the programs took."""
-
 PATIENCE_S = 180.0
 "How much longer than its generation an answer may take; ends a hang."
 
 LIVE_TOKEN_S = 1.0
 "No model that is worth a run is slower."
-
-UP, DOWN = 0.0, 1.0
-"Directions in `PacketNotes`' file."
 
 
 class TunRunError(NetemError):
@@ -86,47 +72,8 @@ class Played:
     "When the client began."
     server: Report
     client: Report
-    packets: "Packets"
+    packets: Packets
     stats: DriverStats
-
-
-@dataclass(frozen=True, slots=True)
-class Packets:
-    """When which bytes entered the links."""
-
-    up: Sequence[tuple[float, int]]
-    down: Sequence[tuple[float, int]]
-
-    def sizes(self, way: Sequence[tuple[float, int]], start_s: float, stop_s: float) -> list[int]:
-        """Return the sizes of those that entered from `start_s` to `stop_s`."""
-        return [size for time_s, size in way if start_s <= time_s <= stop_s]
-
-
-class PacketNotes:
-    """Notes each packet that enters, in the router's process, and writes them down at its end."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._notes = array.array("d")
-        atexit.register(self._save)  # The process was made for these links and ends with them.
-
-    def observe(self, now: float, direction: str, packet: Packet, fate: Fate) -> None:
-        """See `eloquent_netem.capture.Observer`."""
-        if fate is Fate.SENT:
-            self._notes.extend((DOWN if direction == "down" else UP, now, packet.size))
-
-    def _save(self) -> None:
-        self._file.write_bytes(self._notes.tobytes())
-
-
-def noted_links(links: MakeLinks, file: Path) -> tuple[Link, Link]:
-    """Return the links, watched by `PacketNotes`; called in the router's process."""
-    up, down = links()
-    observers = [PacketNotes(file).observe]
-    return (
-        CapturedLink(up, Captured(up, "up", observers)),
-        CapturedLink(down, Captured(down, "down", observers)),
-    )
 
 
 def play(run: Play) -> Played:
@@ -165,7 +112,7 @@ def play(run: Play) -> Played:
             begun_s=started_s + LEAD_S,
             server=reports["server"],
             client=reports["client"],
-            packets=_read_notes(notes, started_s),
+            packets=Packets.read(notes, started_s),
             stats=network.stats().driver,
         )
     _refuse_starved(played)
@@ -183,9 +130,9 @@ def arrivals(played: Played, place: Place, begin_s: float) -> Arrivals:
     check_delivery(played.server.texts, played.client.texts)
     generated_s, rendered_s = played.server.times_s, played.client.times_s
     packets = played.packets
-    own_s = programs_s(generated_s, rendered_s, place.base_delay_s)
-    down = packets.sizes(packets.down, generated_s[0], rendered_s[-1])
-    up = packets.sizes(packets.up, generated_s[0], rendered_s[-1])
+    own_s = packets.programs_s(generated_s, rendered_s)
+    down = sizes(packets.down, generated_s[0], rendered_s[-1])
+    up = sizes(packets.up, generated_s[0], rendered_s[-1])
     return Arrivals(
         generated_s=generated_s,
         rendered_s=rendered_s,
@@ -199,22 +146,6 @@ def arrivals(played: Played, place: Place, begin_s: float) -> Arrivals:
         lateness_p50_us=played.stats.lateness.p50_s * US_PER_S,
         lateness_p99_us=played.stats.lateness.p99_s * US_PER_S,
     )
-
-
-def programs_s(
-    generated_s: Sequence[float], rendered_s: Sequence[float], base_delay_s: float
-) -> float:
-    """Return how much a token took beyond the path's delay if it met nothing on its way.
-
-    That is what the programs at both ends and the kernel take, about a millisecond, and what the
-    reader would wait for on a loss-free path too: no stall. It is the median of the tokens that
-    came within `PROGRAMS_SPREAD_S` of the fastest.
-    """
-    delays_s = [
-        seen - made - base_delay_s for made, seen in zip(generated_s, rendered_s, strict=True)
-    ]
-    limit_s = min(delays_s) + PROGRAMS_SPREAD_S
-    return max(0.0, median(delay_s for delay_s in delays_s if delay_s <= limit_s))
 
 
 def _start(
@@ -295,14 +226,6 @@ def _failed(folder: Path, side: Side, code: int) -> TunRunError:
         f"The {side}'s program in its namespace failed ({reason[0]}), so the run is void. Run it "
         "again; if it fails again, report it."
     )
-
-
-def _read_notes(file: Path, started_s: float) -> Packets:
-    notes = array.array("d", file.read_bytes())
-    ways: dict[float, list[tuple[float, int]]] = {UP: [], DOWN: []}
-    for way, time_s, size in zip(notes[0::3], notes[1::3], notes[2::3], strict=True):
-        ways[way].append((started_s + time_s, int(size)))
-    return Packets(ways[UP], ways[DOWN])
 
 
 def _refuse_starved(played: Played) -> None:

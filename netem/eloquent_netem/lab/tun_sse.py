@@ -1,6 +1,7 @@
 """What chat products use: OpenAI's chunks as server-sent events over HTTP/1.1, TLS and TCP."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import httpx2
@@ -24,6 +25,9 @@ from eloquent_netem.namespaces import SERVER_ADDRESS
 
 PATH = "/v1/chat/completions"
 FIELD = "data: "
+
+NOBODY = "http://127.0.0.1:9/"
+"Nothing listens there."
 
 
 async def serve(end: End) -> None:
@@ -52,6 +56,9 @@ async def serve(end: End) -> None:
 
 async def ask(end: End) -> None:
     """Ask with httpx2, and note the text of each event."""
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        with contextlib.suppress(httpx2.ConnectError):
+            await client.get(NOBODY)  # It loads much of itself only now.
     server = await end.until_start()
     transport = httpx2.AsyncHTTPTransport(
         verify=client_context(server), socket_options=socket_options(end.setup.congestion)
