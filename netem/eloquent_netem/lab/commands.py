@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.doctor_commands import doctor
 from eloquent_netem.lab.leak_commands import leak, pace
 from eloquent_netem.lab.paper_commands import paper
 from eloquent_netem.lab.stalls_commands import check_writable, record, stalls
@@ -16,6 +17,7 @@ lab = App(name="lab", help="Measure the transport on emulated networks.")
 lab.command(stalls)
 lab.command(record)
 lab.command(paper)
+lab.command(doctor)
 lab.command(leak)
 lab.command(pace)
 
