@@ -17,10 +17,8 @@ from aioquic.quic.packet import (
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 from eloquent.core.beat import BeatLimit
-from eloquent.core.log import Log
 from eloquent.core.schemes import EloquentSender, SenderFactory
-from eloquent.core.turns import ReaderDone, TurnCancelled, TurnRequested
-from eloquent.core.wire import Report, Request
+from eloquent.core.turns import TurnEvent
 from eloquent.errors import ConfigurationError
 from eloquent.handshakes import Handshakes
 from eloquent.quic.certificate import ServerCertificate
@@ -33,6 +31,7 @@ from eloquent.quic.reset import ResetKey, ResetLimit
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent.quic.tickets import TicketBook
 from eloquent.quic.udp import UdpTransport, open_udp
+from eloquent.readers import Readers
 from eloquent.serving import TurnService
 
 INITIAL_MIN_BYTES = 1200
@@ -48,46 +47,6 @@ is (RFC 9000 section 8.1.2), which costs it a round trip and the server nothing.
 logger = logging.getLogger(__name__)
 
 
-class QuicReader:
-    """A `Reader` over QUIC."""
-
-    def __init__(self, peer: "_Peer", number: int, request: Request) -> None:
-        self._peer = peer
-        self._number = number
-        self._request = request
-
-    @property
-    def request(self) -> Request:
-        """See `Reader.request`."""
-        return self._request
-
-    @property
-    def is_silent(self) -> bool:
-        """See `Reader.is_silent`."""
-        return self._peer.connection.is_silent(self._peer.driver.now())
-
-    @property
-    def report(self) -> Report | None:
-        """See `Reader.report`."""
-        return self._peer.connection.report(self._number)
-
-    def accept(self, log: Log) -> None:
-        """See `Reader.accept`."""
-        self._peer.connection.accept(self._number, log, self._request.offset)
-        self.log_grew()
-
-    def log_grew(self) -> None:
-        """See `Reader.log_grew`."""
-        self._peer.connection.log_grew(self._number, self._peer.driver.now())
-        self._peer.driver.pump()
-
-    def reject(self, code: str, message: str) -> None:
-        """See `Reader.reject`."""
-        self._peer.forget(self._number)
-        self._peer.connection.reject(self._number, code, message)
-        self._peer.driver.pump()
-
-
 class _Peer:
     """One connection, its driver, and the readers on it."""
 
@@ -96,38 +55,27 @@ class _Peer:
         self.driver = Driver(connection, listener.send, self._on_event)
         self.connection_ids: set[bytes] = set()
         "Those that lead here."
-        self._readers: dict[int, QuicReader] = {}
+        self._readers = Readers(
+            listener.service,
+            connection,
+            self.driver,
+            is_silent=lambda: connection.is_silent(self.driver.now()),
+        )
         self._listener = listener
 
     def _on_event(self, event: ConnectionEvent) -> None:
-        service = self._listener.service
-        if isinstance(event, TurnRequested):
-            reader = QuicReader(self, event.turn, event.request)
-            self._readers[event.turn] = reader
-            service.on_request(reader)
-        elif isinstance(event, TurnCancelled | ReaderDone):
-            reader_or_none = self._readers.pop(event.turn, None)
-            if reader_or_none is None:
-                return
-            if isinstance(event, TurnCancelled):
-                service.on_cancel(reader_or_none)
-            service.on_gone(reader_or_none)
+        if isinstance(event, TurnEvent):
+            self._readers.on_event(event)
         elif isinstance(event, ConnectionIdChanged):
             self._listener.route(event.connection_id, self, is_issued=event.is_issued)
         elif isinstance(event, ConnectionEnded):
             self.end()
             self._listener.forget(self, event)
 
-    def forget(self, number: int) -> None:
-        """Take note that nothing more is said to a reader."""
-        self._readers.pop(number, None)
-
     def end(self) -> None:
         """Stop driving the connection; its readers are gone."""
         self.driver.stop()
-        readers, self._readers = self._readers, {}
-        for reader in readers.values():
-            self._listener.service.on_gone(reader)
+        self._readers.end()
 
 
 class Listener:
@@ -143,6 +91,7 @@ class Listener:
         make_marking: MakeMarking | None,
         qlog: QlogDirectory | None,
         skips: random.Random | None,
+        tickets: TicketBook | None,
         datagrams: bool,
     ) -> None:
         self._configuration = server_configuration(certificate)
@@ -155,7 +104,7 @@ class Listener:
         self._make_marking = make_marking
         self._reset_key = ResetKey.of(certificate.private_key)
         self._reset_limit = ResetLimit()
-        self._tickets = TicketBook()
+        self._tickets = tickets if tickets is not None else TicketBook()
         self._beats = BeatLimit()
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
@@ -336,6 +285,7 @@ async def listen(
     make_marking: MakeMarking | None = None,
     qlog: QlogDirectory | None = None,
     skips: random.Random | None = None,
+    tickets: TicketBook | None = None,
     datagrams: bool = True,
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
@@ -343,7 +293,8 @@ async def listen(
     `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
     policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
     `qlog` is where each connection's log goes. `skips` chooses the packet numbers to leave out;
-    None: the system's randomness, which no peer can guess. Without `datagrams` the turns run over
+    None: the system's randomness, which no peer can guess. `tickets` are those given out before;
+    None: there are none, and they end with the listener. Without `datagrams` the turns run over
     a QUIC stream, as with a peer that takes none.
 
     Raises:
@@ -362,6 +313,7 @@ async def listen(
         make_marking=make_marking,
         qlog=qlog,
         skips=skips,
+        tickets=tickets,
         datagrams=datagrams,
     )
     try:

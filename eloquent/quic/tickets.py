@@ -7,10 +7,14 @@ doing harm (RFC 8446 section 8):
   ordinary handshake whose early data cannot be read, and which nobody can finish.
 - Clients send resumes and reports early, nothing else. Both say the same thing when said twice.
 - A server that gets a request for a new turn early, or a cancel, waits for the handshake's end.
-- The book is in memory: tickets do not outlive the server, the store's turns do.
+- The book outlives the server where it has a file, and with it what was shown already.
 """
 
+import logging
+import os
 from collections import deque
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 from aioquic.tls import SessionTicket
@@ -23,26 +27,111 @@ MAX_SERVER_TICKETS = 10_000
 MAX_CLIENT_TICKETS = 4
 "A client keeps so many for its server; each is used once."
 
+LINE_START = b"\n"
+"At the front, so that a line that was cut short with the server spoils no other."
+
+logger = logging.getLogger(__name__)
+
+
+class _Line(msgspec.Struct, omit_defaults=True):
+    """What happened to a ticket: it was given out, or shown by its name."""
+
+    put: SessionTicket | None = None
+    taken: bytes | None = None
+
 
 class TicketBook:
-    """A server's tickets, each good once."""
+    """A server's tickets, each good once.
 
-    def __init__(self, limit: int = MAX_SERVER_TICKETS) -> None:
+    With a `file` they are there again after a restart. What happens to tickets is appended to it, a
+    line each; when it has `limit` lines it becomes the older of two files, and the one before that
+    goes: its tickets are no longer among the newest, and what was shown stays in the same order.
+    The lines are not forced to the disk: after a loss of power a ticket may be shown twice.
+    """
+
+    def __init__(self, limit: int = MAX_SERVER_TICKETS, *, file: Path | None = None) -> None:
+        """Read the book if there is one.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         self._limit = limit
+        self._file = file
+        self._lines = 0
         self._tickets: dict[bytes, SessionTicket] = {}
+        if file is not None:
+            self._read(_older(file))
+            self._lines = self._read(file)
+            self._tickets = {name: t for name, t in self._tickets.items() if t.is_valid}
 
     def __len__(self) -> int:
         return len(self._tickets)
 
     def put(self, ticket: SessionTicket) -> None:
         """Keep a ticket that was given out."""
+        self._put(ticket)
+        # A server's tickets have no name of it, which the type does not know.
+        self._write(_Line(put=replace(ticket, server_name=ticket.server_name or "")))
+
+    def take(self, name: bytes) -> SessionTicket | None:
+        """Take out the ticket that a client shows, if it is there and has not been shown before."""
+        ticket = self._tickets.pop(name, None)
+        if ticket is not None:
+            self._write(_Line(taken=name))
+        return ticket
+
+    def _put(self, ticket: SessionTicket) -> None:
         self._tickets[ticket.ticket] = ticket
         while len(self._tickets) > self._limit:
             del self._tickets[next(iter(self._tickets))]
 
-    def take(self, name: bytes) -> SessionTicket | None:
-        """Take out the ticket that a client shows, if it is there and has not been shown before."""
-        return self._tickets.pop(name, None)
+    def _read(self, file: Path) -> int:
+        """Take over what a file says; return how many lines it has."""
+        try:
+            lines = file.read_bytes().split(LINE_START)[1:]
+        except FileNotFoundError:
+            return 0
+        for text in lines:
+            try:
+                line = msgspec.json.decode(text, type=_Line)
+            except msgspec.MsgspecError:
+                continue  # cut short with the server
+            if line.put is not None:
+                self._put(line.put)
+            elif line.taken is not None:
+                self._tickets.pop(line.taken, None)
+        return len(lines)
+
+    def _write(self, line: _Line) -> None:
+        if self._file is None:
+            return
+        try:
+            if self._lines >= self._limit:
+                self._file.replace(_older(self._file))
+                self._lines = 0
+            _append(self._file, LINE_START + msgspec.json.encode(line))
+            self._lines += 1
+        except OSError as error:
+            logger.warning(
+                "Session tickets cannot be kept in %s (%s): clients need a full handshake after "
+                "the next restart.",
+                self._file,
+                error,
+            )
+            self._file = None
+
+
+def _older(file: Path) -> Path:
+    return file.with_name(file.name + ".older")
+
+
+def _append(file: Path, data: bytes) -> None:
+    """Append to a file that only its owner reads; make it if need be."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 class _Exported(msgspec.Struct):

@@ -30,7 +30,7 @@ from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
-from eloquent_server.state import open_store, server_certificate
+from eloquent_server.state import open_store, open_tickets, server_certificate
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
 
@@ -125,6 +125,7 @@ async def run_server(options: ServerOptions) -> None:
             padding=options.padding,
             make_marking=make_marking,
             qlog=qlog,
+            tickets=open_tickets(options.state),
         )
         if options.websocket:
             port = await _listen_both(stack, listen, options, certificate, hub)

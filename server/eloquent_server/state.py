@@ -1,4 +1,4 @@
-"""What a server keeps between its runs: its certificate and the turns."""
+"""What a server keeps between its runs: its certificate, its session tickets and the turns."""
 
 import datetime
 import os
@@ -10,10 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate, make_certificate
+from eloquent.quic.tickets import TicketBook
 from eloquent_server.store import TokenStore
 
 CERTIFICATE_FILE = "certificate.pem"
 STORE_FILE = "turns.sqlite"
+TICKETS_FILE = "tickets"
 
 CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
 RENEW_BEFORE = datetime.timedelta(days=1)
@@ -27,6 +29,24 @@ def open_store(directory: Path | None, *, durable: bool) -> TokenStore:
         EloquentError: it cannot be used; the text says why.
     """
     return TokenStore.open(directory / STORE_FILE if directory else None, durable=durable)
+
+
+def open_tickets(directory: Path | None) -> TicketBook:
+    """Open the book of tickets in the state directory, or one that ends with the process.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    if directory is None:
+        return TicketBook()
+    path = directory / TICKETS_FILE
+    try:
+        return TicketBook(file=path)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The session tickets in {path} cannot be read ({error}): give a directory that this "
+            "user can read with --state, or remove the file, and there are none."
+        ) from error
 
 
 def server_certificate(

@@ -1,9 +1,14 @@
 """Session tickets and 0-RTT: what leaves with the first packet, and what repeating it does."""
 
 import asyncio
+import datetime
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
+from aioquic.tls import CipherSuite, SessionTicket
 from session_world import (
     CERTIFICATE,
     PORT,
@@ -99,6 +104,52 @@ def test_a_ticket_that_a_restarted_server_does_not_know_costs_nothing() -> None:
     assert first_s == pytest.approx(2 * RTT_S, abs=0.02)
 
 
+def test_a_server_that_keeps_its_tickets_takes_them_after_a_restart(tmp_path: Path) -> None:
+    async def play(world: World) -> tuple[str, float]:
+        await restart(world, tmp_path)
+        request = await leave(world, 20)
+        await restart(world, tmp_path)
+        session = another_session(world.tickets.exported(), world)
+        times: list[float] = []
+        begun_s = now()
+        text = await read(session.open(request), times)
+        await session.close()
+        return text, times[0] - begun_s
+
+    text, first_s = in_world(play)
+    assert text == "".join(tokens(100)[20:])
+    assert first_s == pytest.approx(1 * RTT_S, abs=0.02)
+
+
+def test_a_first_flight_that_is_repeated_to_a_restarted_server_is_not_heard(tmp_path: Path) -> None:
+    async def play(world: World) -> int:
+        await restart(world, tmp_path)
+        request = await leave(world, 20)
+        session = another_session(world.tickets.exported(), world)
+        world.up.packets.clear()
+        await read(session.open(request))
+        await session.close()
+        first_source = world.up.packets[0][0]
+        flight = [data for source, data in world.up.packets if source == first_source]
+        await restart(world, tmp_path)
+        assert isinstance(world.service, Noting)
+        before = len(world.service.requests)
+        transport, _ = await opened(Inbox, remote_addr=(SERVER, PORT))
+        for data in flight:
+            transport.sendto(data)
+        await asyncio.sleep(2.0)
+        transport.close()
+        return len(world.service.requests) - before
+
+    assert in_world(play, Noting) == 0
+
+
+async def restart(world: World, directory: Path) -> None:
+    """Kill the server and start one that keeps its tickets in `directory`."""
+    await world.kill_server()
+    await world.start_server(tickets=TicketBook(file=directory / "tickets"))
+
+
 def test_a_new_turn_is_never_asked_early() -> None:
     async def play(world: World) -> float:
         await leave(world, 20)
@@ -167,6 +218,100 @@ def test_a_first_flight_that_somebody_repeats_is_not_heard_and_hurts_nobody() ->
     text, before, after = in_world(play, Noting)
     assert text == "".join(tokens(100)[20:])
     assert before == after == 2
+
+
+def named(names: Iterable[bytes], **fields: Any) -> list[SessionTicket]:
+    """Return tickets with these names that are valid for an hour."""
+    begin = datetime.datetime.now(datetime.UTC)
+    defaults: dict[str, Any] = {
+        "age_add": 1,
+        "cipher_suite": CipherSuite.AES_128_GCM_SHA256,
+        "not_valid_before": begin,
+        "not_valid_after": begin + datetime.timedelta(hours=1),
+        "resumption_secret": bytes(range(32)),
+        "server_name": "",
+        "other_extensions": [(57, b"\x00\xff")],
+    }
+    return [SessionTicket(**(defaults | fields), ticket=name) for name in names]
+
+
+def test_a_kept_book_is_what_it_was_before_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "tickets"
+    before = TicketBook(file=file)
+    one, two, three = named([b"1", b"2", b"3"])
+    for ticket in (one, two, three):
+        before.put(ticket)
+    assert before.take(b"2") == two
+    after = TicketBook(file=file)
+    assert after.take(b"1") == one
+    assert after.take(b"2") is None
+    again = TicketBook(file=file)
+    assert len(again) == 1
+    assert again.take(b"3") == three
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_kept_book_forgets_what_is_no_longer_valid(tmp_path: Path) -> None:
+    long_ago = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    book = TicketBook(file=tmp_path / "tickets")
+    for ticket in named([b"1"], not_valid_after=long_ago) + named([b"2"]):
+        book.put(ticket)
+    after = TicketBook(file=tmp_path / "tickets")
+    assert len(after) == 1
+    assert after.take(b"1") is None
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_a_kept_book_stays_bounded_and_no_ticket_that_was_shown_comes_back(
+    count: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "tickets"
+    names = [str(number).encode() for number in range(count)]
+    book = TicketBook(limit=3, file=file)
+    for number, ticket in enumerate(named(names)):
+        book.put(ticket)
+        if number % 2:
+            assert book.take(ticket.ticket) is not None
+    assert sum(path.read_bytes().count(b"\n") for path in tmp_path.iterdir()) <= 2 * 3
+    after = TicketBook(limit=3, file=file)
+    valid = [name for name in names if book.take(name) is not None]
+    kept = [name for name in names if after.take(name) is not None]
+    assert kept == valid[-len(kept) :]
+    assert len(kept) >= min(len(valid), 2)
+
+
+def test_a_kept_book_that_was_cut_short_or_is_none_is_read_as_far_as_it_goes(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "tickets"
+    book = TicketBook(file=file)
+    for ticket in named([b"1", b"2"]):
+        book.put(ticket)
+    whole = file.read_bytes()
+    for end in range(len(whole)):
+        file.write_bytes(whole[:end])
+        assert len(TicketBook(file=file)) <= 2
+    file.write_bytes(whole[:-10])
+    book = TicketBook(file=file)
+    for ticket in named([b"3"]):
+        book.put(ticket)
+    after = TicketBook(file=file)
+    assert [after.take(name) is not None for name in (b"1", b"2", b"3")] == [True, False, True]
+    file.write_bytes(b"\x00\xff not tickets\n\xff\n{}\n[]")
+    assert len(TicketBook(file=file)) == 0
+
+
+def test_a_book_that_can_no_longer_be_written_goes_on_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    book = TicketBook(file=directory / "tickets")
+    directory.rmdir()
+    for ticket in named([b"1", b"2"]):
+        book.put(ticket)
+    assert book.take(b"1") is not None
+    assert len(caplog.records) == 1
 
 
 def test_a_book_is_bounded_and_each_ticket_good_once() -> None:
