@@ -16,7 +16,8 @@ from eloquent_netem.lab.sources import (
     Recording,
     Token,
     token_text,
-)from eloquent_netem.lab.stalls_commands import record as record_command
+)
+from eloquent_netem.lab.stalls_commands import record as record_command
 
 FIELDS = {
     "version": 1,
@@ -111,5 +112,5 @@ def test_the_command_writes_a_recording_that_the_comparison_takes(
 
 
 def test_a_recording_that_cannot_be_written_is_refused_before_the_work() -> None:
-    with pytest.raises(ConfigurationError, match="Cannot write /nowhere/answer.json"):
+    with pytest.raises(ConfigurationError, match=r"Cannot write /nowhere/answer\.json"):
         record_command(output=Path("/nowhere/answer.json"))
