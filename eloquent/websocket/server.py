@@ -16,12 +16,11 @@ from websockets.http11 import Response
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S
-from eloquent.core.log import Log
-from eloquent.core.turns import ReaderDone, TurnCancelled, TurnEvent, TurnRequested
-from eloquent.core.wire import Report, Request
+from eloquent.core.turns import TurnEvent
 from eloquent.errors import ConfigurationError
 from eloquent.handshakes import HANDSHAKE_S, Handshakes
 from eloquent.quic.certificate import ServerCertificate
+from eloquent.readers import Readers
 from eloquent.serving import TurnService
 from eloquent.websocket.driver import (
     CLOSE_TIMEOUT_S,
@@ -40,45 +39,6 @@ MAX_HANDSHAKES = 100
 BUSY = 503
 
 logger = logging.getLogger(__name__)
-
-
-class WebSocketReader:
-    """A `Reader` over a WebSocket."""
-
-    def __init__(self, peer: "_Peer", number: int, request: Request) -> None:
-        self._peer = peer
-        self._number = number
-        self._request = request
-
-    @property
-    def request(self) -> Request:
-        """See `Reader.request`."""
-        return self._request
-
-    @property
-    def is_silent(self) -> bool:
-        """See `Reader.is_silent`."""
-        return self._peer.is_silent
-
-    @property
-    def report(self) -> Report | None:
-        """See `Reader.report`."""
-        return self._peer.channel.report(self._number)
-
-    def accept(self, log: Log) -> None:
-        """See `Reader.accept`."""
-        self._peer.channel.accept(self._number, log, self._request.offset)
-        self.log_grew()
-
-    def log_grew(self) -> None:
-        """See `Reader.log_grew`."""
-        self._peer.channel.log_grew(self._number, self._peer.driver.now())
-        self._peer.driver.pump()
-
-    def reject(self, code: str, message: str) -> None:
-        """See `Reader.reject`."""
-        self._peer.channel.reject(self._number, code, message)
-        self._peer.driver.pump()
 
 
 class _HeardServer(HeardConnection, ServerConnection):
@@ -156,34 +116,21 @@ class _Peer:
     """One connection, its channel, and the readers on it."""
 
     def __init__(self, service: TurnService, websocket: _HeardServer, *, padding: bool) -> None:
-        self._service = service
+        channel = ServerChannel(websocket.loop.time(), padding=padding)
+        self.driver = ChannelDriver(channel, websocket, self._on_event, silent_s=SILENT_S)
         self._websocket = websocket
-        self._readers: dict[int, WebSocketReader] = {}
-        self.channel = ServerChannel(websocket.loop.time(), padding=padding)
-        self.driver = ChannelDriver(self.channel, websocket, self._on_event, silent_s=SILENT_S)
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether nothing has come for so long that the link is dead."""
-        return self.driver.now() - self._websocket.heard_s >= DEAD_AFTER_S
-
-    def _on_event(self, event: TurnEvent) -> None:
-        if isinstance(event, TurnRequested):
-            reader = WebSocketReader(self, event.turn, event.request)
-            self._readers[event.turn] = reader
-            self._service.on_request(reader)
-        elif isinstance(event, TurnCancelled | ReaderDone):
-            done = self._readers.pop(event.turn, None)
-            if done is not None:
-                if isinstance(event, TurnCancelled):
-                    self._service.on_cancel(done)
-                self._service.on_gone(done)
+        self._readers = Readers(service, channel, self.driver, self._is_silent)
 
     def end(self) -> None:
         """Take note that the connection is over: its readers are gone."""
-        readers, self._readers = self._readers, {}
-        for reader in readers.values():
-            self._service.on_gone(reader)
+        self._readers.end()
+
+    def _on_event(self, event: TurnEvent) -> None:
+        self._readers.on_event(event)
+
+    def _is_silent(self) -> bool:
+        """Return whether nothing has come for so long that the link is dead."""
+        return self.driver.now() - self._websocket.heard_s >= DEAD_AFTER_S
 
 
 class WebSocketListener:
