@@ -2,22 +2,25 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
-from eloquent.core.events import Delta, Failure, TextDelta
+from eloquent.core.events import Delta, Failure, Logprobs, TextDelta
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import (
+    Asker,
     Backend,
     BackendEvent,
     Continuation,
     ContinuingBackend,
     Finish,
     StoredAnswer,
+    Tenant,
 )
 from eloquent_server.chat import ChatRequest, parse_chat_body
-from eloquent_server.turns import Turn, TurnHandler
+from eloquent_server.reading import ReadingClock
+from eloquent_server.turns import PRINCIPAL, Turn, TurnHandler
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,15 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Answers every turn with one backend."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        tenant_of: Callable[[Turn], Tenant] = lambda turn: Tenant(PRINCIPAL),
+    ) -> None:
+        """`tenant_of` says whose a turn is, and what part of the engine that tenant gets."""
         self._backend = backend
+        self._tenant_of = tenant_of
 
     @property
     def go_on(self) -> TurnHandler | None:
@@ -59,12 +69,16 @@ class Gateway:
 
     def _events(self, turn: Turn, request: ChatRequest) -> AsyncIterator[BackendEvent]:
         """Have the answer generated, or what is missing of it."""
+        clock = ReadingClock()
+        asker = Asker(self._tenant_of(turn), lambda: clock.buffered_s(turn.readers))
         stored = turn.stored
         if stored is None:
-            return self._backend.generate(request)
+            return self._backend.generate(request, asker)
         assert isinstance(self._backend, ContinuingBackend), "see `go_on`"
         text = "".join(event.text for event in stored.events if isinstance(event, TextDelta))
-        return self._backend.resume(request, StoredAnswer(text, stored.continuations))
+        logprobs = sum(len(each.tokens) for each in stored.events if isinstance(each, Logprobs))
+        answer = StoredAnswer(text, stored.continuations, logprobs)
+        return self._backend.resume(request, answer, asker)
 
     async def _answer(
         self, turn: Turn, request: ChatRequest, answer: AsyncIterator[BackendEvent]

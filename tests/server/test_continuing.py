@@ -12,6 +12,8 @@ from eloquent.core.log import Log
 from eloquent.core.wire import Request
 from eloquent.errors import ConfigurationError, RequestError
 from eloquent_server.backends.base import (
+    ANYBODY,
+    Asker,
     Backend,
     BackendEvent,
     Continuation,
@@ -34,6 +36,7 @@ class Notes:
     """A `Reader` that reads everything at once, as a perfect link would."""
 
     is_silent = False
+    report = None
 
     def __init__(self, turn_id: bytes, secret: bytes, body: bytes = b"") -> None:
         self.request = Request(turn_id, body, secret)
@@ -105,7 +108,9 @@ class Forgetful:
     def models(self) -> Sequence[str]:
         return ("forgetful",)
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    async def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         pytest.fail("generated twice")
         yield Finish("stop", 0, 0)
 
@@ -120,7 +125,9 @@ class Numbered(Forgetful):
         self.got: StoredAnswer | None = None
         self.forever = asyncio.Event()
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    async def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         yield Continuation(b"first")
         yield TextDelta("one")
         yield TextDelta(" two")
@@ -130,7 +137,7 @@ class Numbered(Forgetful):
         await self.forever.wait()
 
     async def resume(
-        self, request: ChatRequest, answer: StoredAnswer
+        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         self.got = answer
         if answer.text.endswith("four"):

@@ -17,7 +17,7 @@ from eloquent_server.engine.client import EngineClient, EngineOptions
 from eloquent_server.engine.turn import EngineEvent, Tokens
 
 EVENTS: list[EngineEvent] = [
-    Tokens((1, 2, 70_000)),
+    Tokens((1, 2, 70_000), cached_tokens=16),
     TextDelta("日本 👋"),
     Logprobs((ChosenLogprob(b"a", -0.5, (TokenLogprob(b"\xf0", -1.5),)),)),
     Failure("engine_error", "why"),
@@ -30,8 +30,10 @@ SUBMIT = ipc.Submit(
     tenant="local",
     weight=1.0,
     prompt=[1, 2],
+    cached_tokens=None,
     generated=[3],
     emitted_chars=1,
+    emitted_logprobs=0,
 )
 
 

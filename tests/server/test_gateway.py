@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from eloquent.core.events import End, Event, Failure, TextDelta
+from eloquent.core.log import Log
 from eloquent.core.wire import Request
 from eloquent.errors import ConfigurationError, ConnectionFailedError, EloquentError, RequestError
 from eloquent.quic.certificate import make_certificate
@@ -19,7 +20,7 @@ from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl
-from eloquent_server.backends.base import Backend, BackendEvent, Finish
+from eloquent_server.backends.base import ANYBODY, Asker, Backend, BackendEvent, Finish, Tenant
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.chat import ChatRequest
 from eloquent_server.gateway import Gateway
@@ -39,12 +40,16 @@ class ScriptedBackend:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.behaviour = "wait"
+        self.askers: list[Asker] = []
 
     @property
     def models(self) -> Sequence[str]:
         return ("scripted",)
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    async def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
+        self.askers.append(asker)
         self.started.set()
         if self.behaviour == "fault":
             raise ZeroDivisionError("a fault of the backend's")
@@ -61,6 +66,24 @@ class ScriptedBackend:
         yield Finish("stop", 1, 1)
 
     async def close(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class SilentReader:
+    """A reader who says nothing."""
+
+    request: Request
+    is_silent = False
+    report = None
+
+    def accept(self, log: Log) -> None:
+        pass
+
+    def log_grew(self) -> None:
+        pass
+
+    def reject(self, code: str, message: str) -> None:
         pass
 
 
@@ -165,6 +188,18 @@ async def test_a_bad_body_is_declined_by_name_and_hurts_nobody(
             await events_of(ask(link, body))
         assert caught.value.code == code
         assert text_of(await events_of(good)) == "I am fine"
+
+
+async def test_the_backend_hears_whose_a_turn_is() -> None:
+    backend, store = ScriptedBackend(), TokenStore.open(None)
+    gateway = Gateway(backend, tenant_of=lambda turn: Tenant(turn.name[:4], weight=2.5))
+    hub = TurnHub(gateway.handle, store)
+    hub.on_request(SilentReader(Request(b"\xab" * 16, json.dumps(said("x")).encode())))
+    await asyncio.wait_for(backend.started.wait(), DEADLINE_S)
+    (asker,) = backend.askers
+    assert asker.tenant == Tenant("abab", 2.5)
+    assert asker.buffered_s() == 0
+    await hub.close()
 
 
 async def test_cancelling_a_turn_closes_its_generation() -> None:

@@ -1,11 +1,35 @@
 """The interface of a backend."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from eloquent.core.events import Delta
 from eloquent_server.chat import ChatRequest
+
+LOCAL_TENANT = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose turns share computed prefixes, and a part of the engine."""
+
+    name: str = LOCAL_TENANT
+    "Authenticated by the server."
+    weight: float = 1.0
+    "Its part of the engine against others'; above 0."
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asked for an answer, and how they get on with it."""
+
+    tenant: Tenant = Tenant()
+    buffered_s: Callable[[], float] = float
+    "Returns for how long the readers have text; 0: they wait, or it is not known."
+
+
+ANYBODY = Asker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +63,8 @@ class StoredAnswer:
     text: str
     continuations: tuple[bytes, ...]
     "The data of every `Continuation` so far, in order."
+    logprobs: int = 0
+    "For how many tokens there are logprobs."
 
 
 class Backend(Protocol):
@@ -48,7 +74,7 @@ class Backend(Protocol):
     def models(self) -> Sequence[str]:
         """The names under which it answers; the first is the default."""
 
-    def generate(self, request: ChatRequest) -> AsyncIterator[BackendEvent]:
+    def generate(self, request: ChatRequest, asker: Asker = ANYBODY) -> AsyncIterator[BackendEvent]:
         """Answer one request.
 
         The iterator yields text and ends with exactly one `Finish` or `Failure`. Closing it
@@ -67,7 +93,9 @@ class Backend(Protocol):
 class ContinuingBackend(Backend, Protocol):
     """A backend that goes on with answers which another process began."""
 
-    def resume(self, request: ChatRequest, answer: StoredAnswer) -> AsyncIterator[BackendEvent]:
+    def resume(
+        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+    ) -> AsyncIterator[BackendEvent]:
         """Yield what is missing of an answer, as `generate` would have.
 
         Raises:

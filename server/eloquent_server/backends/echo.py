@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
-from eloquent_server.backends.base import BackendEvent, Finish, StoredAnswer
+from eloquent_server.backends.base import ANYBODY, Asker, BackendEvent, Finish, StoredAnswer
 from eloquent_server.chat import ChatRequest
 
 NAME = "echo"
@@ -46,7 +46,9 @@ class EchoBackend:
         """The one name, `echo`."""
         return (NAME,)
 
-    def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
@@ -55,7 +57,7 @@ class EchoBackend:
         return self.resume(request, StoredAnswer("", ()))
 
     async def resume(
-        self, request: ChatRequest, answer: StoredAnswer
+        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         """Say the rest of the words; see `ContinuingBackend.resume`.
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import (
+    ANYBODY,
+    Asker,
     Backend,
     BackendEvent,
     ContinuingBackend,
@@ -40,13 +42,17 @@ class LoadingBackend:
         """The names under which it answers; none are known before it is ready."""
         return self._starting.result().models if self._starting.done() else ()
 
-    def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         """See `Backend.generate`."""
-        return self._pass_on(request, None)
+        return self._pass_on(request, None, asker)
 
-    def resume(self, request: ChatRequest, answer: StoredAnswer) -> AsyncGenerator[BackendEvent]:
+    def resume(
+        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         """See `ContinuingBackend.resume`."""
-        return self._pass_on(request, answer)
+        return self._pass_on(request, answer, asker)
 
     async def close(self) -> None:
         """Close the backend, or start it no further."""
@@ -57,7 +63,7 @@ class LoadingBackend:
             await self._starting.result().close()
 
     async def _pass_on(
-        self, request: ChatRequest, answer: StoredAnswer | None
+        self, request: ChatRequest, answer: StoredAnswer | None, asker: Asker
     ) -> AsyncGenerator[BackendEvent]:
         await asyncio.wait((self._starting,))
         if self._starting.cancelled() or self._starting.exception() is not None:
@@ -66,9 +72,9 @@ class LoadingBackend:
         backend = self._starting.result()
         events: AsyncIterator[BackendEvent]
         if answer is None:
-            events = backend.generate(request)
+            events = backend.generate(request, asker)
         elif isinstance(backend, ContinuingBackend):
-            events = backend.resume(request, answer)
+            events = backend.resume(request, answer, asker)
         else:
             raise RequestError("interrupted", CANNOT_GO_ON)
         async with aclosing(cast(Any, events)) as passing:

@@ -1,5 +1,6 @@
 """The backend that runs a model on this machine, in a process of its own."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 
@@ -7,12 +8,21 @@ import msgspec
 
 from eloquent.errors import RequestError
 from eloquent_server import models
-from eloquent_server.backends.base import BackendEvent, Continuation, StoredAnswer
+from eloquent_server.backends.base import (
+    ANYBODY,
+    Asker,
+    BackendEvent,
+    Continuation,
+    StoredAnswer,
+)
 from eloquent_server.chat import ChatRequest
-from eloquent_server.engine.client import EngineClient, EngineOptions, EngineTurn
+from eloquent_server.engine.client import EngineClient, EngineOptions
+from eloquent_server.engine.client_turn import AnswerSoFar, EngineTurn
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import Tokens
 
+HINT_EVERY_S = 0.25
+"So often the engine hears for how long a turn's readers have text."
 INTERRUPTED = "The server was restarted in mid-answer and cannot go on with it: {}. Ask again."
 
 
@@ -24,6 +34,8 @@ class _Begun(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     prompt: Sequence[int]
     tokens: list[int]
+    cached_tokens: int = 0
+    "Of the prompt."
 
 
 def _entropy() -> int:
@@ -33,10 +45,17 @@ def _entropy() -> int:
 class LocalBackend:
     """Answers with one model of the local engine; a `ContinuingBackend`."""
 
-    def __init__(self, engine: EngineClient, *, entropy: Callable[[], int] = _entropy) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        *,
+        entropy: Callable[[], int] = _entropy,
+        hint_every_s: float = HINT_EVERY_S,
+    ) -> None:
         """`engine` is closed with the backend; `entropy` seeds turns that bring no seed."""
         self._engine = engine
         self._entropy = entropy
+        self._hint_every_s = hint_every_s
 
     @classmethod
     async def start(
@@ -63,46 +82,52 @@ class LocalBackend:
         """The one model's name."""
         return (self._engine.info.name,)
 
-    def generate(self, request: ChatRequest) -> AsyncGenerator[BackendEvent]:
+    def generate(
+        self, request: ChatRequest, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
             RequestError: `unknown_model`, `prompt_too_long`, `invalid_request` or `unavailable`;
                 before the first event.
         """
-        return self._answer(request, None)
+        return self._answer(request, None, asker)
 
-    def resume(self, request: ChatRequest, answer: StoredAnswer) -> AsyncGenerator[BackendEvent]:
+    def resume(
+        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
         """Go on with an answer; see `ContinuingBackend.resume`.
 
         Raises:
             RequestError: `interrupted`: it was another model's, or what was stored of it cannot be
                 read; else as `generate`.
         """
-        return self._answer(request, answer)
+        return self._answer(request, answer, asker)
 
     async def close(self) -> None:
         """Fail the turns that are running and stop the engine; takes one step."""
         await self._engine.close()
 
     async def _answer(
-        self, request: ChatRequest, stored: StoredAnswer | None
+        self, request: ChatRequest, stored: StoredAnswer | None, asker: Asker
     ) -> AsyncGenerator[BackendEvent]:
         self._check_model(request)
         seed: int | None = None  # Of an answer whose first continuation is yet to come.
         if stored is None:
             seed = self._entropy()
-            turn = self._engine.submit(request, seed=seed)
+            turn = self._engine.submit(request, seed=seed, tenant=asker.tenant)
         else:
             begun, generated = self._read(stored)
-            turn = self._engine.submit(
-                request,
-                seed=begun.seed,
+            so_far = AnswerSoFar(
                 prompt=begun.prompt,
+                cached_tokens=begun.cached_tokens,
                 generated=generated,
                 emitted_chars=len(stored.text),
+                emitted_logprobs=stored.logprobs,
             )
+            turn = self._engine.submit(request, seed=begun.seed, tenant=asker.tenant, so_far=so_far)
         tokens: list[int] = []
+        hinting = asyncio.ensure_future(self._hint(turn, asker))
         try:
             async for event in turn:
                 if isinstance(event, Tokens):
@@ -113,7 +138,18 @@ class LocalBackend:
                     tokens, seed = [], None
                 yield event
         finally:
+            hinting.cancel()
             turn.cancel()
+
+    async def _hint(self, turn: EngineTurn, asker: Asker) -> None:
+        """Tell the engine for how long the readers have text, while they have any."""
+        told_s = 0.0
+        while True:
+            await asyncio.sleep(self._hint_every_s)
+            buffered_s = asker.buffered_s()
+            if buffered_s or told_s:
+                turn.hint(buffered_s)
+            told_s = buffered_s
 
     def _check_model(self, request: ChatRequest) -> None:
         name = self.models[0]
@@ -127,9 +163,11 @@ class LocalBackend:
     def _continuation(self, turn: EngineTurn, seed: int | None, tokens: list[int]) -> bytes:
         if seed is None:
             return msgspec.msgpack.encode(tokens)
-        assert turn.prompt is not None, "it comes before the first token"
+        prompt, cached_tokens = turn.so_far.prompt, turn.so_far.cached_tokens
+        assert prompt is not None, "it comes before the first token"
+        assert cached_tokens is not None, "it comes with the first token"
         return msgspec.msgpack.encode(
-            _Begun(self._engine.info.fingerprint, seed, turn.prompt, tokens)
+            _Begun(self._engine.info.fingerprint, seed, prompt, tokens, cached_tokens)
         )
 
     def _read(self, answer: StoredAnswer) -> tuple[_Begun, list[int]]:

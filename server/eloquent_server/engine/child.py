@@ -78,7 +78,7 @@ class Child:
 
     def _end_soon(self) -> None:
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().call_later(STOP_S, self._kill)
+            self._deadline = asyncio.get_running_loop().call_later(STOP_S, self.kill)
 
     async def stop(self) -> int:
         """Close the channel, wait for the end, and return the exit code; below 0: a signal."""
@@ -87,12 +87,13 @@ class Child:
         try:
             return await self._process.wait()
         except asyncio.CancelledError:
-            self._kill()
+            self.kill()
             raise
         finally:
             if self._deadline is not None:
                 self._deadline.cancel()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the process now, if it has not ended."""
         if self._process.returncode is None:
             self._process.kill()

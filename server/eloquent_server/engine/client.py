@@ -1,7 +1,7 @@
 """The engine as the server sees it: turns in, events out, whatever becomes of its process.
 
-The process is started with the first `start`, and again whenever it has died; turns then go on from
-their prompt and the tokens that came before, so that their readers see a pause and no error.
+The process is started with the first `start`, and again whenever it has died or is stuck; turns
+then go on from their prompt and the tokens that came before: readers see a pause and no error.
 """
 
 import asyncio
@@ -10,20 +10,22 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import msgspec
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import Failure
 from eloquent.errors import ConfigurationError, RequestError
+from eloquent_server.backends.base import ANYBODY, Tenant
 from eloquent_server.chat import ChatRequest
 from eloquent_server.engine import ipc
 from eloquent_server.engine.child import Child
-from eloquent_server.engine.recovery import MAX_DEATHS, Standing, due
+from eloquent_server.engine.client_turn import AnswerSoFar, EngineTurn
+from eloquent_server.engine.recovery import MAX_DEATHS, due
 from eloquent_server.engine.settings import KvOptions
-from eloquent_server.engine.turn import LOCAL_TENANT, SHUTTING_DOWN, EngineEvent, Tokens
+from eloquent_server.engine.turn import SHUTTING_DOWN, EngineEvent, Tokens
+from eloquent_server.engine.watchdog import CHECKS, HANG_S, Watchdog
 from eloquent_server.models import Progress
 
 COMMAND = (sys.executable, "-P", "-m", "eloquent_server.engine.process")
@@ -67,68 +69,8 @@ class EngineOptions:
     max_running: int | None = None
     "Turns in one step; None: the engine's default."
     kv: KvOptions = field(default_factory=KvOptions)
-
-
-class EngineTurn:
-    """One turn's events, to be iterated once; the last one is a `Finish` or `Failure`.
-
-    Leaving the iteration early needs a `cancel`.
-    """
-
-    def __init__(
-        self,
-        client: "EngineClient",
-        number: int,
-        submit: Callable[["EngineTurn"], ipc.Submit],
-        *,
-        prompt: Sequence[int] | None,
-        generated: Sequence[int],
-        emitted_chars: int,
-    ) -> None:
-        self.number = number
-        self.prompt = prompt
-        "The prompt's token ids; known before the first event."
-        self.generated = list(generated)
-        self.emitted_chars = emitted_chars
-        self.standing = Standing(tokens=len(generated))
-        self._client = client
-        self._submit = submit
-        self._events: asyncio.Queue[EngineEvent | RequestError] = asyncio.Queue()
-        self._is_over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> EngineEvent:
-        """Wait for the next event.
-
-        Raises:
-            RequestError: the engine declines the turn; in place of the first event.
-        """
-        if self._is_over:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if isinstance(event, RequestError):
-            self._is_over = True
-            raise event
-        self._is_over = ipc.is_terminal(event)
-        return event
-
-    def cancel(self) -> None:
-        """End the turn within one step; nothing happens if it has ended."""
-        self._client.cancel(self)
-
-    def message(self) -> ipc.Submit:
-        """Return what asks the engine to generate this turn from where it is."""
-        return self._submit(self)
-
-    def put(self, event: EngineEvent | RequestError) -> None:
-        """Take the engine's next word."""
-        if isinstance(event, Tokens):
-            self.generated += event.ids
-        elif isinstance(event, TextDelta):
-            self.emitted_chars += len(event.text)
-        self._events.put_nowait(event)
+    hang_s: float = HANG_S
+    "See `watchdog`."
 
 
 class EngineClient:
@@ -152,6 +94,7 @@ class EngineClient:
         self._next = 1
         self._asked: dict[int, asyncio.Future[Mapping[str, int]]] = {}
         self._process: Child | None = None
+        self._watchdog = Watchdog()
         self._is_ready = False
         self._closing = asyncio.Event()
         self._starts = 0
@@ -211,16 +154,12 @@ class EngineClient:
         request: ChatRequest,
         *,
         seed: int,
-        tenant: str = LOCAL_TENANT,
-        weight: float = 1.0,
-        prompt: Sequence[int] | None = None,
-        generated: Sequence[int] = (),
-        emitted_chars: int = 0,
+        tenant: Tenant = ANYBODY.tenant,
+        so_far: AnswerSoFar | None = None,
     ) -> EngineTurn:
-        """Ask for an answer, or for the rest of one.
+        """Ask for an answer, or for what is missing of one that is `so_far`.
 
-        `seed` counts if the request has none. For the rest of an answer give the `prompt` that it
-        had, the tokens `generated`, and how much of their text is out, as in `TurnRequest`.
+        `seed` counts if the request has none.
 
         Raises:
             RequestError: `unavailable`: the engine is closed or has too much to do.
@@ -229,47 +168,24 @@ class EngineClient:
             raise RequestError("unavailable", SHUTTING_DOWN)
         if len(self._turns) >= MAX_TURNS:
             raise RequestError("unavailable", TOO_MANY)
-        body = msgspec.json.encode(request)
         number, self._next = self._next, self._next + 1
-
-        def message(turn: EngineTurn) -> ipc.Submit:
-            return ipc.Submit(
-                turn=number,
-                request=body,
-                seed=seed,
-                tenant=tenant,
-                weight=weight,
-                prompt=turn.prompt,
-                generated=turn.generated,
-                emitted_chars=turn.emitted_chars,
-            )
-
         turn = EngineTurn(
-            self,
             number,
-            message,
-            prompt=prompt,
-            generated=generated,
-            emitted_chars=emitted_chars,
+            msgspec.json.encode(request),
+            seed,
+            tenant,
+            so_far or AnswerSoFar(),
+            on_cancel=self._cancel,
+            on_hint=self._hint,
         )
         self._turns[number] = turn
         self._submit_due()
         return turn
 
-    def cancel(self, turn: EngineTurn) -> None:
-        """See `EngineTurn.cancel`."""
-        if self._forget(turn):
-            self._send(ipc.Cancel(turn.number))
-
-    def hint(self, turn: EngineTurn, buffered_s: float) -> None:
-        """Say that a turn's reader has text for `buffered_s` more: who runs dry soon goes first."""
-        if turn.number in self._turns:
-            self._send(ipc.Hint(turn.number, buffered_s))
-
-    async def stats(self) -> Mapping[str, int]:
+    async def stats(self, timeout_s: float = STATS_S) -> Mapping[str, int]:
         """Return the engine's counts, by the names of `EngineStats`; none while it is down.
 
-        None, too, if it is so busy that it does not answer in `STATS_S`.
+        None, too, if it is so busy that it does not answer in `timeout_s`.
         """
         if not self._is_ready:
             return {}
@@ -278,7 +194,7 @@ class EngineClient:
         self._asked[number] = asked
         self._send(ipc.GetStats(number))
         try:
-            return await asyncio.wait_for(asked, STATS_S)  # The process's end answers, too.
+            return await asyncio.wait_for(asked, timeout_s)  # The process's end answers, too.
         except TimeoutError:
             return {}
         finally:
@@ -290,6 +206,14 @@ class EngineClient:
         if self._process is not None:
             self._process.close()
         await asyncio.wait((self._work,))
+
+    def _cancel(self, turn: EngineTurn) -> None:
+        if self._forget(turn):
+            self._send(ipc.Cancel(turn.number))
+
+    def _hint(self, turn: EngineTurn, buffered_s: float) -> None:
+        if turn.number in self._turns:
+            self._send(ipc.Hint(turn.number, buffered_s))
 
     async def _keep_alive(self) -> None:
         try:
@@ -341,6 +265,7 @@ class EngineClient:
         """Start the process, take what it says until it ends, and return how it did."""
         self._starts += 1
         process = self._process = await Child.start(self._command)
+        watching = asyncio.ensure_future(self._watch(process))
         try:
             options = self._options
             level = logging.getLogger().getEffectiveLevel()
@@ -361,18 +286,37 @@ class EngineClient:
         except msgspec.MsgspecError as error:
             self._load_error = OTHER_RELEASE.format(error)
         finally:
+            watching.cancel()
             self._process = None
             code = await process.stop()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
 
+    async def _watch(self, process: Child) -> None:
+        """End the process if it is stuck."""
+        every_s = self._options.hang_s / CHECKS
+        self._watchdog = Watchdog()
+        while True:
+            await asyncio.sleep(every_s)
+            steps = (await self.stats(min(STATS_S, every_s))).get("steps")
+            has_work = any(turn.standing.in_engine for turn in self._turns.values())
+            if self._watchdog.is_stuck(has_work=self._is_ready and has_work, steps=steps):
+                _log.error(
+                    "The engine has work and has begun no step for %g s: its process is ended",
+                    self._options.hang_s,
+                )
+                process.kill()
+                return
+
     def _take(self, message: ipc.FromEngine) -> None:
+        if isinstance(message, ipc.Step | ipc.Accepted | ipc.Rejected):
+            self._watchdog.on_message()
         match message:
             case ipc.Step(occurrences):
                 for occurrence in occurrences:
                     self._take_event(occurrence)
             case ipc.Accepted(number, prompt):
                 if turn := self._turns.get(number):
-                    turn.prompt = prompt
+                    turn.so_far.prompt = prompt
             case ipc.Rejected(number, code, text):
                 if turn := self._turns.get(number):
                     self._end(turn, RequestError(code, text))

@@ -111,10 +111,13 @@ class Core:
         self._drop_done()
 
     def hint(self, turn_id: int, dry_at: float) -> None:
-        """Say when a turn's reader will have read all that is out."""
+        """Say when a turn's reader will have read all that is out.
+
+        A turn that waits can only be brought forward, so that nobody starves whose reader rests.
+        """
         for turn in self._turns():
             if turn.id == turn_id:
-                turn.dry_at = dry_at
+                turn.dry_at = dry_at if turn.row is not None else min(turn.dry_at, dry_at)
 
     def fail_all(self, code: str, message: str) -> None:
         """End all turns because of an error."""
@@ -298,7 +301,11 @@ class Core:
         kept = 0
         while not turn.done:
             sampler = turn.sampler
-            token = greedy[kept] if sampler.greedy else sampler.choose(logits[kept], turn.tokens)
+            token = turn.known
+            if token is None and sampler.greedy:
+                token = greedy[kept]
+            elif token is None:
+                token = sampler.choose(logits[kept], turn.tokens)
             turn.accept(token, sampler.logprob(logits[kept], token))
             self._share.charge(turn, decoded=1)
             if turn.done or kept == len(guess) or token != guess[kept]:

@@ -141,7 +141,7 @@ class Engine:
             tenant=request.tenant,
             weight=request.weight,
         )
-        turn.replay(request.generated, request.emitted_chars)
+        turn.replay(request)
         with self._lock:
             if self._closed:
                 raise RequestError("unavailable", SHUTTING_DOWN)

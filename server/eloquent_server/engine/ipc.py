@@ -47,8 +47,10 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit", array_like
     weight: float
     prompt: Sequence[int] | None
     "The prompt's token ids, if it was encoded before; encoding it again could give others."
+    cached_tokens: int | None
     generated: Sequence[int]
     emitted_chars: int
+    emitted_logprobs: int
     "As in `TurnRequest`."
 
 

@@ -278,6 +278,8 @@ def _turn_request(
         max_tokens=request.token_limit,
         generated=message.generated,
         emitted_chars=message.emitted_chars,
+        emitted_logprobs=message.emitted_logprobs,
+        cached_tokens=message.cached_tokens,
         tenant=message.tenant,
         weight=message.weight,
         **sampling_fields(

@@ -1,11 +1,12 @@
 """One turn in the engine: what was asked, how far it is, and its way out."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eloquent.core.events import ChosenLogprob, Failure, Logprobs, TextDelta
-from eloquent_server.backends.base import Finish
+from eloquent_server.backends.base import ANYBODY, Finish
 from eloquent_server.engine.options import SamplingOptions
 from eloquent_server.engine.speculation import PromptLookup
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:  # The server's process takes types from here, and has no torc
     from eloquent_server.engine.sampling import Sampler
     from eloquent_server.engine.text import AnswerText
 
-LOCAL_TENANT = "local"
+LOCAL_TENANT = ANYBODY.tenant.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Tokens:
     """The ids that a step added to a turn; comes before the text that they complete."""
 
     ids: tuple[int, ...]
+    cached_tokens: int = 0
+    "How many tokens of the turn's prompt came from the prefix cache."
 
 
 EngineEvent = Tokens | TextDelta | Logprobs | Failure | Finish
@@ -51,6 +54,10 @@ class TurnRequest(SamplingOptions):
     emitted_chars: int | None = None
     """How much of the answer's text is out; the rest of what they complete comes with the next
     event. None: all that they complete."""
+    emitted_logprobs: int | None = None
+    "For how many of these tokens logprobs are out, if they were asked for. None: for all."
+    cached_tokens: int | None = None
+    "What a continued answer says of its prompt's cached tokens: as many as when it began."
     tenant: str = LOCAL_TENANT
     "Whose prefix cache and share of the engine this turn uses; authenticated by the server."
     weight: float = 1.0
@@ -106,6 +113,8 @@ class Turn:
     _new_text: list[str] = field(default_factory=list)
     _out_already: int = 0
     "Characters that are not to be sent again."
+    _known: deque[int] = field(default_factory=deque)
+    "The next tokens of the answer, which are out; they are computed again for their logprobs."
     _deaf: bool = False
 
     @property
@@ -124,8 +133,17 @@ class Turn:
         """Tokens that the model has yet to take before it can give the next one; at least 1."""
         return len(self.tokens) - self.cached
 
-    def replay(self, tokens: Sequence[int], emitted_chars: int | None = None) -> None:
-        """Take tokens of the answer that are out already, and how much of the text is."""
+    @property
+    def known(self) -> int | None:
+        """The next token, if it is out already: then nothing else may be accepted."""
+        return self._known[0] if self._known else None
+
+    def replay(self, request: TurnRequest) -> None:
+        """Take what is out already of the answer: tokens, text, logprobs."""
+        tokens: Iterable[int] = request.generated
+        if request.logprobs is not None and request.emitted_logprobs is not None:
+            self._known.extend(request.generated[request.emitted_logprobs :])
+            tokens = request.generated[: request.emitted_logprobs]
         for token in tokens:
             self.tokens.append(token)
             if token not in self.end_tokens:
@@ -133,7 +151,11 @@ class Turn:
                 if self.sampler.grammar is not None:
                     self.sampler.grammar.accept(token)
         complete = sum(map(len, self._new_text))
-        self._out_already = complete if emitted_chars is None else emitted_chars
+        emitted = request.emitted_chars
+        self._out_already = complete if emitted is None else emitted
+        if request.cached_tokens is not None:
+            self.cached_prompt = request.cached_tokens
+            self.reached = self.prompt_tokens
 
     def settle(self) -> None:
         """End a continued turn whose answer was complete."""
@@ -150,7 +172,10 @@ class Turn:
         """
         self.tokens.append(token)
         self.ran += 1
-        self._new_ids.append(token)
+        if self._known:
+            self._known.popleft()
+        else:
+            self._new_ids.append(token)
         if token in self.end_tokens:
             self._finish("stop")
             return
@@ -172,7 +197,7 @@ class Turn:
             max(0, self._out_already - len(text)),
         )
         if ids:
-            self._send(Tokens(ids))
+            self._send(Tokens(ids, self.cached_prompt))
         if text:
             self._send(TextDelta(text))
         if logprobs := self.text.take_logprobs():
