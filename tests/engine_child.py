@@ -7,6 +7,7 @@ poisoned        it kills its process when it reads POISON
 dies            it never gets loaded: the process kills itself
 hangs           it never gets loaded: the process waits
 late:FILE       it hangs the first time, when FILE is not there
+stuck:FILE      its tenth forward never returns the first time, when FILE is not there
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, __file__)
 POISON = "ZZZZ"
 STEP_S = 0.02
+STUCK_AT = 10
 
 
 class Faulty:
@@ -34,7 +36,8 @@ class Faulty:
     def __init__(self, loaded: "LoadedModel", name: str) -> None:
         self._model = loaded.model
         self._poison = loaded.tokenizer(POISON)["input_ids"]
-        self._name = name
+        self._name, _, self._path = name.partition(":")
+        self._forwards = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -44,6 +47,10 @@ class Faulty:
             ids, count = input_ids[0].tolist(), len(self._poison)
             if any(ids[i : i + count] == self._poison for i in range(len(ids))):
                 os.kill(os.getpid(), signal.SIGKILL)
+        self._forwards += 1
+        if self._name == "stuck" and self._forwards == STUCK_AT and not Path(self._path).exists():
+            Path(self._path).touch()
+            time.sleep(3600)
         time.sleep(STEP_S)
         return self._model(input_ids=input_ids, **options)
 
@@ -62,8 +69,8 @@ def load(options: ipc.Load, progress: Progress) -> "LoadedModel":
     loaded = tiny_loaded()
     if name == "greedy":
         return dataclasses.replace(loaded, temperature=0.0)
-    if name in ("slow", "poisoned"):
-        return dataclasses.replace(loaded, model=Faulty(loaded, name))
+    if name in ("slow", "poisoned", "stuck"):
+        return dataclasses.replace(loaded, model=Faulty(loaded, options.model))
     return loaded
 
 
