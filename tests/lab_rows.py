@@ -31,6 +31,8 @@ _ROW = Row(
     recovery_rtts=None,
     duplicates=0,
     missing=0,
+    programs_ms=0.0,
+    lateness_p50_us=None,
     lateness_p99_us=None,
 )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json as json_format
+import logging
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def doctor(server: str, /, *, seconds: float = 4.0, json: Path | None = None) ->
     url = parse_target(server)
     if json is not None:
         check_writable(json)
+    # What breaks is said in our words; aioquic logs it too.
+    logging.getLogger("quic").setLevel(logging.CRITICAL)
     console = Console()
     with Console(stderr=True).status(f"Examining the path to {url.host} ..."):
         found = asyncio.run(examine(url, seconds))

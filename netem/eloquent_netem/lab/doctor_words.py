@@ -109,14 +109,15 @@ def _over_udp(found: Examination) -> list[str]:
             "Eloquent will use one QUIC stream: the server takes no datagrams, so a lost packet "
             "holds back what comes after it for about a round trip."
         ]
-    lost = max(watched.lost, found.echoes.lost or 0.0)
+    each_way = 1 - (1 - (found.echoes.lost or 0.0)) ** 0.5
+    lost = max(watched.lost, each_way)
     if lost <= LOSSY_ABOVE:
         lines.append("Hardly a packet is lost, so nothing will be sent twice.")
     else:
         tcp = " Over TCP answers would stall." if lost > TCP_HURTS_ABOVE else ""
         lines.append(
-            f"{100 * lost:.1f} % of the packets are lost: while that lasts each is sent twice, a "
-            f"few milliseconds apart.{tcp}"
+            f"About {100 * lost:.0f} % of the packets are lost each way: while that lasts each is "
+            f"sent twice, a few milliseconds apart.{tcp}"
         )
     largest = found.echoes.largest_bytes
     if largest is not None and largest < QUIC_BYTES:

@@ -23,7 +23,9 @@ from eloquent_netem.lab.paper_page import (
 from eloquent_netem.lab.paper_parts import Part, make_parts
 from eloquent_netem.lab.report import Study, figures
 from eloquent_netem.lab.report_page import Picture
+from eloquent_netem.lab.rows import Row
 from eloquent_netem.lab.stalls import Found, Plan, compare, find_driver
+from eloquent_netem.lab.tun_agree import agreement_sheets
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -65,12 +67,14 @@ def paper(parts: Sequence[Part], options: Options) -> int:
     """
     texts = split(_read(options.output))
     failures: list[str] = []
+    rows: list[Row] = []
     for part in parts:
         found = _run(part, options)
         if not found.is_complete:
             _say("Ended before its time: what is done is kept for the next run.")
             return EXIT_INTERRUPTED
         failures += found.failures
+        rows += found.rows
         if not found.rows:
             _say(f"No run of the part {part.name} succeeded: it stays as it was.")
             continue
@@ -82,6 +86,7 @@ def paper(parts: Sequence[Part], options: Options) -> int:
             pictures,
             meta=found.meta,
             failures=found.failures,
+            more=agreement_sheets(rows) if part.driver == "tun" else (),
         )
         _write(options.output, texts, part, pictures)
         _say(f"{options.output}: {part.name} is written.")
