@@ -1,19 +1,15 @@
 """Servers and clients of each rung in virtual time, over links that fail as a test wants."""
 
 import asyncio
-import datetime
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.x509.oid import NameOID
+from certificates import fixed_certificate
 from telling import Telling
 
 from eloquent.core.events import Event, TextDelta
 from eloquent.quic import listen as quic
-from eloquent.quic.certificate import ServerCertificate
 from eloquent.session.race import Race
 from eloquent.session.session import Session
 from eloquent.session.turn import ClientTurn
@@ -29,25 +25,6 @@ T = TypeVar("T")
 PORT = 4433
 DELAY_S = 0.025
 RTT_S = 2 * DELAY_S
-
-
-def fixed_certificate() -> ServerCertificate:
-    """Return the same certificate on every call; random serial numbers vary in length."""
-    key = ed25519.Ed25519PrivateKey.from_private_bytes(b"netem, not a secret, 32 bytes ok")
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
-    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(7)
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=365 * 29))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("server")]), critical=False)
-        .sign(key, None)
-    )
-    return ServerCertificate(certificate, key)
 
 
 CERTIFICATE = fixed_certificate()

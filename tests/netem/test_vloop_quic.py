@@ -1,7 +1,6 @@
 """Unmodified QUIC endpoints in virtual time: stock aioquic's, and our own."""
 
 import asyncio
-import datetime
 import os
 import random
 import socket
@@ -16,14 +15,11 @@ import pytest
 from aioquic.asyncio import QuicConnectionProtocol, connect, serve
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.events import DatagramFrameReceived, QuicEvent
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.x509.oid import NameOID
+from certificates import fixed_certificate
 from telling import Telling
 
 from eloquent.core.events import End, TextDelta
 from eloquent.errors import ConnectionFailedError
-from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.listen import listen
 from eloquent.session.session import Session
 from eloquent.url import ServerUrl
@@ -49,25 +45,6 @@ def has_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 sockets, not available here")
-
-
-def fixed_certificate() -> ServerCertificate:
-    """Return the same certificate on every call; random serial numbers vary in length."""
-    key = ed25519.Ed25519PrivateKey.from_private_bytes(b"netem, not a secret, 32 bytes ok")
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
-    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(7)
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=365 * 29))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("server")]), critical=False)
-        .sign(key, None)
-    )
-    return ServerCertificate(certificate, key)
 
 
 CERTIFICATE = fixed_certificate()

@@ -4,7 +4,6 @@ Both ways take 50 ms and lose packets at random, unless a test says otherwise.
 """
 
 import asyncio
-import datetime
 import itertools
 import ssl
 from collections.abc import AsyncIterator
@@ -13,10 +12,8 @@ from pathlib import Path
 
 import pytest
 import websockets
-from cryptography import x509
+from certificates import fixed_certificate
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.x509.oid import NameOID
 from virtual_hosts import now
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
@@ -37,24 +34,11 @@ SCHEMES = ("ws", "wss")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """Contexts of client and server; Ed25519, as the size of an ECDSA signature varies."""
     folder = tmp_path_factory.mktemp("tls")
-    key = ed25519.Ed25519PrivateKey.from_private_bytes(b"netem, not a secret, 32 bytes ok")
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
-    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(7)
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=365 * 29))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("server")]), critical=False)
-        .sign(key, None)
-    )
+    server = fixed_certificate()
     public, private = folder / "certificate.pem", folder / "key.pem"
-    public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    public.write_bytes(server.certificate.public_bytes(serialization.Encoding.PEM))
     private.write_bytes(
-        key.private_bytes(
+        server.private_key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
