@@ -4,7 +4,10 @@ import ast
 import hashlib
 import json
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
@@ -203,6 +206,15 @@ def _start_worker() -> None:
     """Let the parent alone answer Ctrl-C; what endpoints log of broken networks is expected."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: nobody is there to take what it finds."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(job: Job) -> Figures | str:
