@@ -12,8 +12,9 @@ from eloquent_netem.lab.findings import Finding, Report
 from eloquent_netem.lab.liveness import LivenessCase, liveness_jobs, liveness_report
 from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.outages import OutageCase, outage_cases, outage_jobs, outage_report
+from eloquent_netem.lab.places import RECORDINGS
 from eloquent_netem.lab.simulated import scenario_path
-from eloquent_netem.lab.traces import TRACES, ScenarioCase, trace_cases, trace_report
+from eloquent_netem.lab.traces import ScenarioCase, trace_cases, trace_report
 from eloquent_netem.lab.transport import Options, Part, make_parts, transport
 from eloquent_netem.lab.wire import CELL, WireCase, wire_report
 from eloquent_netem.scenario import parse_scenario
@@ -137,7 +138,7 @@ def test_the_oracle_waits_out_a_handover_and_for_the_rate() -> None:
 
 
 def test_recordings_are_replayed_from_a_folder_and_the_absent_are_named(tmp_path: Path) -> None:
-    name = TRACES[0]
+    name = RECORDINGS[0]
     every_ms = "\n".join(str(ms) for ms in range(1, 2000) if not 900 < ms < 1300)
     (tmp_path / f"{name}.down").write_text(every_ms)
     assert [case.name for case in trace_cases(tmp_path)] == ["handover", name]
@@ -148,7 +149,7 @@ def test_recordings_are_replayed_from_a_folder_and_the_absent_are_named(tmp_path
     assert found == case.run("eloquent", 0)
     assert case.run("tcp", 0)["stall_ratio"] >= found["oracle_stall_ratio"]
     notes = trace_report(Results(), tmp_path).notes
-    assert TRACES[1] in notes
+    assert RECORDINGS[1] in notes
     assert name not in notes
 
 

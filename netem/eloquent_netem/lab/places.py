@@ -29,13 +29,24 @@ from eloquent_netem.scenario_schema import Place as FilePlace
 DEFAULT_RTT_MS = 100.0
 DEFAULT_LOSS = 0.05
 
-TRACE_RTT_MS = 50.0
-TRACE_QUEUE_PACKETS = 1000
+RECORDING_RTT_MS = 50.0
+RECORDING_QUEUE_PACKETS = 1000
 "As in the scenario `lte-drive`: cellular queues are deep."
-TRACE_LENGTH_S = 100.0
+RECORDING_LENGTH_S = 100.0
 "An answer begins anywhere within this, or within the recording if that is shorter."
 NO_UPLINK_MBIT_S = 10.0
 "The uplink's rate where only the downlink was recorded."
+
+RECORDING_LOSS = 0.02
+RECORDINGS = (
+    "ATT-LTE-driving-2016",
+    "Verizon-LTE-short",
+    "TMobile-UMTS-driving",
+    "nyc-taxi3",
+    "nyc-timessquare-3204803",
+)
+"""Recordings in mahimahi's format, NAME.down and mostly NAME.up; nothing of them is shipped. Ours
+are replayed with so much independent loss."""
 
 MadeT = TypeVar("MadeT")
 
@@ -106,7 +117,7 @@ def recorded(
     *,
     loss: float = 0.0,
     burst_ms: float | None = None,
-    rtt_ms: float = TRACE_RTT_MS,
+    rtt_ms: float = RECORDING_RTT_MS,
 ) -> Place:
     """Return a recorded cellular link, in mahimahi's format, replayed behind a deep queue."""
     lost = _loss(loss, burst_ms)
@@ -117,23 +128,29 @@ def recorded(
             delay_ms=rtt_ms / 2,
             loss=lost,
             rate=rate if trace is None else TraceRateSpec(file=str(trace.absolute())),
-            queue=DropTailSpec(packets=TRACE_QUEUE_PACKETS),
+            queue=DropTailSpec(packets=RECORDING_QUEUE_PACKETS),
         )
 
     name = down.name.removesuffix(".down")
     if loss:
         name += f", {_loss_words(loss, burst_ms)}"
-    if rtt_ms != TRACE_RTT_MS:
+    if rtt_ms != RECORDING_RTT_MS:
         name += f", {rtt_ms:g} ms"
     scenario = Scenario(
         name=name,
         place=FilePlace(name),
         folder=Path(),
-        length_s=TRACE_LENGTH_S,
+        length_s=RECORDING_LENGTH_S,
         up=direction(up),
         down=direction(down),
     )
     return Place(name=name, scenario=scenario)
+
+
+def named_recording(folder: Path, name: str) -> Place:
+    """Return one of `RECORDINGS`, or another that lies in a folder as they do."""
+    up = folder / f"{name}.up"
+    return recorded(folder / f"{name}.down", up if up.exists() else None, loss=RECORDING_LOSS)
 
 
 def _traced(options: NetworkOptions) -> Place:
@@ -143,7 +160,7 @@ def _traced(options: NetworkOptions) -> Place:
         options.up_trace,
         loss=options.loss or 0.0,
         burst_ms=options.burst_ms,
-        rtt_ms=TRACE_RTT_MS if options.rtt_ms is None else options.rtt_ms,
+        rtt_ms=RECORDING_RTT_MS if options.rtt_ms is None else options.rtt_ms,
     )
 
 

@@ -8,32 +8,21 @@ from pathlib import Path
 from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
 from eloquent_netem.lab.findings import Report
 from eloquent_netem.lab.grid import SCHEMES, stall_figures, stall_report
+from eloquent_netem.lab.places import (
+    NO_UPLINK_MBIT_S,
+    RECORDING_LOSS,
+    RECORDING_QUEUE_PACKETS,
+    RECORDING_RTT_MS,
+    RECORDINGS,
+    named_recording,
+)
+from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.simulated import scenario_path
 from eloquent_netem.lab.sources import ConstantRate
-from eloquent_netem.link import stage_rng
-from eloquent_netem.scenario import Scenario, load_scenario, parse_scenario
+from eloquent_netem.scenario import load_scenario
 
 TOKENS = 600
 TOKENS_PER_S = 30.0
-
-TRACE_LOSS = 0.02
-TRACE_DELAY_MS = 25
-TRACE_QUEUE_PACKETS = 1000
-"As in the scenario `lte-drive`: cellular queues are deep."
-TRACES = (
-    "ATT-LTE-driving-2016",
-    "Verizon-LTE-short",
-    "TMobile-UMTS-driving",
-    "nyc-taxi3",
-    "nyc-timessquare-3204803",
-)
-"Recordings in mahimahi's format, NAME.down and mostly NAME.up; nothing of them is shipped."
-
-NO_UPLINK_MBIT_S = 10
-"The uplink's rate where only the downlink was recorded."
-
-TRACE_LENGTHS_S = 100.0
-"All recordings are longer; an answer begins anywhere within this."
 
 SCENARIOS = ("handover",)
 
@@ -51,7 +40,7 @@ class ScenarioCase:
     @property
     def title(self) -> str:
         """See `Case.title`."""
-        loss = f" + {100 * TRACE_LOSS:g} % loss" if self.folder is not None else ""
+        loss = f" + {100 * RECORDING_LOSS:g} % loss" if self.folder is not None else ""
         return f"{self.name}{loss}, {self.tokens_per_s:g} tok/s"
 
     @property
@@ -66,40 +55,23 @@ class ScenarioCase:
 
     def run(self, scheme: str, seed: int) -> Figures:
         """See `Case.run`."""
-        scenario = _scenario(self.name, self.folder)
-        length_s = scenario.length_s if self.folder is None else TRACE_LENGTHS_S
-        latest_s = max(length_s - self.tokens / self.tokens_per_s, 0.0)
-        begin_s = latest_s * stage_rng(seed, "both", "begin").random()
-        path = scenario_path(scenario, seed, begin_s)
+        place = _place(self.name, self.folder)
+        begin_s = place.begin_s(seed, self.tokens / self.tokens_per_s)
+        path = scenario_path(place.scenario, seed, begin_s)
         return stall_figures(path, scheme, ConstantRate(self.tokens_per_s, self.tokens).plan(seed))
 
 
-@lru_cache(maxsize=len(TRACES) + len(SCENARIOS))
-def _scenario(name: str, folder: Path | None) -> Scenario:
+@lru_cache
+def _place(name: str, folder: Path | None) -> Place:
     if folder is None:
-        return load_scenario(name)
-    directions = []
-    for direction in ("up", "down"):
-        file = f"{name}.{direction}"
-        rate = (
-            f'{{ kind = "trace", file = "{file}" }}'
-            if (folder / file).exists()
-            else f'{{ kind = "fixed", mbit_s = {NO_UPLINK_MBIT_S} }}'
-        )
-        directions.append(
-            f"[{direction}]\n"
-            f"delay_ms = {TRACE_DELAY_MS}\n"
-            f"rate = {rate}\n"
-            f'queue = {{ kind = "drop-tail", packets = {TRACE_QUEUE_PACKETS} }}\n'
-            f'loss = {{ kind = "independent", probability = {TRACE_LOSS} }}\n'
-        )
-    return parse_scenario("\n".join(directions), name=name, file=name, folder=folder)
+        return Place(name=name, scenario=load_scenario(name))
+    return named_recording(folder, name)
 
 
 def trace_cases(folder: Path) -> list[ScenarioCase]:
     """Return the scenarios, and the recordings that are in `folder`."""
     recordings = [
-        ScenarioCase(name, folder) for name in TRACES if (folder / f"{name}.down").exists()
+        ScenarioCase(name, folder) for name in RECORDINGS if (folder / f"{name}.down").exists()
     ]
     return [*map(ScenarioCase, SCENARIOS), *recordings]
 
@@ -113,12 +85,13 @@ def trace_report(results: Results, folder: Path) -> Report:
     """Judge the answers over scenarios and recordings."""
     cases = trace_cases(folder)
     report = stall_report("traces", cases, results)
-    absent = sorted(set(TRACES) - {case.name for case in cases})
+    absent = sorted(set(RECORDINGS) - {case.name for case in cases})
     skipped = f" Skipped, not in the folder: {', '.join(absent)}." if absent else ""
     report.notes = (
         f"{TOKENS} tokens at {TOKENS_PER_S:g} a second, from an instant that the seed chooses. "
-        f"Recordings of cellular links replayed as mahimahi does, with {TRACE_DELAY_MS} ms each "
-        f"way, a queue of {TRACE_QUEUE_PACKETS} packets and {100 * TRACE_LOSS:g} % independent "
-        f"loss; where the uplink was not recorded it has {NO_UPLINK_MBIT_S} Mbit/s.{skipped}"
+        "Recordings of cellular links replayed as mahimahi does, with "
+        f"{RECORDING_RTT_MS / 2:g} ms each way, a queue of {RECORDING_QUEUE_PACKETS} packets and "
+        f"{100 * RECORDING_LOSS:g} % independent loss; where the uplink was not recorded it has "
+        f"{NO_UPLINK_MBIT_S:g} Mbit/s.{skipped}"
     )
     return report
