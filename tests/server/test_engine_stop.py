@@ -121,6 +121,30 @@ def test_a_continuation_remembers_what_was_held_back() -> None:
         assert sink.end() == Finish("stop", 1, len("Yes. STOP"))
 
 
+@pytest.mark.parametrize("text", ["Yé. STOP", "née. STO no", "👋 and 👋"])
+def test_a_continued_answer_reports_the_logprobs_that_are_not_out(text: str) -> None:
+    """Whatever is out of tokens, text and logprobs, all comes, once, and in order."""
+    whole = ask(text, stop=("STOP",), logprobs=2)
+    reports = [each for e in whole.events if isinstance(e, Logprobs) for each in e.tokens]
+    for tokens in range(0, len(whole.tokens) + 1, 3):
+        for out in range(min(tokens, len(reports)) + 1):
+            for chars in (0, len(whole.text)):
+                sink = ask(
+                    text,
+                    stop=("STOP",),
+                    logprobs=2,
+                    generated=whole.tokens[:tokens],
+                    emitted_logprobs=out,
+                    emitted_chars=chars,
+                )
+                case = f"{tokens} tokens, {out} logprobs and {chars} characters are out"
+                rest = [each for e in sink.events if isinstance(e, Logprobs) for each in e.tokens]
+                assert rest == reports[out:], case
+                assert sink.tokens == whole.tokens[tokens:], case
+                assert sink.text == whole.text[chars:], case
+                assert sink.end() == whole.end(), case
+
+
 def test_the_engine_reports_logprobs_beside_the_text() -> None:
     sink = ask("Yé. STOP", stop=("STOP",), logprobs=2)
     text, reported = b"", b""

@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import dataclasses
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import pytest_asyncio
 from tiny_model import CONTEXT_TOKENS, reference_text, reference_tokens, tiny_loaded
 
-from eloquent.core.events import Failure, TextDelta
+from eloquent.core.events import ChosenLogprob, Failure, Logprobs, TextDelta
 from eloquent.errors import ConfigurationError, RequestError
 from eloquent_server import models
 from eloquent_server.backends.base import BackendEvent, Continuation, Finish, StoredAnswer
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SAMPLED = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 30}
 GREEDY = {"temperature": 0, "max_tokens": 30}
+LOGPROBS = {**GREEDY, "logprobs": True, "top_logprobs": 2}
 
 
 class Local(LocalBackend):
@@ -66,6 +69,18 @@ async def answer(backend: LocalBackend, request: ChatRequest) -> list[BackendEve
 
 def text_of(events: list[BackendEvent]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def logprobs_of(events: list[BackendEvent]) -> list[ChosenLogprob]:
+    return [each for event in events if isinstance(event, Logprobs) for each in event.tokens]
+
+
+def same_logprobs(one: list[ChosenLogprob], other: list[ChosenLogprob]) -> None:
+    """They are computed in another forward, so they may differ by rounding."""
+    assert [each.token for each in one] == [each.token for each in other]
+    for mine, its in zip(one, other, strict=True):
+        assert mine.logprob == pytest.approx(its.logprob, abs=1e-3)
+        assert [each.token for each in mine.top] == [each.token for each in its.top]
 
 
 def prompt_of(request: ChatRequest) -> list[int]:
@@ -139,7 +154,7 @@ async def test_refusals_come_before_the_first_event(backend: Local) -> None:
     assert text_of(await answer(backend, ask("x", model="tiny", max_tokens=20, temperature=0)))
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, LOGPROBS], ids=["greedy", "sampled", "probs"])
 async def test_an_answer_goes_on_wherever_it_was_cut_off(
     backend: Local, options: dict[str, Any]
 ) -> None:
@@ -154,14 +169,41 @@ async def test_an_answer_goes_on_wherever_it_was_cut_off(
         while isinstance(part[-1], Continuation):
             part.pop()
         data = tuple(event.data for event in part if isinstance(event, Continuation))
-        rest = [e async for e in backend.resume(request, StoredAnswer(text_of(part), data))]
+        answer = StoredAnswer(text_of(part), data, len(logprobs_of(part)))
+        rest = [event async for event in backend.resume(request, answer)]
         assert text_of(part) + text_of(rest) == whole
+        same_logprobs(logprobs_of(part) + logprobs_of(rest), logprobs_of(events))
         end, finish = rest[-1], events[-1]
         assert isinstance(end, Finish)
         assert isinstance(finish, Finish)
-        assert (end.reason, end.completion_tokens) == (finish.reason, finish.completion_tokens)
+        assert end == finish
 
-    await asyncio.gather(*(go_on(cut) for cut in [2, 3, 7, len(stored) // 2, len(stored)]))
+    cuts = {2, 3, 4, 7, 8, 9, 10, len(stored) // 2, len(stored)}
+    await asyncio.gather(*(go_on(cut) for cut in cuts))
+
+
+async def test_an_answer_that_an_engine_dies_in_has_its_logprobs_whole() -> None:
+    request = ask("Tell me a story", **LOGPROBS)
+    async with started("slow") as backend:
+        whole = await answer(backend, request)
+        events: list[BackendEvent] = []
+        kills = 0
+        async for event in backend.generate(request):
+            events.append(event)
+            tokens = sum(isinstance(each, Continuation) for each in events)
+            if tokens in (3, 9, 15) and isinstance(event, Continuation) and kills < 3:
+                pid = backend.client.pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+        assert backend.client.restarts >= 1
+        assert text_of(events) == text_of(whole)
+        same_logprobs(logprobs_of(events), logprobs_of(whole))
+        cached = (len(prompt_of(request)) - 1) // 16 * 16
+        assert events[-1] == dataclasses.replace(whole[-1], cached_tokens=cached)
+        ids = [msgspec.msgpack.decode(e.data) for e in events if isinstance(e, Continuation)]
+        said = [id_ for each in [ids[0][3], *ids[1:]] for id_ in each]
+        assert said == reference_tokens(prompt_of(request), 30)[: len(said)], "each once"
 
 
 async def test_text_that_was_stored_without_its_end_is_not_said_twice(backend: Local) -> None:
