@@ -98,3 +98,25 @@ def engine(
     if json is not None:
         json.write_text(json_format.dumps(report, indent=1) + "\n")
     print(table(report))  # noqa: T201
+
+
+@bench.command
+def readers(*, readers: int = 50, tokens_per_s: float = 30.0, seconds: float = 10.0) -> None:
+    """Measure what one token to one reader costs the server, over QUIC on loopback.
+
+    CPU time of the server's process, which only feeds logs: no model, no store. The readers are
+    another process and need another core, so more of them than that core bears spoil the figure.
+
+    Parameters
+    ----------
+    readers
+        How many there are, each over a connection of its own.
+    tokens_per_s
+        To each reader.
+    seconds
+        How long it takes, after three to warm up.
+    """
+    from eloquent_server.bench.readers import Load, describe, measure
+
+    load = Load(readers, tokens_per_s, seconds)
+    print(describe(load, measure(load)))  # noqa: T201
