@@ -206,8 +206,8 @@ def _become_real_time() -> bool:
     return False
 
 
-async def _run(kind: str, side: Side, folder: Path) -> None:
-    end = End(folder, side)
+async def _run(kind: str, side: Side, folder: Path, make_end: type[End]) -> None:
+    end = make_end(folder, side)
     if kind == "quic":
         from eloquent_netem.lab.tun_quic import ask, serve
     elif kind == "sse":
@@ -222,11 +222,12 @@ def _loop() -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop(SelectSelector())
 
 
-def main() -> None:
-    """Be one end of one answer."""
-    kind, side, folder = sys.argv[1:]
+def main(make_end: type[End] = End) -> None:
+    """Be one end of one answer; `make_end` may be an end that does more with its notes."""
+    kind, name, folder = sys.argv[1:]
+    side: Side = "server" if name == "server" else "client"
     with asyncio.Runner(loop_factory=_loop) as runner:
-        runner.run(_run(kind, "server" if side == "server" else "client", Path(folder)))
+        runner.run(_run(kind, side, Path(folder), make_end))
 
 
 if __name__ == "__main__":
