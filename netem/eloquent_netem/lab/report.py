@@ -408,7 +408,7 @@ def _of_arrivals(study: Study) -> list[Picture]:
     return [
         _picture(
             "staircase",
-            f"The same {window_s[1] - window_s[0]:g} seconds, scheme by scheme",
+            f"The same {window_s[1] - window_s[0]:.2g} seconds, scheme by scheme",
             f"{place}, seed {seed}, driver {drivers}: one run of each scheme. Grey: when tokens "
             "would come had none been lost; colour: when the reader had them; shaded: what the "
             "reader waits for. Above each: the run's stall ratio, strict.",
