@@ -321,7 +321,10 @@ class Session:
         if self._failure is not None and self._link is not None:
             await self._link.close()
             self._link = None
-        if self._state is not LinkState.CLOSED:
+        self._worker = None
+        if self._is_open and self._wants_link():
+            self._wake()  # a turn was opened after the last look
+        elif self._state is not LinkState.CLOSED:
             self._set_state(LinkState.IDLE)
 
     async def _watch(self, link: Link) -> None:

@@ -391,6 +391,20 @@ def test_a_server_that_is_not_there_at_first_fails_the_turn_at_once() -> None:
     assert in_world(play) < 0.2
 
 
+@pytest.mark.parametrize("steps", range(8))
+def test_a_turn_opened_just_after_an_attempt_failed_is_asked(steps: int) -> None:
+    async def play(world: World) -> str:
+        await world.kill_server()
+        with pytest.raises(ServerRefusedError):
+            await world.session.connect()
+        await world.start_server()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        return await read(world.session.ask(b"{}"))
+
+    assert in_world(play, limit_s=60.0) == ALL
+
+
 def test_a_server_that_never_answers_fails_the_turn_after_the_time_to_connect() -> None:
     async def play(world: World) -> float:
         world.up.is_cut = True
