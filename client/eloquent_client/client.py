@@ -16,6 +16,7 @@ from eloquent.quic.tickets import Tickets
 from eloquent.session.race import Race
 from eloquent.session.session import OnState, Session
 from eloquent.session.states import LinkState
+from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.errors import APITimeoutError, BadRequestError, api_error
 from eloquent_client.stream import MessageStream
@@ -158,7 +159,7 @@ class Client:
         await self.close()
 
     def _stream(self, request: Request) -> MessageStream:
-        return MessageStream(self._connect, request, timeout_s=self._timeout_s)
+        return MessageStream(self._open, request, timeout_s=self._timeout_s)
 
     def _get_session(self) -> Session:
         if self._session is None:
@@ -171,6 +172,15 @@ class Client:
                 climber=race.climb,
             )
         return self._session
+
+    async def _open(self, request: Request) -> tuple[Session, ClientTurn]:
+        """Ask for a turn; a resume may leave with the first packet of the connection."""
+        turn = self._get_session().open(request)
+        try:
+            return await self._connect(), turn
+        except BaseException:
+            turn.cancel()
+            raise
 
     async def _connect(self) -> Session:
         session = self._get_session()

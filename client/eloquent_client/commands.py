@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
@@ -20,6 +22,7 @@ from eloquent_client.errors import APIConnectionError, LocalServerError
 from eloquent_client.local import local_client
 from eloquent_client.pacing import paced_text
 from eloquent_client.printable import printable
+from eloquent_client.saved import save_ticket, take_saved_ticket
 from eloquent_client.stream import MessageStream
 
 EXIT_BROKEN_PIPE = 141
@@ -180,11 +183,14 @@ async def _ask(
             try:
                 if as_json:
                     await _print_json(stream)
+                    if url is not None:
+                        _save_ticket(connected)  # the answer's name was given: others may read it
                 else:
                     await _print_text(stream, pace)
             except APIConnectionError as error:
                 if url is None:
                     raise
+                _save_ticket(connected)
                 raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
     except LocalServerError as error:
         # What the server said has been printed as it said it.
@@ -201,10 +207,29 @@ def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
 async def _resume(
     url: ServerUrl, turn_id: str, secret: str, offset: int, *, is_owner: bool
 ) -> None:
-    async with Client(url) as client:
+    async with resuming(url) as client:
         stream = client.resume(turn_id, secret, offset=offset, is_owner=is_owner)
         async with stream:
-            await _print_text(stream)
+            try:
+                await _print_text(stream)
+            except APIConnectionError as error:
+                raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
+
+
+@asynccontextmanager
+async def resuming(url: ServerUrl) -> AsyncIterator[Client]:
+    """Give a client of a server with the ticket that a command before left; leave the next."""
+    async with Client(url, ticket=take_saved_ticket(url)) as client:
+        try:
+            yield client
+        finally:
+            _save_ticket(client)
+
+
+def _save_ticket(client: Client) -> None:
+    ticket = client.take_ticket()
+    if ticket is not None:
+        save_ticket(client.url, ticket)
 
 
 async def _print_text(stream: MessageStream, pace: PaceMode = "off") -> None:

@@ -24,9 +24,13 @@ class MessageStream:
     """
 
     def __init__(
-        self, connect: Callable[[], Awaitable[Session]], request: Request, *, timeout_s: float
+        self,
+        open_turn: Callable[[Request], Awaitable[tuple[Session, ClientTurn]]],
+        request: Request,
+        *,
+        timeout_s: float,
     ) -> None:
-        self._connect = connect
+        self._open_turn = open_turn
         self._request = request
         self._timeout_s = timeout_s
         self._session: Session | None = None
@@ -157,8 +161,7 @@ class MessageStream:
         self._started_s = self._now()
         deadline_s = self._started_s + self._timeout_s
         try:
-            self._session = await self._connect()
-            self._turn = self._session.open(self._request)
+            self._session, self._turn = await self._open_turn(self._request)
         except EloquentError as error:
             self._ended_s = self._now()
             raise api_error(error) from error

@@ -78,6 +78,7 @@ class ClientConnection(Connection):
         super().__init__(configuration, **options)
         self._pin = pin
         self._tickets = tickets
+        self._ticket = configuration.session_ticket
         self._is_trusted = False
         "Whether the server is the right one."
         self._receivers: dict[int, Receiver] = {}
@@ -96,6 +97,12 @@ class ClientConnection(Connection):
     def connect(self, address: Address, now: float) -> None:
         """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
         self._quic.connect(address, now=now)
+
+    def give_up(self) -> None:
+        """Take note that the connection is not used any more; a ticket nobody took is kept."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None and self._tickets is not None and self._heard_at == float("-inf"):
+            self._tickets.put(ticket)
 
     def receive(self, data: bytes, address: Address, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `Connection.receive`."""

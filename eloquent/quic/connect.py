@@ -201,6 +201,7 @@ class QuicLink:
 
     def _end(self) -> None:
         self._is_over = True
+        self._connection.give_up()
         self._driver.stop()
         if self._transport is not None:
             self._transport.close()

@@ -2,12 +2,20 @@
 
 import datetime
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from loopback import HOST, Server, StartServer
 
 from eloquent.quic.certificate import ServerCertificate, make_certificate
 from eloquent_server.turns import TurnHandler
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let what commands keep for the user lie elsewhere."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
 
 
 @pytest.fixture(scope="session")
