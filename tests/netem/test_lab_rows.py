@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eloquent_netem.lab.measures import DeliveryError, check_delivery, recovery_s
-from eloquent_netem.lab.oracle import bound
+from eloquent_netem.lab.oracle import asked_s, bound
 from eloquent_netem.lab.places import recorded, synthetic
 from eloquent_netem.lab.rows import Arrivals, Bound, Place, Row, measure
 from eloquent_netem.scenario import load_scenario, parse_scenario
@@ -169,3 +169,12 @@ def test_a_place_is_what_it_does(tmp_path: Path) -> None:
         traces.append(recorded(trace))
     names = {repr(place).replace(str(tmp_path / str(n)), "") for n, place in enumerate(traces)}
     assert len(names) == 2  # whatever the file's folder is
+
+
+def test_the_oracle_s_reader_asks_as_soon_as_the_link_lets_it() -> None:
+    outage = '[[outages]]\nkind = "spans"\nspans_s = [[1, 2]]\neffect = "drop"\n'
+    scenario = parse_scenario(f"{outage}[up]\ndelay_ms = 20\n[down]\ndelay_ms = 30\n")
+    place = Place(name="x", scenario=scenario, begins_s=0.0)
+    assert asked_s(place, 0, 0.0) == pytest.approx(0.07)
+    assert asked_s(place, 0, 0.99) == pytest.approx(2 + 0.03 + 0.02)  # the answer waits at 1.01
+    assert asked_s(place, 0, 1.5) == pytest.approx(2 + 0.07)

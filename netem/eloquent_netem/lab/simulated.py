@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from eloquent.core.schemes import SCHEMES
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.answer import QUIC_STREAM, START_S, TCP_SCHEMES, LabPath, send_answer
-from eloquent_netem.lab.oracle import downlink_passes
+from eloquent_netem.lab.oracle import passes
 from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.shared import Alarms, SharedLink
 from eloquent_netem.lab.sources import LiveModel, Source
 from eloquent_netem.packet import SUBJECT
 from eloquent_netem.rate import MS_PER_S
 from eloquent_netem.scenario import Scenario
+from eloquent_netem.scenario_parts import DOWN
 from eloquent_netem.sim import Actor, simulate
 
 NOT_LIVE = (
@@ -76,7 +77,7 @@ def scenario_path(scenario: Scenario, seed: int, begin_s: float) -> LabPath:
     """
     origin_s = START_S - begin_s
     up, down = scenario.links(seed, origin_s)
-    passes_from = downlink_passes(scenario, seed)
+    passes_from = passes(scenario, DOWN, seed)
     path = LabPath(
         up=up,
         down=down,

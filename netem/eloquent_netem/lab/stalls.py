@@ -16,7 +16,7 @@ from eloquent.errors import ConfigurationError
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.answer import START_S
 from eloquent_netem.lab.cases import Cache, Figures, Job, Progress, Results, all_jobs, run_jobs
-from eloquent_netem.lab.oracle import bound
+from eloquent_netem.lab.oracle import asked_s, bound
 from eloquent_netem.lab.rows import ORACLE, Arrivals, Bound, Driver, Place, Row, measure
 from eloquent_netem.lab.simulated import NOT_LIVE, SimDriver
 from eloquent_netem.lab.sources import LiveModel, Source
@@ -31,9 +31,6 @@ DEFAULT_SCHEMES = {
 
 KEPT_SEEDS = 3
 "Of so many seeds, from the first on, the arrivals are kept, for reports."
-
-HANDSHAKE_RTTS = 1.5
-"The oracle's reader connects (1 RTT) and asks (half of one) without loss."
 
 _OF_THE_JOB = ("scenario", "source", "scheme", "driver", "seed", "rtt_ms", "loss", "burst_ms")
 "A row's fields that the job has; the rest was measured."
@@ -98,8 +95,9 @@ class Comparison:
                 "tell: leave it out of --schemes; the rows of the others have their excess."
             )
         plan = self.source.plan(seed)
-        origin_s = START_S - self.place.begin_s(seed, plan[-1].time_s)
-        first_s = START_S + HANDSHAKE_RTTS * self.place.rtt_s
+        begin_s = self.place.begin_s(seed, plan[-1].time_s)
+        origin_s = START_S - begin_s
+        first_s = asked_s(self.place, seed, begin_s) + origin_s
         generated_s = tuple(first_s + token.time_s for token in plan)
         oracle = bound(self.place, seed, generated_s, origin_s)
         arrivals = Arrivals(
