@@ -21,7 +21,7 @@ from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.sources import LiveModel, Source
 from eloquent_netem.lab.tun_ends import Setup
 from eloquent_netem.lab.tun_run import (
-    END_LATENESS_BOUND_S,
+    END_LATENESS_FACTOR,
     LEAD_S,
     Play,
     StarvedError,
@@ -96,7 +96,7 @@ class TunDriver:
             "scheduling": _scheduling(),
             "tcp": f"the kernel's, {self.congestion}, over TLS 1.3",
             "lateness_bound_us": self.lateness_bound_s * 1e6,
-            "end_lateness_bound_us": END_LATENESS_BOUND_S * 1e6,
+            "end_lateness_bound_us": END_LATENESS_FACTOR * self.lateness_bound_s * 1e6,
             "tries": self.tries,
             "at_once": self.at_once,
         }

@@ -30,8 +30,9 @@ from eloquent_netem.tun import TunNetwork, tun_network
 LEAD_S = 0.1
 "From the start of the router's clock to the instant at which the client begins."
 
-END_LATENESS_BOUND_S = 0.005
-"A run in which one of 100 timers of an end came later than this is refused."
+END_LATENESS_FACTOR = 5.0
+"""A run in which one of 100 timers of an end came later than this many times the router's bound is
+refused."""
 
 LOOK_EVERY_S = 0.1
 US_PER_S = 1e6
@@ -115,7 +116,7 @@ def play(run: Play) -> Played:
             packets=Packets.read(notes, started_s),
             stats=network.stats().driver,
         )
-    _refuse_starved(played)
+    _refuse_starved(played, END_LATENESS_FACTOR * run.lateness_bound_s)
     return played
 
 
@@ -228,12 +229,12 @@ def _failed(folder: Path, side: Side, code: int) -> TunRunError:
     )
 
 
-def _refuse_starved(played: Played) -> None:
+def _refuse_starved(played: Played, bound_s: float) -> None:
     late_s = max(played.server.late_p99_s, played.client.late_p99_s)
-    if late_s > END_LATENESS_BOUND_S:
+    if late_s > bound_s:
         raise StarvedError(
             f"A program in the namespaces was woken {late_s * 1e3:.1f} ms late or later in one "
-            f"case of 100, and {END_LATENESS_BOUND_S * 1e3:.0f} ms is the bound, so this run's "
+            f"case of 100, and {bound_s * 1e3:.0f} ms is the bound, so this run's "
             "figures would show the machine and not the network: run fewer at a time, or use a "
             "less busy machine."
         )
