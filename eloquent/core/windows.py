@@ -36,7 +36,11 @@ class ReaderWindow:
     @property
     def length(self) -> int:
         """See `Log.length`."""
-        return min(self._log.length, self.limit)
+        length = self._log.length
+        # Asked many times for each token, of which a reader that keeps up has nearly all.
+        if length - self._taken <= self._windows.least_bytes:
+            return length
+        return min(length, self.limit)
 
     @property
     def end(self) -> End | None:
@@ -46,11 +50,11 @@ class ReaderWindow:
     @property
     def is_full(self) -> bool:
         """Whether there is more that the reader may not have yet."""
-        return self._log.length > self.limit
+        return self._log.length > self.length
 
     def read(self, start: int, stop: int) -> bytes:
         """See `Log.read`."""
-        data = self._log.read(start, min(stop, self.limit))
+        data = self._log.read(start, min(stop, self.length))
         sent = max(self._sent, start + len(data))
         self._windows.unread += sent - self._sent
         self._sent = sent
@@ -93,7 +97,8 @@ class ReaderWindows:
     ) -> None:
         self._reader_bytes = reader_bytes
         self._connection_bytes = connection_bytes
-        self._least_bytes = least_bytes
+        self.least_bytes = least_bytes
+        "Every reader may have so much."
         self.unread = 0
         "Bytes that were sent and not taken, of all readers."
 
@@ -101,7 +106,7 @@ class ReaderWindows:
     def allowance(self) -> int:
         """How far beyond what it has taken a reader may be sent, in bytes."""
         free = self._connection_bytes - self.unread
-        return min(self._reader_bytes, max(self._least_bytes, free))
+        return min(self._reader_bytes, max(self.least_bytes, free))
 
     def open(self, log: Log, offset: int) -> ReaderWindow:
         """Return a reader's window on `log`, of which it has what is below `offset`."""
