@@ -17,10 +17,11 @@ from tiny_model import CONTEXT_TOKENS, reference_text, tiny_loaded
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import ConfigurationError, RequestError
-from eloquent_server.backends.base import Finish
+from eloquent_server.backends.base import Finish, Tenant
 from eloquent_server.chat import ChatMessage, ChatRequest
 from eloquent_server.engine.child import Child
-from eloquent_server.engine.client import EngineClient, EngineOptions, EngineTurn
+from eloquent_server.engine.client import EngineClient, EngineOptions
+from eloquent_server.engine.client_turn import EngineTurn
 from eloquent_server.engine.prompt import PromptEncoder
 from eloquent_server.engine.turn import EngineEvent, Tokens
 
@@ -186,7 +187,7 @@ async def test_submits_and_cancels_in_any_order_leave_nothing() -> None:
     rng = random.Random(SEED)
     async with running("tiny") as client:
         turns: list[EngineTurn] = []
-        for number in range(400):
+        for number in range(1000):
             if rng.random() < 0.3:
                 await asyncio.sleep(rng.choice([0, 0.002, 0.01]))
             turns.append(client.submit(ask(f"question {number % 40}"), seed=number))
@@ -196,7 +197,10 @@ async def test_submits_and_cancels_in_any_order_leave_nothing() -> None:
             assert isinstance((await collect(turn))[-1], Finish), f"seed {SEED}"
         stats = await client.stats()
         assert (stats["running"], stats["waiting"]) == (0, 0), f"seed {SEED}"
+        assert not client._turns
         assert client.restarts == 0
+        assert len([command for command in children() if "engine_child" in command]) == 1
+    assert not [command for command in children() if "engine_child" in command]
 
 
 async def test_a_turn_that_kills_the_engine_ends_and_takes_no_other_with_it() -> None:
@@ -210,6 +214,18 @@ async def test_a_turn_that_kills_the_engine_ends_and_takes_no_other_with_it() ->
         for request, turn in zip(innocent, turns, strict=True):
             assert text_of(await collect(turn)) == expected(request)
         assert client.restarts == 3
+
+
+async def test_a_tenant_with_many_turns_does_not_starve_one_with_few() -> None:
+    async with running("slow", max_running=2) as client:
+        request = ask("go on", max_tokens=20)
+        heavy = [client.submit(request, seed=i, tenant=Tenant("heavy")) for i in range(10)]
+        light = client.submit(request, seed=1, tenant=Tenant("light", weight=2.0))
+        assert isinstance((await collect(light))[-1], Finish)
+        assert sum(len(turn.generated) == 20 for turn in heavy) <= 4
+        assert not heavy[-1].generated
+        for turn in heavy:
+            assert isinstance((await collect(turn))[-1], Finish)
 
 
 SERVER = """
