@@ -152,7 +152,7 @@ def test_the_command_prints_tables_and_writes_files(
     )
     printed = capsys.readouterr()
     assert "100 ms, 10 % loss in bursts of 150 ms: 20 tokens, 25 tok/s, 2 seeds, sim" in printed.out
-    assert re.search(r"retransmit +│ +\d+\.\d\d ± ", printed.out)
+    assert re.search(r"retransmit +\d+\.\d\d ± ", printed.out)
     assert "4 of 4 runs" in printed.err
     assert "in bursts of 150 ms" in files["markdown"].read_text()
     rows = json.loads(files["json"].read_text())["rows"]

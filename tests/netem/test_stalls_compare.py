@@ -1,11 +1,13 @@
 """The comparison as a whole: what is run, what is remembered, what fails it, how it ends early."""
 
+import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from eloquent.core import schemes
 from eloquent.core.schemes import RetransmitSender
@@ -26,7 +28,7 @@ from eloquent_netem.lab.stalls import (
     dumps,
     find_driver,
 )
-from eloquent_netem.lab.table import markdown, tables
+from eloquent_netem.lab.table import markdown, tables, terminal
 
 PLACE = synthetic(rtt_ms=40, loss=0.1)
 SOURCE = ConstantRate(50, 40)
@@ -145,6 +147,16 @@ def test_the_tables_have_every_network_and_scheme_and_the_sum_of_both() -> None:
         ("retransmit", "strict"),
         ("retransmit", "200 ms"),
     ]
+    for width in (80, 100, 160):
+        for sheet in sheets:
+            console = Console(width=width, file=io.StringIO())
+            console.print(terminal(sheet, width))
+            assert isinstance(console.file, io.StringIO)
+            printed = console.file.getvalue()
+            assert "…" not in printed
+            assert sheet.header[0] in printed
+            assert all(line[1] in printed for line in sheet.rows)
+            assert (sheet.header[-1] in printed) or width < 160
     assert "in bursts of 50 ms" in markdown(found.rows, "eloquent lab stalls")
 
 

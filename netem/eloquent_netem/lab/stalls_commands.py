@@ -264,7 +264,7 @@ def _show(found: "Found") -> None:
     # A pipe or a file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for sheet in tables(found.rows):
-        console.print(terminal(sheet))
+        console.print(terminal(sheet, console.width))
     for failure in found.failures[:FAILURES_SHOWN]:
         _say(f"FAILED: {failure}")
     if len(found.failures) > FAILURES_SHOWN:

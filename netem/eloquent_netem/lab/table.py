@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from eloquent_netem.lab.findings import Sheet, markdown_table
@@ -44,7 +46,11 @@ CELL_HEADER = (
     "bytes",
 )
 
+CELL_ORDER = (0, 1, 3, 6, 10, 11, 2, 4, 8, 9, 7, 5)
+"The columns, those that say most first: in a narrow terminal the last ones are left out."
+
 SUM_HEADER = ("against", "measure", "excess: ours", "theirs", "less by", "networks", "seeds")
+SUM_ORDER = (0, 1, 4, 2, 3, 5, 6)
 
 
 def tables(rows: Sequence[Row]) -> list[Sheet]:
@@ -66,14 +72,31 @@ def tables(rows: Sequence[Row]) -> list[Sheet]:
     return found
 
 
-def terminal(sheet: Sheet) -> Table:
-    """Return a table for a terminal."""
-    table = Table(title=sheet.title, title_justify="left", title_style="bold")
-    for index, name in enumerate(sheet.header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+def terminal(sheet: Sheet, width: int) -> Table:
+    """Return a table for a terminal of so many columns; what does not fit is left out."""
+    shown = _fitting(sheet, width)
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for index in shown:
+        justify: JustifyMethod = "left" if index == 0 else "right"
+        table.add_column(sheet.header[index], justify=justify, no_wrap=True)
     for line in sheet.rows:
-        table.add_row(*line, style="bold" if line[0] == OURS else None)
+        style = "bold" if line[0] == OURS else None
+        table.add_row(*(line[index] for index in shown), style=style)
     return table
+
+
+def _fitting(sheet: Sheet, width: int) -> list[int]:
+    """Return the columns to show, in their order: those that say most, as far as there is room."""
+    order = {CELL_HEADER: CELL_ORDER, SUM_HEADER: SUM_ORDER}[sheet.header]
+    room = width - 1
+    shown = []
+    for index in order:
+        cells = [sheet.header[index], *(line[index] for line in sheet.rows)]
+        room -= max(map(len, cells)) + 3  # Spaces, and the line between two columns.
+        if room < 0:
+            break
+        shown.append(index)
+    return sorted(shown)
 
 
 def markdown(rows: Sequence[Row], command: str) -> str:
