@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.demo_commands import demo
 from eloquent_netem.lab.doctor_commands import doctor
 from eloquent_netem.lab.leak_commands import leak, pace
 from eloquent_netem.lab.paper_commands import paper
@@ -18,6 +19,7 @@ lab.command(stalls)
 lab.command(record)
 lab.command(paper)
 lab.command(doctor)
+lab.command(demo)
 lab.command(leak)
 lab.command(pace)
 
