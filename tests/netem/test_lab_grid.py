@@ -118,7 +118,7 @@ def test_a_cell_runs_with_every_scheme_and_the_cache_remembers_it(tmp_path: Path
     )
     assert again.figures == first.figures
     assert said == [(4, 4)]
-    row = json.loads(file.read_text().splitlines()[0])
+    row = json.loads(file.read_text().split("\n")[1])
     file.write_text(json.dumps({**row, "key": "of other code"}) + "\n")
     assert Cache(file).get(jobs[0]) is None
 

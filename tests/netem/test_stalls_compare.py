@@ -78,6 +78,10 @@ def toys(**change: Any) -> Plan:
     return replace(PLAN, driver=driver, schemes=("sound", "broken"), workers=1)
 
 
+def remembered(cache: Path) -> list[str]:
+    return [line for line in cache.read_text().splitlines() if line]
+
+
 @pytest.fixture
 def broken_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Add schemes that lose, double or change one byte of the tokens that they send."""
@@ -171,7 +175,7 @@ def test_arrivals_are_kept_of_the_first_seeds_and_are_those_of_the_rows() -> Non
 def test_a_finished_part_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(PLAN, cache=tmp_path / "cache.jsonl")
     first = compare(replace(plan, seeds=range(1)))
-    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 6
+    assert len(remembered(tmp_path / "cache.jsonl")) == 6
     # Killed in the middle of a line: the rest is known.
     with (tmp_path / "cache.jsonl").open("a") as file:
         file.write('{"key": "half')
@@ -212,7 +216,7 @@ def test_what_is_another_run_is_not_taken_from_the_cache(
     )
     compare(plan)
     compare(replace(plan, **change))
-    assert len(file.read_text().splitlines()) == 2
+    assert len(remembered(file)) == 2
 
 
 def test_a_case_depends_on_the_code_that_it_runs_and_on_no_other() -> None:

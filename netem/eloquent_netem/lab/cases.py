@@ -92,12 +92,12 @@ class Cache:
         self._known: dict[str, Figures] = {}
         self._codes: dict[tuple[frozenset[str], bool], str] = {}
         if path is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            for line in lines[:-1]:
-                row = json.loads(line)
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # Empty, or whoever wrote it was killed in the middle.
                 self._known[row["key"]] = row["figures"]
-            if lines[-1]:  # Whoever wrote it was killed in the middle of the line.
-                path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
 
     def get(self, job: Job) -> Figures | None:
         """Return what this job found when it ran on the same code, or None."""
@@ -106,8 +106,10 @@ class Cache:
     def put(self, job: Job, figures: Figures) -> None:
         """Remember what a job found."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self._key(job), "figures": figures}) + "\n")
+            line = json.dumps({"key": self._key(job), "figures": figures})
+            # One write, so that others may write to the same file; half a line of theirs ends here.
+            with self._path.open("ab", buffering=0) as file:
+                file.write(f"\n{line}\n".encode())
 
     def _key(self, job: Job) -> str:
         kind = (modules_of(job.case), job.scheme.startswith(FOREIGN))
