@@ -73,6 +73,7 @@ class LocalServerError(EloquentError):
 
 
 _BY_CODE: dict[str, type[APIStatusError]] = {
+    "bad_offset": BadRequestError,
     "invalid_request": BadRequestError,
     "malformed_request": BadRequestError,
     "prompt_too_long": BadRequestError,

@@ -77,7 +77,10 @@ class MessageStream:
         """What happened on the way up to now."""
         self._refresh()
         end = self._end
-        surplus = self._request.offset + self._log_bytes - end.length if end is not None else 0
+        surplus = 0
+        if end is not None and self._turn is not None:
+            known = self._log_bytes + self._turn.receiver.passed_over
+            surplus = self._request.offset + known - end.length
         now_s = self._now() if self._ended_s is None else self._ended_s
         return StreamStats(
             datagrams=self._received.datagrams,

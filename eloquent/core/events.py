@@ -151,6 +151,12 @@ class EventDecoder:
         self._offset = self._length = offset
         self._digest = log_digest()
         self._end: End | None = None
+        self._passed_over = 0
+
+    @property
+    def passed_over(self) -> int:
+        """Bytes of events of kinds that this version does not know."""
+        return self._passed_over
 
     @property
     def end(self) -> End | None:
@@ -177,6 +183,12 @@ class EventDecoder:
                 break
             body_start, body_end = span
             event = _decode_body(self._buffer[position], bytes(self._buffer[body_start:body_end]))
+            if event is None and 0 < self._offset == self._length:
+                # No digest tells here whether an event starts at the offset.
+                raise WireError(
+                    "The bytes at the offset that was asked are no event of a known kind: no event "
+                    "starts there, or the server is newer. Resume at 0."
+                )
             if isinstance(event, End):
                 self._check(event)
                 self._end = event
@@ -184,6 +196,8 @@ class EventDecoder:
             self._length += body_end - position
             if event is not None:
                 events.append(event)
+            else:
+                self._passed_over += body_end - position
             position = body_end
         del self._buffer[:position]
         if self._end is not None and self._buffer:

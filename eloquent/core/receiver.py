@@ -70,6 +70,11 @@ class Receiver:
         return self._contiguous - self._decoder.pending
 
     @property
+    def passed_over(self) -> int:
+        """Bytes of the log that are of kinds unknown here, and were not handed out."""
+        return self._decoder.passed_over
+
+    @property
     def is_complete(self) -> bool:
         """Whether the log's end has come and agrees with all before it."""
         return self._decoder.end is not None

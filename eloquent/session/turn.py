@@ -8,7 +8,7 @@ from dataclasses import replace
 from eloquent.core.events import End, Event
 from eloquent.core.receiver import Receiver, ReceiverStats
 from eloquent.core.wire import Request
-from eloquent.errors import EloquentError
+from eloquent.errors import EloquentError, IntegrityError, RequestError, WireError
 
 
 class ClientTurn:
@@ -67,7 +67,8 @@ class ClientTurn:
         """Give out the events, in order and once, up to and with `End`.
 
         Raises:
-            RequestError: the server declined the request, or gave the turn up.
+            RequestError: the server declined the request, or gave the turn up; or no event starts
+                at the request's offset (`bad_offset`).
             ConnectionFailedError: the server could not be reached any more.
             WireError: what arrived is no answer.
             IntegrityError: the answer is not what the server generated.
@@ -97,7 +98,20 @@ class ClientTurn:
         """End the turn with an error, after what has come."""
         if not self._is_closed:
             self._is_closed = True
-            self._put(error)
+            self._put(self._explained(error))
+
+    def _explained(self, error: EloquentError) -> EloquentError:
+        """Return what an error means; what cannot be read began at a wrong place, most likely."""
+        offset = self._first_request.offset
+        if not offset or not isinstance(error, WireError | IntegrityError):
+            return error
+        explained = RequestError(
+            "bad_offset",
+            f"The answer cannot be read from byte {offset} on: no event starts there. Resume at an "
+            "offset as it was given, or at 0.",
+        )
+        explained.__cause__ = error
+        return explained
 
     def _put(self, item: Event | EloquentError | None) -> None:
         self._items.append((item, self.receiver.contiguous))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from loopback import DEADLINE_S, HOST, Hanging, StartServer, saying
 
-from eloquent.core.events import End, Failure, TextDelta
+from eloquent.core.events import End, Event, Failure, TextDelta, encode_event
 from eloquent.errors import ConfigurationError, IntegrityError, RequestError, WireError
 from eloquent.url import ServerUrl
 from eloquent_client import (
@@ -224,6 +224,26 @@ async def test_a_failure_in_mid_answer(start_server: StartServer) -> None:
     assert failure.value.code == "unavailable"
     assert stream.text == "So far"
     assert events[1] == Failure("unavailable", "The engine is gone.")
+    assert stream.stats.missing == stream.stats.duplicates == 0
+
+
+async def test_events_of_kinds_that_a_client_does_not_know_are_not_missing(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = bytes((99, 5)) + b"later"
+
+    def of_a_later_release(event: Event) -> bytes:
+        encoded = encode_event(event)
+        return encoded if isinstance(event, End) else unknown + encoded + unknown
+
+    monkeypatch.setattr("eloquent.core.log.encode_event", of_a_later_release)
+    server = await start_server(saying("one ", "two"))
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        Client(server.url) as client,
+        client.stream(HELLO) as stream,
+    ):
+        assert (await stream.get_final_message()).text == "one two"
     assert stream.stats.missing == stream.stats.duplicates == 0
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from session_world import (
 )
 from telling import Telling
 
+from eloquent.core.events import TextDelta, encode_event
 from eloquent.core.wire import Request
 from eloquent.errors import (
     ConnectionFailedError,
@@ -514,6 +516,30 @@ def test_a_turn_that_fails_does_not_end_the_others() -> None:
     text, code = in_world(play, lambda: Choosy(tokens(100), 0.05))
     assert text == ALL
     assert code == "bad_offset"
+
+
+SHORT = ["Hello", ", ", "wor", "ld", " 👋" * 30, "."]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_an_offset_at_which_no_event_starts_is_said_to_be_one(part: int) -> None:
+    """Whatever the bytes there look like."""
+    events = [encode_event(TextDelta(text)) for text in SHORT]
+    starts = [sum(map(len, events[:count])) for count in range(len(events) + 1)]
+
+    async def play(world: World) -> None:
+        request = Request(bytes(16), b"{}", bytes(16))
+        assert await read(world.session.open(request)) == "".join(SHORT)
+        for offset in range(1 + part, starts[-1] + 1, 4):
+            turn = world.session.open(replace(request, body=b"", offset=offset))
+            if offset in starts:
+                assert await read(turn) == "".join(SHORT[starts.index(offset) :])
+            else:
+                with pytest.raises(RequestError) as caught:
+                    await read(turn)
+                assert caught.value.code == "bad_offset"
+
+    in_world(play, lambda: Telling(SHORT, 0.01))
 
 
 @pytest.mark.parametrize("rtt_s", [0.05, 0.3])
