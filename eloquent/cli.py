@@ -1,12 +1,16 @@
-"""The command `eloquent`; its subcommands are found as entry points, not imported here."""
+"""The command `eloquent`; its subcommands are found as entry points, not imported here.
+
+What takes time to import is imported within `main`, so that Ctrl-C is quiet from the first moment.
+"""
 
 import sys
-from importlib.metadata import entry_points
-
-from cyclopts import App
+from typing import TYPE_CHECKING
 
 from eloquent import __version__
 from eloquent.errors import EloquentError
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 COMMANDS_GROUP = "eloquent.commands"
 
@@ -14,8 +18,12 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
-def make_app() -> App:
+def make_app() -> "App":
     """Return the command line with every installed subcommand."""
+    from importlib.metadata import entry_points
+
+    from cyclopts import App
+
     app = App(
         name="eloquent",
         help="LLM chat that does not stall on bad networks.",
