@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import Sink, reference_tokens, tiny_loaded
+from tiny_model import Sink, eager_model, reference_tokens, tiny_loaded
 
 from eloquent.errors import ConfigurationError
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.attention import KvShape
 from eloquent_server.engine.blockcodec import DamagedBlockError, decode, encode, encoded_bytes
 from eloquent_server.engine.engine import Engine
+from eloquent_server.engine.precision import TIER_REGRET_BOUND, regrets
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.tiers import RETRY_S, DiskStore, TierStore, open_tier
 from eloquent_server.engine.turn import TurnRequest
@@ -283,6 +284,26 @@ def test_a_prompt_is_warm_after_a_restart(tmp_path: Path) -> None:
     engine.close()
     assert cold == (reference_tokens(prompt(150), 8), 0)
     assert warm == (cold[0], 144)
+
+
+def test_what_an_int8_tier_gives_back_is_within_its_regret_bound(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    kept = options(tmp_path, disk_bytes=1 << 26, encoding="int8")
+    asked = [prompt(100 + seed, seed) for seed in range(6)]
+    engine = Engine(loaded, tier=open_tier(loaded.kv, kept))
+    exact = [answer(engine, tokens, 24)[0] for tokens in asked]
+    assert exact == [reference_tokens(tokens, 24) for tokens in asked]
+    engine.close()
+    engine = Engine(loaded, tier=open_tier(loaded.kv, kept))
+    found = [answer(engine, tokens, 24) for tokens in asked]
+    assert engine.stats().restored_tokens == 6 * 96
+    engine.close()
+    assert [cached for _, cached in found] == [96] * 6
+    worst = max(
+        max(regrets(eager_model("llama"), tokens, got))
+        for tokens, (got, _) in zip(asked, found, strict=True)
+    )
+    assert 0 < worst <= TIER_REGRET_BOUND
 
 
 def test_a_damaged_file_changes_no_answer(tmp_path: Path) -> None:
