@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
-Z_95 = 1.96
-"Standard errors in half a 95 % confidence interval (normal approximation)."
+from eloquent_netem.lab.statistics import mean_interval
 
 ROUNDING = 1e-9
 
@@ -71,8 +69,8 @@ class Report:
 
 def mean_half(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and half its 95 % confidence interval."""
-    half = Z_95 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return fmean(values), half
+    interval = mean_interval(values)
+    return interval.figure, interval.half
 
 
 SUMMARY_HEADER = ("part", "what", "figure", "bound", "met", "worst at")

@@ -11,6 +11,7 @@ from eloquent_netem.lab.cells import Cell, cell_path, oracle_times
 from eloquent_netem.lab.findings import Finding, Report, Sheet, mean_half
 from eloquent_netem.lab.measures import measure_stalls
 from eloquent_netem.lab.sources import Token
+from eloquent_netem.lab.statistics import RATIO_FLOOR, ratio
 
 OURS = "eloquent"
 SCHEMES = (OURS, "retransmit", "duplicate", "tcp")
@@ -33,9 +34,6 @@ P99_FACTOR = 1.1
 P99_SLACK_S = 0.015
 LIGHT_LOSS = 0.05
 "Up to this independent loss the p99 delay may exceed the oracle's by `P99_SLACK_S`, else by a gap."
-
-RATIO_FLOOR = 0.001
-"Ratios between cells take smaller excesses for this: 0.1 percentage points."
 
 MEASURES = {"strict": "stall_ratio", "200 ms": "stall_ratio_200ms"}
 
@@ -335,7 +333,6 @@ def _ratio(schemes: BySchemeAndSeed, scheme: str, measure: str) -> str:
     if scheme == OURS or OURS not in schemes:
         return "—"
     mine, theirs = (
-        max(fmean(excess(run, measure) for run in schemes[which].values()), RATIO_FLOOR)
-        for which in (OURS, scheme)
+        fmean(excess(run, measure) for run in schemes[which].values()) for which in (OURS, scheme)
     )
-    return f"{mine / theirs:.2f}"
+    return f"{ratio(mine, theirs):.2f}"
