@@ -19,7 +19,7 @@ class Reader(Protocol):
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come from the reader's machine for so long that its link is dead.
+        """Whether the link to the reader's machine is dead, one way or both.
 
         Apart from whether the application there reads: see `eloquent.core.liveness`.
         """

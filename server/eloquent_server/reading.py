@@ -32,19 +32,19 @@ class ReadingClock:
     def buffered_s(self, readers: Iterable[Reader]) -> float:
         """Return for how long the reader who has least has text; 0 where that is not known.
 
-        To be asked now and then: what comes between two questions is one measurement.
+        A reader whose link is dead is not reached by what comes now, so it can wait. To be asked
+        now and then: what comes between two questions is one measurement.
         """
         now = self._clock()
         known, self._progress = self._progress, {}
-        least_s = MAX_BUFFERED_S
+        left_s = []
         for reader in readers:
-            report = reader.report
-            if report is None:
-                least_s = 0.0
-            else:
+            lasts_s, report = 0.0, reader.report
+            if report is not None:
                 progress = self._progress[reader] = _after(known.get(reader), report, now)
-                least_s = min(least_s, _left_s(progress, now))
-        return least_s if self._progress else 0.0
+                lasts_s = _left_s(progress, now)
+            left_s.append(MAX_BUFFERED_S if reader.is_silent else lasts_s)
+        return min(left_s, default=0.0)
 
 
 def _after(before: _Progress | None, report: Report, now: float) -> _Progress:

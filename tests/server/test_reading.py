@@ -29,6 +29,7 @@ DEADLINE_S = 120.0
 @dataclass(eq=False)
 class FakeReader:
     report: Report | None = None
+    is_silent: bool = False
 
     def has(self, contiguous: int, unread: int) -> None:
         self.report = Report(0, contiguous, contiguous, unread)
@@ -50,6 +51,16 @@ def test_a_reader_who_takes_what_comes_is_dry() -> None:
         reader.has(100 * i, 0)
         assert clock.buffered_s([reader]) == 0
         now.s += 0.25
+
+
+def test_a_reader_whose_link_is_dead_can_wait_and_the_others_decide() -> None:
+    clock, dry, gone = ReadingClock(Now()), FakeReader(), FakeReader(is_silent=True)
+    assert clock.buffered_s([gone]) == MAX_BUFFERED_S
+    assert clock.buffered_s([gone, dry]) == 0
+    gone.has(100, 0)
+    assert clock.buffered_s([gone]) == MAX_BUFFERED_S
+    gone.is_silent = False
+    assert clock.buffered_s([gone]) == 0
 
 
 def test_what_is_unread_lasts_as_long_as_it_takes_to_read() -> None:
