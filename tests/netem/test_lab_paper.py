@@ -36,7 +36,6 @@ NOWHERE = Path("/nonexistent")
 MARK = Mark(code="c0de", commit="abc1234-dirty", date="2026-01-31", seeds=3)
 TINY = Part(
     name="sim",
-    title="In virtual time",
     driver="sim",
     schemes=("eloquent", "retransmit", ORACLE),
     places=(synthetic(rtt_ms=50, loss=0.1), synthetic(rtt_ms=50, loss=0.2)),

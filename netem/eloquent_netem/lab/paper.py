@@ -20,7 +20,7 @@ from eloquent_netem.lab.paper_page import (
     part_text,
     split,
 )
-from eloquent_netem.lab.paper_parts import Part, make_parts
+from eloquent_netem.lab.paper_parts import TITLES, Part, make_parts
 from eloquent_netem.lab.report import Study, figures
 from eloquent_netem.lab.report_page import Picture
 from eloquent_netem.lab.rows import Row
@@ -32,13 +32,6 @@ EXIT_INTERRUPTED = 130
 
 PICTURE_COLOURS = 128
 "The page's figures are files in the repository: a palette makes them a third as large."
-
-TITLES = {
-    "sim": "In virtual time",
-    "traces": "Recorded cellular links",
-    "tun": "Against the kernel's TCP",
-}
-"All parts, in the page's order."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

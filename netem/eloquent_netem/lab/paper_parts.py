@@ -38,6 +38,13 @@ TUN_SCHEMES = (
     ORACLE,
 )
 
+TITLES = {
+    "sim": "In virtual time",
+    "traces": "Recorded cellular links",
+    "tun": "Against the kernel's TCP",
+}
+"All parts, in the page's order."
+
 LEAST = {
     "duplicate": 0.60,
     "retransmit": 0.90,
@@ -57,13 +64,18 @@ class Part:
     """One part of the page, made by one comparison."""
 
     name: str
-    title: str
+    "One of `TITLES`."
     driver: str
     schemes: tuple[str, ...]
     places: tuple[Place, ...]
     source: Source = SOURCE
     pictured: tuple[str, ...] = ()
     "Places with a panel in the figure of delays; the last one is the staircase's."
+
+    @property
+    def title(self) -> str:
+        """What the part is, for its heading."""
+        return TITLES[self.name]
 
     @property
     def code(self) -> str:
@@ -98,35 +110,10 @@ def make_parts(traces: Path, *, has_tun: bool = True) -> Sequence[Part]:
         synthetic(rtt_ms=100, loss=loss, burst_ms=burst_ms).name
         for loss, burst_ms in ((0.10, 150), (0.10, None), (0.05, None))
     )
-    parts = [
-        Part(
-            name="sim",
-            title="In virtual time",
-            driver=SimDriver().name,
-            schemes=SIM_SCHEMES,
-            places=places,
-            pictured=pictured,
-        )
-    ]
-    if found := recordings(traces):
-        parts.append(
-            Part(
-                name="traces",
-                title="Recorded cellular links",
-                driver=SimDriver().name,
-                schemes=SIM_SCHEMES,
-                places=found,
-            )
-        )
-    if has_tun:
-        parts.append(
-            Part(
-                name="tun",
-                title="Against the kernel's TCP",
-                driver="tun",
-                schemes=TUN_SCHEMES,
-                places=places,
-                pictured=pictured,
-            )
-        )
-    return parts
+    sim, tun = SimDriver().name, "tun"
+    made = {
+        "sim": Part(name="sim", driver=sim, schemes=SIM_SCHEMES, places=places, pictured=pictured),
+        "traces": Part(name="traces", driver=sim, schemes=SIM_SCHEMES, places=recordings(traces)),
+        "tun": Part(name="tun", driver=tun, schemes=TUN_SCHEMES, places=places, pictured=pictured),
+    }
+    return [made[name] for name in TITLES if made[name].places and (has_tun or name != "tun")]
