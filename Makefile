@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
+CASES ?= 3000
+SEED ?= $(shell date +%Y%m%d)
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables
 
-.PHONY: chat test check format paper bench-netem bench-transport bench-engine clean help
+.PHONY: chat test check soak format paper bench-netem bench-transport bench-engine clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,6 +26,10 @@ check: ## Run all checks in an environment that is installed.
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+soak: $(INSTALLED) ## Make up thousands of networks for whole sessions, CASES=3000 (ten minutes), SEED=that of the day.
+	@echo "make soak CASES=$(CASES) SEED=$(SEED)"
+	ELOQUENT_CASES=$(CASES) $(BIN)/pytest tests/eloquent/test_session_interleavings.py --hypothesis-seed=$(SEED)
 
 format: $(INSTALLED) ## Put the code into its standard form.
 	$(BIN)/ruff check --fix

@@ -1,25 +1,28 @@
 """A whole session over both real ends: whatever networks and servers do, the answer comes once.
 
 Hypothesis makes up what happens and when: links cut on one way or both, NATs that forget, new
-networks, no network, servers killed and started again, other readers that come and go, a cancel.
+networks, no network, no route though packets pass, servers killed and started again, a process
+that is stopped for a while, other readers that come and go, a cancel. `make soak` runs thousands of
+cases.
 """
 
 import asyncio
+import os
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from session_world import OTHER_IP, Nat, World, in_world, read, tokens
+from session_world import OTHER_IP, Nat, World, in_world, read, stop_process, tokens
 from telling import Telling
 
 from eloquent.core.wire import Request
 from eloquent.errors import ConnectionFailedError
 from eloquent.session.turn import ClientTurn
 
-CASES = 25
+CASES = int(os.environ.get("ELOQUENT_CASES", "25"))
 ALL = "".join(tokens(100))
 GAP_S = 0.05
 NO_LINK = "no link"
-UNREACHABLE = {"cut up", "cut down", "cut both", "new network", "no network", "kill"}
+UNREACHABLE = {"cut up", "cut down", "cut both", "new network", "no network", "kill", "stop"}
 "After one of these a server may be out of reach for a while."
 REQUEST = Request(bytes(range(16)), b"{}", bytes(16))
 WATCHING = Request(bytes(range(16)), b"", bytes(16), is_owner=False)
@@ -27,8 +30,8 @@ WATCHING = Request(bytes(range(16)), b"", bytes(16), is_owner=False)
 HAPPENINGS = st.sampled_from(
     [
         *("cut up", "cut down", "cut both", "heal", "heal", "heal"),
-        *("rebind", "new network", "no network", "network again"),
-        *("kill", "start", "start", "watch"),
+        *("rebind", "new network", "no network", "no route", "network again"),
+        *("kill", "start", "start", "stop", "watch"),
     ]
 )
 STEPS = st.lists(
@@ -58,6 +61,10 @@ class Trouble:
         elif what == "no network":
             world.up.is_cut = world.down.is_cut = True
             world.machine.change(None)
+        elif what == "no route":
+            world.machine.change(None)
+        elif what == "stop":
+            stop_process(4.0)
         elif what == "network again":
             world.up.is_cut = world.down.is_cut = False
             world.machine.change("wlan")
