@@ -20,6 +20,7 @@ from eloquent.core.turns import TurnEvent
 from eloquent.core.wire import ALPN, Frame, decode_frame
 from eloquent.errors import WireError
 from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
+from eloquent.quic._quiet import is_quiet
 from eloquent.quic._roaming import RoamingConnection
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.stream import ChannelStream
@@ -141,6 +142,8 @@ class Connection(ABC):
         self._quic.update_path(self._path, now)
         self._sent_at = now
         stream = self._channel_stream
+        if stream is None and is_quiet(self._quic, now) and not self.has_datagram(now):
+            return []
         if stream is not None and not self._is_ended:
             stream.fill(now)
         datagrams = self._quic.marked_datagrams_to_send(now)

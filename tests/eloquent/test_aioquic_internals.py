@@ -1,6 +1,7 @@
 """Fails, naming what changed, when an aioquic release changes what `_aioquic` relies on."""
 
 import inspect
+import re
 
 import pytest
 from aioquic.buffer import Buffer  # type: ignore[attr-defined]
@@ -14,6 +15,7 @@ from aioquic.quic.packet import (
 from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 
+from eloquent.quic import _quiet
 from eloquent.quic._aioquic import MAX_ACK_DELAY_S, LateBoundConnection
 from eloquent.quic._streams import repeat_stop, unsent_bytes
 from eloquent.quic.client import client_configuration
@@ -271,3 +273,30 @@ def test_the_peer_is_told_how_long_we_delay_acknowledgements() -> None:
     )
     assert parameters.max_ack_delay == 1000 * MAX_ACK_DELAY_S
     assert "max_ack_delay=25" in quic_source("_serialize_transport_parameters")
+
+
+def test_all_that_is_written_is_what_is_quiet_looks_at() -> None:
+    """The frames of a packet in `_write_application`'s order, and what announces each."""
+    written = re.findall(r"self\._write_(\w+)(?:_frame)?\(", quic_source("_write_application"))
+    assert written == [
+        "ack_frame",
+        "path_challenge_frame",
+        "handshake_done_frame",
+        "path_response_frame",
+        "new_connection_id_frame",
+        "retire_connection_id_frame",
+        "streams_blocked_frame",
+        "streams_blocked_frame",
+        "connection_limits",
+        "stream_limits",
+        "ping_frame",
+        "ping_frame",
+        "crypto_frame",
+        "datagram_frame",
+        "stop_sending_frame",
+        "reset_stream_frame",
+        "stream_frame",
+    ]
+    looked_at = set(re.findall(r"quic\.(_\w+)", inspect.getsource(_quiet)))
+    missing = [name for name in looked_at if not hasattr(stock_connection(), name)]
+    assert not missing, f"aioquic no longer has {missing}"
