@@ -254,12 +254,13 @@ class Session:
             self._cancels = [cancel for cancel in self._cancels if cancel.said_s > told_s]
 
     def _tell_cancels(self, link: Link) -> None:
-        """Give up on a new link what was given up while there was none."""
-        cancels, self._cancels = self._cancels, []
-        for cancel in cancels:
+        """Give up on a new link what was given up while there was none, or none that lived on."""
+        now_s = _now()
+        kept = [cancel for cancel in self._cancels if now_s < cancel.kept_until_s]
+        self._cancels = [replace(cancel, said_s=now_s) for cancel in kept]
+        for cancel in kept:
             request = cancel.request
-            if _now() < cancel.kept_until_s:
-                link.cancel_turn(link.open_turn(request, Receiver(offset=request.offset)))
+            link.cancel_turn(link.open_turn(request, Receiver(offset=request.offset)))
 
     def _wants_link(self) -> bool:
         self._cancels = [cancel for cancel in self._cancels if _now() < cancel.kept_until_s]
@@ -465,7 +466,7 @@ class Session:
         early, self._early = self._early, None
         self._link = link
         self._retries = Retries()
-        self._expecting_s = _now()
+        self._expecting_s, self._tried_s = _now(), float("-inf")
         self._route.note_use()
         self._set_state(LinkState.UP)
         if link is early:

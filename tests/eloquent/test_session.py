@@ -224,6 +224,26 @@ def test_a_cancel_while_no_link_lives_reaches_the_server_over_the_next(state: st
     assert offset > 0
 
 
+def test_a_cancel_is_said_again_where_the_link_that_it_was_said_on_dies_at_once() -> None:
+    async def play(world: World) -> int:
+        turn = world.session.ask(b"{}")
+        await asyncio.sleep(2.0)
+        await into(world, "reconnecting")
+        turn.cancel()
+        await until(lambda: world.session.state is LinkState.UP)
+        world.up.is_cut = world.down.is_cut = True  # the request and the cancel are lost
+        assert world.listener is not None
+        await world.kill_server()
+        await asyncio.sleep(0.3)
+        world.up.is_cut = world.down.is_cut = False
+        await world.start_server()
+        await asyncio.sleep(10.0)
+        assert isinstance(world.service, Telling)
+        return len(world.service.cancelled)
+
+    assert in_world(play) == 1
+
+
 @pytest.mark.parametrize("state", ["silent", "offline"])
 def test_a_turn_opened_while_the_link_is_not_in_order_is_asked_when_it_is(state: str) -> None:
     async def play(world: World) -> str:

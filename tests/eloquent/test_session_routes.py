@@ -196,6 +196,23 @@ def test_a_route_that_comes_and_goes_while_all_packets_pass_is_no_matter() -> No
     assert states == [LinkState.CONNECTING, LinkState.UP]
 
 
+def test_a_change_of_network_before_a_link_is_no_reason_to_doubt_it() -> None:
+    async def play(world: World) -> tuple[str, list[LinkState]]:
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(2.0)
+        await world.kill_server()
+        await until(lambda: world.session.state is not LinkState.UP)
+        world.machine.change("lte")
+        await asyncio.sleep(1.0)
+        await world.start_server()
+        text = await reading
+        return text, world.seen()
+
+    text, states = in_world(play)
+    assert text == ALL
+    assert states.count(LinkState.UP) == 2
+
+
 def test_a_process_that_was_stopped_asks_before_it_takes_the_link_for_dead() -> None:
     """SIGSTOP, or a virtual machine that was paused: the clock went on, and packets waited."""
 
