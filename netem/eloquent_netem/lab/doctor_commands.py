@@ -26,6 +26,7 @@ def doctor(server: str, /, *, seconds: float = 4.0, json: Path | None = None) ->
         Write what was found to this file.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from eloquent_netem.lab.doctor import examine, parse_target
@@ -41,8 +42,10 @@ def doctor(server: str, /, *, seconds: float = 4.0, json: Path | None = None) ->
     with Console(stderr=True).status(f"Examining the path to {url.host} ..."):
         found = asyncio.run(examine(url, seconds))
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")  # A pin must be whole.
     for name, figure in figures(found):
-        table.add_row(f"[bold]{name}[/bold]", figure)
+        table.add_row(name, escape(figure))
     console.print(table)
     for line in verdict(found):
         console.print(f"\n{line}", markup=False)
