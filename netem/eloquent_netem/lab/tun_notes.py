@@ -2,6 +2,8 @@
 
 import array
 import atexit
+import multiprocessing
+import shutil
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ KINDS = (("up", Fate.SENT), ("down", Fate.SENT), ("down", Fate.DELIVERED))
 
 
 class PacketNotes:
-    """An `Observer` whose notes are in `file` when its process has ended."""
+    """An `Observer` whose notes are in `file` when its process has ended.
+
+    If whoever is to read them is gone by then, so is the file's folder.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -37,7 +42,11 @@ class PacketNotes:
             self._notes.extend((KINDS.index(kind), now, packet.size))
 
     def _save(self) -> None:
-        self._file.write_bytes(self._notes.tobytes())
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            shutil.rmtree(self._file.parent)
+        else:
+            self._file.write_bytes(self._notes.tobytes())
 
 
 def noted_links(links: MakeLinks, file: Path) -> tuple[Link, Link]:
