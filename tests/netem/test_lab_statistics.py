@@ -1,6 +1,7 @@
 """Means, intervals and reductions, on rows made by hand."""
 
 import random
+from statistics import pstdev
 
 import pytest
 from lab_rows import row
@@ -116,7 +117,6 @@ def test_a_reduction_against_nothing_is_none() -> None:
     samples = {("a", "ours", 0): 0.1, ("a", "theirs", 0): 0.0}
     assert reduction(samples, "ours", "theirs") is None
     assert reduction(samples, "ours", "absent") is None
-    assert reduction(samples, "ours", "theirs", scenarios=["b"]) is None
 
 
 def test_the_bootstrap_is_seeded_and_covers_the_truth() -> None:
@@ -135,6 +135,15 @@ def test_the_bootstrap_is_seeded_and_covers_the_truth() -> None:
         assert found == reduction(samples, "ours", "theirs")
     # Binomial with 0.95 in 60: below 50 has a probability of less than 0.01 %.
     assert covered >= 50
+
+
+def test_the_bootstrap_is_as_wide_as_theory_has_it() -> None:
+    rng = random.Random(4)
+    pairs = [(rng.gauss(3, 2), 1.0) for _ in range(100)]
+    interval = bootstrap(pairs, lambda drawn: sum(ours for ours, _ in drawn) / len(drawn))
+    spread = pstdev(ours for ours, _ in pairs)
+    # A mean of 100 is normal enough; the ends of 4000 draws are good to a twentieth.
+    assert interval.half == pytest.approx(1.96 * spread / 10, rel=0.08)
 
 
 def test_the_bootstrap_of_pairs_without_scatter_is_the_statistic() -> None:

@@ -107,17 +107,13 @@ def over_seeds(samples: Samples, scenario: str, scheme: str) -> Interval | None:
     return mean_interval(values) if values else None
 
 
-def reduction(
-    samples: Samples, scheme: str, against: str, scenarios: Iterable[str] | None = None
-) -> Reduction | None:
+def reduction(samples: Samples, scheme: str, against: str) -> Reduction | None:
     """Compare two schemes' samples, summed over the scenarios, seed by seed.
 
-    Only scenarios on which both ran count (of `scenarios`, if given), and seeds that both have on
-    all of these. None: there are none, or the other scheme's sum is 0.
+    Only scenarios on which both ran count, and seeds that both have on all of these. None: there
+    are none, or the other scheme's sum is 0.
     """
     both = _common_scenarios(samples, scheme, against)
-    if scenarios is not None:
-        both &= set(scenarios)
     seeds = _common_seeds(samples, (scheme, against), both)
     if not both or not seeds:
         return None
