@@ -25,6 +25,7 @@ class ClientTurn:
         self._on_cancel = on_cancel
         self._on_taken = on_taken
         self.receiver = Receiver(offset=request.offset)
+        self.receiver.on_taken(request.offset)  # Who does not iterate yet has taken nothing.
         self._items: deque[tuple[Event | EloquentError | None, int]] = deque()
         self._news = asyncio.Event()
         self._is_over = False

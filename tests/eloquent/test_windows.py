@@ -1,15 +1,20 @@
 """Slow readers: what they hold is bounded, each for itself and all of a connection together."""
 
+import asyncio
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from session_world import World, in_world, read
+from telling import Telling
 
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.turns import SLOW_READER_S
 from eloquent.core.windows import ReaderWindow, ReaderWindows
 from eloquent.core.wire import CONNECTION_WINDOW_BYTES, LEAST_WINDOW_BYTES, READER_WINDOW_BYTES
+from eloquent.errors import RequestError
 
 LONG = TokenLog()
 LONG.append(TextDelta("x" * 1_000_000))
@@ -132,3 +137,29 @@ def test_nothing_that_was_sent_is_ever_beyond_the_limit_and_the_sum_adds_up(seed
         assert all(window.sent <= window.limit for window, _ in readers)
         assert windows.unread == sum(window.sent - taken for window, taken in readers)
         assert windows.unread <= 1000 + 8 * 50
+
+
+def test_turns_that_nobody_reads_do_not_hold_up_one_that_is_read() -> None:
+    """The same over QUIC datagrams: the sum is bounded, and what is not read ends by name."""
+
+    async def play(world: World) -> tuple[int, str, set[str]]:
+        idle = [world.session.ask(b"{%d}" % number) for number in range(20)]
+        await asyncio.sleep(20.0)
+        assert world.listener is not None
+        (peer,) = world.listener._peers
+        unread = peer.connection._windows.unread
+        text = await read(world.session.ask(b"{}"))
+        await asyncio.sleep(SLOW_READER_S)
+        codes = set()
+        for turn in idle:
+            with pytest.raises(RequestError) as caught:
+                await read(turn)
+            codes.add(caught.value.code)
+        return unread, text, codes
+
+    long = ["x" * 10_000] * 40
+    unread, text, codes = in_world(play, lambda: Telling(long, 0.01))
+    assert unread > 0.8 * CONNECTION_WINDOW_BYTES
+    assert unread <= CONNECTION_WINDOW_BYTES + 20 * LEAST_WINDOW_BYTES
+    assert text == "".join(long)
+    assert codes == {"slow_reader"}
