@@ -134,7 +134,7 @@ class World:
                 page_tokens=16,
                 kernel=plain_kernel,
             )
-        self.budget_bytes = self.budget_tokens * loaded.kv.token_bytes
+        self.budget_bytes = self.budget_tokens * loaded.kv.token_bytes + self.layout.fixed_bytes
         self.cache = PrefixCache(
             self.layout, budget_bytes=self.budget_bytes, fingerprint=b"f", tier=self.tier
         )

@@ -14,6 +14,7 @@ from eloquent_server.engine.paged import PagedCache
 from eloquent_server.engine.turn import TurnRequest
 
 CPU = torch.device("cpu")
+TENSORS = ("query_starts", "key_starts", "key_counts", "pages")
 SHAPE = KvShape(layers=2, heads=2, head_dim=8, dtype=torch.float32)
 
 
@@ -134,6 +135,51 @@ def test_an_engine_on_pages_gives_the_same_answers(model_type: str) -> None:
     engine.close()
     assert engine.stats().cached_tokens > 0
     assert not owned(layout)
+
+
+def test_the_pool_counts_whole_beside_the_prefix_cache() -> None:
+    """On a GPU its memory is gone from the start, so the tree must not count on it."""
+    loaded = tiny_loaded()
+    layout = PagedCache(
+        loaded.kv, pages=20, device=CPU, rows=2, page_tokens=32, kernel=plain_kernel
+    )
+    budget = layout.fixed_bytes + 160 * loaded.kv.token_bytes
+    engine = Engine(loaded, layout=layout, max_running=2, kv_bytes=budget)
+    for i in range(8):
+        sink = Sink()
+        engine.submit(TurnRequest(prompt=[i] * 90, seed=0, max_tokens=2, temperature=0), sink)
+        assert isinstance(sink.end(), Finish)
+        assert len(engine._cache.tree) <= 10
+    engine.close()
+    assert layout.fixed_bytes == 20 * 32 * loaded.kv.token_bytes
+    assert layout.fixed_bytes < engine.stats().kv_bytes <= budget
+    assert engine.stats().evicted_blocks > 0
+
+
+def test_torchs_kernel_takes_what_it_is_given() -> None:
+    """On the device `meta`, where nothing is computed, and all checks of arguments are made."""
+    meta = torch.device("meta")
+    shape = KvShape(layers=2, heads=2, head_dim=64, dtype=torch.bfloat16)
+    cache = PagedCache(shape, pages=6, device=meta, rows=2)
+    with torch.inference_mode():
+        cache.write(1, 0, [torch.zeros(shape.block(16), dtype=shape.dtype)] * 20)
+        for segments in (
+            [Segment(0, 0, [1] * 5), Segment(1, 320, [1])],
+            [Segment(0, 5, [1]), Segment(1, 321, [1])],
+        ):
+            tokens = sum(len(segment.tokens) for segment in segments)
+            plan = cache.plan(segments)
+            table = plan._table
+            assert {plan._slots.device, *(getattr(table, name).device for name in TENSORS)} == {
+                meta
+            }
+            assert {getattr(table, name).dtype for name in TENSORS} == {torch.int32}
+            query = torch.empty(1, 4, tokens, 64, dtype=shape.dtype, device=meta)
+            new = torch.empty(1, 2, tokens, 64, dtype=shape.dtype, device=meta)
+            attended = plan.attend(1, query, new, new, 0.125)
+            assert attended.shape == (1, tokens, 4, 64)
+            assert (attended.device, attended.dtype) == (meta, torch.bfloat16)
+        assert cache.read(1, 0, 16).device == meta
 
 
 def test_too_small_a_pool_makes_turns_take_turns() -> None:

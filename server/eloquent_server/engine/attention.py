@@ -101,6 +101,10 @@ class KvLayout(Protocol):
     def capacity_tokens(self) -> int:
         """How many tokens the rows hold for certain, however they are spread."""
 
+    @property
+    def fixed_bytes(self) -> int:
+        """What the rows take at least, used or not."""
+
     def order(self, segments: Sequence[Segment]) -> list[int]:
         """Return the order, as indices, in which the segments should be packed."""
 

@@ -63,6 +63,11 @@ class SlabCache:
         """How many tokens fit; a row is as long as a turn can be."""
         return self._rows * self._capacity
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Nothing: memory is taken when a row grows into it."""
+        return 0
+
     def order(self, segments: Sequence[Segment]) -> list[int]:
         """Single tokens by row first, so that a group of rows is a slice; then the rest."""
         return sorted(

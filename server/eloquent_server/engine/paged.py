@@ -127,6 +127,11 @@ class PagedCache:
         pages = len(self._free) + sum(map(len, self._owned))
         return pages * self._page_tokens - self.rows * (self._page_tokens - 1)
 
+    @property
+    def fixed_bytes(self) -> int:
+        """The whole pool."""
+        return self._pool.nbytes
+
     def order(self, segments: Sequence[Segment]) -> list[int]:
         """Any order will do."""
         return list(range(len(segments)))

@@ -89,29 +89,20 @@ class PrefixCache:
     @property
     def used_bytes(self) -> int:
         """What the tree and the running turns take."""
-        return len(self.tree) * self._block_bytes + self._row_tokens * self._token_bytes
-
-    @property
-    def budget_tokens(self) -> int:
-        """How many tokens fit the budget."""
-        return self._budget // self._token_bytes
+        return self._bytes_with(self._row_tokens)
 
     def set_row_tokens(self, tokens: int) -> None:
         """Say how many tokens the running turns have, or are about to have, in their rows."""
         self._row_tokens = tokens
 
-    def make_room(self, tokens: int, *, before: float | None = None) -> bool:
-        """Evict until `tokens` more fit; False if that cannot be."""
-        while self.used_bytes + tokens * self._token_bytes > self._budget:
-            if not self._evict(before=before):
-                return False
-        return True
-
     def make_row_room(self, tokens: int) -> bool:
         """Evict until the rows can take `tokens` more; False if that cannot be."""
         if self._row_tokens + tokens > self._layout.capacity_tokens:
             return False
-        return self.make_room(tokens)
+        while self._bytes_with(self._row_tokens + tokens) > self._budget:
+            if not self._evict():
+                return False
+        return True
 
     def take(self, turn: Turn, now: float) -> None:
         """Copy into the turn's row what the tree has next, as far as it goes without a gap."""
@@ -220,6 +211,10 @@ class PrefixCache:
                 self._store(node.key, node.payload)
         self._tier.close()
 
+    def _bytes_with(self, row_tokens: int) -> int:
+        rows = max(row_tokens * self._token_bytes, self._layout.fixed_bytes)
+        return len(self.tree) * self._block_bytes + rows
+
     def _publish_block(self, turn: Turn, i: int, key: bytes, now: float) -> bool:
         parent = turn.keys[i - 1] if i else None
         # Found, so of use now: making room below cannot evict it.
@@ -231,8 +226,9 @@ class PrefixCache:
         # What was of use in this very step stays, or a turn would evict its own first blocks.
         if over and not self._evict(tenant=turn.tenant, before=now):
             return False
-        if not self.make_room(BLOCK_TOKENS, before=now):
-            return False
+        while self.used_bytes + self._block_bytes > self._budget:
+            if not self._evict(before=now):
+                return False
         assert turn.row is not None
         start = i * BLOCK_TOKENS
         block = self._layout.read(turn.row, start, start + BLOCK_TOKENS)
