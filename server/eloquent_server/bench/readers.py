@@ -152,13 +152,19 @@ def measure(load: Load) -> Cost:
     """Return what a load costs the server.
 
     Raises:
-        ConfigurationError: there is nothing to measure.
+        ConfigurationError: there is nothing to measure, or not all readers came.
     """
     if load.readers < 1 or load.tokens_per_s <= 0 or load.seconds <= 0:
         raise ConfigurationError("Readers, tokens per second and seconds must be above 0.")
     with _server(load) as server:
-        port, pin = server.recv()
-        return asyncio.run(_read(load, ServerUrl(HOST, port, pin), server))
+        try:
+            port, pin = server.recv()
+            return asyncio.run(_read(load, ServerUrl(HOST, port, pin), server))
+        except EOFError as error:
+            raise ConfigurationError(
+                f"The server ended before the figures were there: perhaps not all {load.readers} "
+                f"readers came within {READY_S:.0f} s. Try fewer."
+            ) from error
 
 
 def describe(load: Load, cost: Cost) -> str:
