@@ -27,7 +27,11 @@ class CrossTraffic(Actor, Protocol):
 
 
 class StuckError(RuntimeError):
-    """The simulation did not reach its goal: nobody wants to act, or time ran out."""
+    """The simulation did not reach its goal: nobody wants to act, or time ran out or stood still."""
+
+
+MOST_STEPS_AT_ONCE = 100_000
+"At one instant of virtual time; whoever needs more will never have done."
 
 
 def simulate(
@@ -36,13 +40,16 @@ def simulate(
     """Let the actors act, each at its time, until `until()` holds; return that time in seconds.
 
     Raises:
-        StuckError: it did not come to hold by `limit_s`.
+        StuckError: it did not come to hold by `limit_s`, or time stands still.
     """
-    now = start_s
+    now, steps = start_s, 0
     while not until():
         times = [time for actor in actors if (time := actor.next_time()) is not None]
         if not times:
             raise StuckError(f"At {now:.3f} s nothing is left to happen.")
+        steps = steps + 1 if min(times) <= now else 0
+        if steps > MOST_STEPS_AT_ONCE:
+            raise StuckError(f"At {now:.3f} s the actors act on and on, and time stands still.")
         now = max(now, min(times))
         if now > limit_s:
             raise StuckError(f"Not done after {limit_s} s of virtual time.")

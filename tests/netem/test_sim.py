@@ -72,3 +72,11 @@ def test_it_says_so_when_time_runs_out() -> None:
     with pytest.raises(StuckError, match=r"after 2.0 s"):
         simulate([Scripted([1.0, 2.0, 2.5], seen)], until=lambda: False, start_s=0.0, limit_s=2.0)
     assert [time for _, time in seen] == [1.0, 2.0]
+
+
+def test_actors_that_never_have_done_at_one_instant_are_stuck() -> None:
+    seen: list[tuple[str, float]] = []
+    actor = Scripted([5.0], seen)
+    actor.then = lambda now: actor.times.append(now)
+    with pytest.raises(StuckError, match=r"At 5\.000 s .* time stands still"):
+        simulate([actor], until=lambda: False, start_s=0.0, limit_s=10.0)
