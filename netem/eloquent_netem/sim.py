@@ -27,7 +27,7 @@ class CrossTraffic(Actor, Protocol):
 
 
 class StuckError(RuntimeError):
-    """The simulation did not reach its goal: nobody wants to act, or time ran out or stood still."""
+    """The simulation did not reach its goal: nobody wants to act, or time ran out or stopped."""
 
 
 MOST_STEPS_AT_ONCE = 100_000

@@ -77,6 +77,6 @@ def test_it_says_so_when_time_runs_out() -> None:
 def test_actors_that_never_have_done_at_one_instant_are_stuck() -> None:
     seen: list[tuple[str, float]] = []
     actor = Scripted([5.0], seen)
-    actor.then = lambda now: actor.times.append(now)
+    actor.then = actor.times.append
     with pytest.raises(StuckError, match=r"At 5\.000 s .* time stands still"):
         simulate([actor], until=lambda: False, start_s=0.0, limit_s=10.0)
