@@ -164,6 +164,15 @@ def test_the_tables_have_every_network_and_scheme_and_the_sum_of_both() -> None:
     assert "in bursts of 50 ms" in markdown(found.rows, "eloquent lab stalls")
 
 
+def test_one_seed_has_no_interval() -> None:
+    one, two = (
+        compare(replace(PLAN, pairs=PLAN.pairs[:1], seeds=range(count))) for count in (1, 2)
+    )
+    assert "±" in str(tables(two.rows))
+    assert "±" not in str(tables(one.rows))
+    assert " to " not in str(tables(one.rows))
+
+
 def test_arrivals_are_kept_of_the_first_seeds_and_are_those_of_the_rows() -> None:
     seeds = range(KEPT_SEEDS + 1)
     found = compare(replace(PLAN, pairs=PLAN.pairs[:1], seeds=seeds, schemes=("eloquent",)))

@@ -131,12 +131,13 @@ def _mean(rows: Sequence[Row], name: str, shown: Callable[[float], str]) -> str:
 
 def _percent(rows: Sequence[Row], name: str) -> str:
     values = _values(rows, name)
-    return _told(mean_interval(values)) if values else "—"
+    return _told(mean_interval(values), len(values)) if values else "—"
 
 
-def _told(interval: Interval) -> str:
+def _told(interval: Interval, seeds: int) -> str:
+    """Return a share in percent, with its interval if there is more than one seed."""
     scaled = interval.times(100)
-    return f"{scaled.figure:.2f} ± {scaled.half:.2f}"
+    return f"{scaled.figure:.2f}" + (f" ± {scaled.half:.2f}" if seeds > 1 else "")
 
 
 def _sums(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
@@ -146,16 +147,17 @@ def _sums(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
             found = reduction(samples_of(rows, excess), OURS, scheme)
             if scheme in (OURS, ORACLE) or found is None:
                 continue
-            share = found.share.times(100)
+            share, seeds = found.share.times(100), found.seeds
+            spread = f" ({share.low:.1f} to {share.high:.1f})" if seeds > 1 else ""
             lines.append(
                 (
                     scheme,
                     measure,
-                    _told(found.ours),
-                    _told(found.theirs),
-                    f"{share.figure:.1f} % ({share.low:.1f} to {share.high:.1f})",
+                    _told(found.ours, seeds),
+                    _told(found.theirs, seeds),
+                    f"{share.figure:.1f} %{spread}",
                     str(found.scenarios),
-                    str(found.seeds),
+                    str(seeds),
                 )
             )
     return tuple(lines)
