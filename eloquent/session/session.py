@@ -250,7 +250,7 @@ class Session:
     def _forget_told(self, link: Link | None) -> None:
         """Forget cancels that the server has heard: the link lived on after they were said."""
         if link is not None:
-            told_s = link.answered_s - CANCEL_SLACK_S
+            told_s = link.answered_s - link.srtt_s - CANCEL_SLACK_S
             self._cancels = [cancel for cancel in self._cancels if cancel.said_s > told_s]
 
     def _tell_cancels(self, link: Link) -> None:
