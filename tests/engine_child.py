@@ -7,6 +7,7 @@ poisoned        it kills its process when it reads POISON
 dies            it never gets loaded: the process kills itself
 hangs           it never gets loaded: the process waits
 late:FILE       it hangs the first time, when FILE is not there
+broken:FILE     its tenth forward says so the first time that the device is lost
 stuck:FILE      its tenth forward never returns the first time, when FILE is not there
 """
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, __file__)
 POISON = "ZZZZ"
 STEP_S = 0.02
-STUCK_AT = 10
+FAULT_AT = 10
 
 
 class Faulty:
@@ -48,8 +49,12 @@ class Faulty:
             if any(ids[i : i + count] == self._poison for i in range(len(ids))):
                 os.kill(os.getpid(), signal.SIGKILL)
         self._forwards += 1
-        if self._name == "stuck" and self._forwards == STUCK_AT and not Path(self._path).exists():
+        if self._path and self._forwards == FAULT_AT and not Path(self._path).exists():
             Path(self._path).touch()
+            if self._name == "broken":
+                import torch  # Here, since the server's side imports this file, too.
+
+                raise torch.AcceleratorError("CUDA error: an illegal memory access")
             time.sleep(3600)
         time.sleep(STEP_S)
         return self._model(input_ids=input_ids, **options)
@@ -69,7 +74,7 @@ def load(options: ipc.Load, progress: Progress) -> "LoadedModel":
     loaded = tiny_loaded()
     if name == "greedy":
         return dataclasses.replace(loaded, temperature=0.0)
-    if name in ("slow", "poisoned", "stuck"):
+    if name in ("slow", "poisoned", "stuck", "broken"):
         return dataclasses.replace(loaded, model=Faulty(loaded, options.model))
     return loaded
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_model, tiny_tokenizer
+from plain_kernel import plain_kernel
+from tiny_model import tiny_loaded, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
 from eloquent.errors import ConfigurationError
-from eloquent_server.engine import loader
+from eloquent_server.engine import layouts, loader
 from eloquent_server.engine.linear import PrepackedLinear
 from eloquent_server.engine.loader import load, prepare, refuse_unsupported
+from eloquent_server.engine.paged import PAGE_TOKENS, Kernel, PagedCache, flash_attention
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,39 @@ def test_keys_stored_by_another_forward_miss(monkeypatch: pytest.MonkeyPatch) ->
     now = prepare(tiny_model(), tiny_tokenizer(), "a").fingerprint
     monkeypatch.setattr(loader, "_FORWARD_VERSION", 1)
     assert prepare(tiny_model(), tiny_tokenizer(), "a").fingerprint != now
+
+
+def on_pages(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the loader try models as on CUDA, with this kernel, on the CPU."""
+
+    def layout(shape: Any, device: torch.device, *, rows: int, row_tokens: int) -> PagedCache:
+        return PagedCache(shape, pages=rows, device=device, rows=rows, kernel=kernel)
+
+    monkeypatch.setattr(loader, "layout_for", layout)
+
+
+def test_a_model_is_tried_on_the_layout_that_its_device_gets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_pages(plain_kernel, monkeypatch)
+    prepare(copy.deepcopy(tiny_model()), tiny_tokenizer(), "tiny")
+    # As on a GPU that torch's kernel does not support.
+    on_pages(flash_attention, monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"its forward fails .*flash_attention"):
+        prepare(copy.deepcopy(tiny_model()), tiny_tokenizer(), "tiny")
+
+
+@pytest.mark.parametrize(("most_pages", "pages"), [(None, 4), (3.5, 3), (9, 4)])
+def test_the_pool_of_pages_on_cuda_is_bounded(
+    most_pages: float | None, pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(layouts, "PagedCache", lambda shape, *, pages, **_: made.append(pages))
+    shape = tiny_loaded().kv
+    most = None if most_pages is None else int(most_pages * PAGE_TOKENS * shape.token_bytes)
+    cuda = torch.device("cuda")
+    layouts.layout_for(shape, cuda, rows=2, row_tokens=PAGE_TOKENS + 1, most_bytes=most)
+    assert made == [pages]
 
 
 def test_a_base_model_is_refused() -> None:

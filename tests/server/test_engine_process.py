@@ -216,6 +216,18 @@ async def test_a_turn_that_kills_the_engine_ends_and_takes_no_other_with_it() ->
         assert client.restarts == 3
 
 
+async def test_a_device_that_is_lost_costs_a_new_process_and_no_turn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(f"broken:{tmp_path / 'it-was'}") as client:
+        requests = [ask(f"what of {i}?") for i in range(3)]
+        turns = [client.submit(request, seed=1) for request in requests]
+        for request, turn in zip(requests, turns, strict=True):
+            assert text_of(await collect(turn)) == expected(request)
+        assert client.restarts == 1
+    assert "ended (70)" in caplog.text
+
+
 async def test_a_tenant_with_many_turns_does_not_starve_one_with_few() -> None:
     async with running("slow", max_running=2) as client:
         request = ask("go on", max_tokens=20)

@@ -248,6 +248,8 @@ class Core:
             return []
         try:
             logits = self._runner.run([segment for _, segment in work])
+        except torch.AcceleratorError:
+            raise  # Whatever is tried after it fails, too.
         except Exception as error:  # noqa: BLE001 (whatever torch or the model raises)
             if len(work) == 1:
                 _log.exception("A turn failed alone")

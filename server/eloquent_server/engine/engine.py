@@ -14,9 +14,8 @@ from eloquent_server.engine.attention import KvLayout
 from eloquent_server.engine.budget import STEP_TARGET_S, StepBudget, memory_bytes
 from eloquent_server.engine.core import Core, EngineStats
 from eloquent_server.engine.grammar import TokenTable
-from eloquent_server.engine.kv import SlabCache
+from eloquent_server.engine.layouts import layout_for
 from eloquent_server.engine.loader import LoadedModel, engine_threads
-from eloquent_server.engine.paged import PAGE_TOKENS, PagedCache
 from eloquent_server.engine.prefix import PrefixCache, Tier
 from eloquent_server.engine.radix import BLOCK_TOKENS
 from eloquent_server.engine.runner import Runner
@@ -58,6 +57,7 @@ class Engine:
         tier: Tier | None = None,
         layout: KvLayout | None = None,
         after_step: Callable[[], None] | None = None,
+        on_broken: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the thread.
@@ -66,7 +66,8 @@ class Engine:
         `step_target_s`; `kv_bytes` bounds running turns and prefix cache together (a quarter of
         the memory if None), `tenant_bytes` one tenant's part of the prefix cache. `speculate`
         lets a step bring a turn several tokens, the same ones. `after_step` is called in the
-        engine's thread when a step's events are out. `threads` are torch's; None:
+        engine's thread when a step's events are out. `on_broken` is called where the device is of
+        no further use to this process, instead of failing all turns. `threads` are torch's; None:
         `engine_threads`.
 
         Raises:
@@ -80,6 +81,7 @@ class Engine:
         self._clock = clock
         self._threads = threads
         self._after_step = after_step
+        self._on_broken = on_broken
         budget = _default_bytes(loaded) if kv_bytes is None else kv_bytes
         self._context = min(loaded.context_tokens, budget // loaded.kv.token_bytes - SLACK_TOKENS)
         if self._context < BLOCK_TOKENS:
@@ -88,7 +90,13 @@ class Engine:
                 f"{loaded.kv.token_bytes} a token. Give it more."
             )
         if layout is None:
-            layout = _layout(loaded, self._context, max_running, budget)
+            layout = layout_for(
+                loaded.kv,
+                torch.device(loaded.model.device),
+                rows=max_running,
+                row_tokens=self._context + SLACK_TOKENS,
+                most_bytes=int(budget * CUDA_ROWS_SHARE),
+            )
         self._context = min(self._context, layout.capacity_tokens - SLACK_TOKENS)
         self._cache = PrefixCache(
             layout,
@@ -231,6 +239,9 @@ class Engine:
         try:
             call()
         except Exception as error:  # noqa: BLE001 (a defect here; the turns know, and we go on)
+            if isinstance(error, torch.AcceleratorError) and self._on_broken is not None:
+                _log.critical("The device is lost to this process: %s", error)
+                self._on_broken()
             _log.exception("A step of the engine failed")
             self._core.fail_all("engine_error", step_failed(error))
 
@@ -244,13 +255,3 @@ def _default_bytes(loaded: LoadedModel) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
     return int(memory_bytes() * MEMORY_SHARE)
-
-
-def _layout(loaded: LoadedModel, context: int, rows: int, budget: int) -> KvLayout:
-    """Return rows of `context` tokens on CPU, a pool of pages on CUDA."""
-    device = torch.device(loaded.model.device)
-    if device.type != "cuda":
-        return SlabCache(loaded.kv, max_tokens=context + SLACK_TOKENS, device=device, rows=rows)
-    most = rows * -(-(context + SLACK_TOKENS) // PAGE_TOKENS)
-    affordable = int(budget * CUDA_ROWS_SHARE) // (PAGE_TOKENS * loaded.kv.token_bytes)
-    return PagedCache(loaded.kv, pages=min(most, affordable), device=device, rows=rows)

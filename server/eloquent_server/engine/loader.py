@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from eloquent.errors import ConfigurationError
 from eloquent_server.engine.attention import KvShape, Segment, UnsupportedAttentionError, install
-from eloquent_server.engine.kv import SlabCache
+from eloquent_server.engine.layouts import layout_for
 from eloquent_server.engine.precision import (
     Precision,
     apply_precision,
@@ -292,9 +292,8 @@ def _probe(model: Any, shape: KvShape, name: str) -> None:
         ids = torch.tensor([tokens], device=model.device)
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         install(model)
-        runner = Runner(
-            model, SlabCache(shape, max_tokens=count, device=torch.device(model.device), rows=2)
-        )
+        device = torch.device(model.device)
+        runner = Runner(model, layout_for(shape, device, rows=2, row_tokens=count))
         half = count // 2
         runner.run([Segment(0, 0, tokens[:half])])
         # Row 1 starts while row 0 decodes, then goes on in chunks.

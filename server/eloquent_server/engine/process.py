@@ -44,6 +44,9 @@ MAX_UNSENT = 1024
 OOM_SCORE = 500
 "The kernel, if memory runs out, ends this process rather than the server (proc(5))."
 
+BROKEN = 70
+"Exit code: the device does not work for this process any more."
+
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
@@ -141,6 +144,7 @@ class EngineProcess:
             tier=open_tier(loaded.kv, options.kv),
             speculate=True,
             after_step=self._send_step,
+            on_broken=self._break_off,
         )
         prompts = PromptEncoder(loaded.tokenizer)
         threading.Thread(
@@ -262,6 +266,10 @@ class EngineProcess:
     def _forget(self, turn: int) -> None:
         self._turns.pop(turn, None)
         self._cancelled.discard(turn)
+
+    def _break_off(self) -> None:
+        """End: the server starts another process, and the turns go on in that."""
+        os._exit(BROKEN)
 
     def _send_step(self) -> None:
         if self._step:

@@ -41,6 +41,9 @@ class Runner:
             self._tensor(kept),
             plan,
         )
+        if output.is_cuda:
+            # Or a step would seem to take no time, and its failure would be another step's.
+            torch.cuda.synchronize(output.device)
         logits: list[torch.Tensor] = [output[:0]] * len(segments)
         rows = torch.split(output, [segment.keep for segment in packed])
         for i, part in zip(order, rows, strict=True):
