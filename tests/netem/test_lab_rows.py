@@ -125,7 +125,7 @@ def test_recovery_is_the_mean_over_the_links_returns() -> None:
     generated = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
     passes = [0.0, 0.25, 0.25, 0.3, 0.55, 0.55]
     # Back at 0.25, up to date (token 2) at 0.35; back at 0.55, up to date (token 5) at 0.85.
-    rendered = [0.05, 0.35, 0.35, 0.35, 0.85, 0.85]
+    rendered = [0.05, 0.31, 0.35, 0.37, 0.83, 0.85]
     assert recovery_s(generated, rendered, passes) == pytest.approx((0.1 + 0.3) / 2)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from eloquent.core.wire import Bundle
 from eloquent.errors import ConfigurationError
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab import cases
+from eloquent_netem.lab.answer import START_S, AnswerRun
+from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.places import synthetic
 from eloquent_netem.lab.rows import ORACLE, Arrivals, Place
-from eloquent_netem.lab.simulated import SimDriver
+from eloquent_netem.lab.simulated import SimDriver, scenario_path
 from eloquent_netem.lab.sources import ConstantRate, LiveModel, Recording, Source
 from eloquent_netem.lab.stalls import (
     KEPT_SEEDS,
@@ -29,6 +32,7 @@ from eloquent_netem.lab.stalls import (
     find_driver,
 )
 from eloquent_netem.lab.table import markdown, tables, terminal
+from eloquent_netem.sim import simulate
 
 PLACE = synthetic(rtt_ms=40, loss=0.1)
 SOURCE = ConstantRate(50, 40)
@@ -264,6 +268,21 @@ def test_a_scheme_that_drops_doubles_or_changes_a_byte_fails_the_run(scheme: str
     assert [row.scheme for row in found.rows] == ["retransmit"]
     assert len(found.failures) == 1
     assert f"40 ms, 0 % loss, 50 tok/s, sim, {scheme}, seed 0: " in found.failures[0]
+
+
+@pytest.mark.parametrize("fault", [lambda texts: texts[1:], lambda texts: texts[:1] + texts])
+def test_a_client_that_gives_out_a_token_twice_or_never_fails_the_run(
+    fault: Callable[[list[str]], list[str]],
+) -> None:
+    path = scenario_path(PLACE.scenario, 0, 0.0)
+    run = AnswerRun(path, "eloquent", SOURCE.plan(0))
+    run.pair.connect(START_S)
+    actors = (run, *run.pair.actors)
+    simulate(actors, until=lambda: run.is_done, start_s=START_S, limit_s=START_S + 60)
+    assert len(run.answer().rendered_s) == SOURCE.tokens
+    run.texts = fault(run.texts)
+    with pytest.raises(DeliveryError, match="what arrived is not what was sent"):
+        run.answer()
 
 
 @pytest.mark.parametrize(
