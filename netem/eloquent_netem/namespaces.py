@@ -101,6 +101,11 @@ class Namespaces:
         user = [f"--user={proc}/ns/user", "--preserve-credentials"] if self.is_rootless else []
         return ["nsenter", *user, f"--net={proc}/fd/{self.fds[side]}", "--"]
 
+    def hold(self) -> list[int]:
+        """Keep the namespaces, whoever else lets go of them, until these files are closed."""
+        proc = f"/proc/{self.holder_pid}"
+        return [os.open(f"{proc}/fd/{fd}", os.O_RDONLY) for fd in self.fds.values()]
+
 
 class NamespaceHolder:
     """Makes the two namespaces for this process, which moves into a third, empty one.

@@ -57,6 +57,8 @@ class TunNetwork:
     def __init__(self, worker: Worker[Namespaces, TunStats]) -> None:
         self._worker = worker
         self._namespaces = worker.ready
+        # While they are held, the kernel gives their numbers to no others, whom `close` would end.
+        self._held = self._namespaces.hold()
         self.processes: list[subprocess.Popen[Any]] = []
         "What `popen` has started."
 
@@ -106,6 +108,8 @@ class TunNetwork:
             kill_inside(self._namespaces.ids.values())
             for process in self.processes:
                 _reap(process)
+            while self._held:
+                os.close(self._held.pop())
 
 
 @contextlib.contextmanager

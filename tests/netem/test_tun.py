@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from tools import needs_tool
 
 from eloquent_netem.link import Link
 from eloquent_netem.loss import DropList
-from eloquent_netem.namespaces import NamespaceError, NamespaceId, processes_inside
+from eloquent_netem.namespaces import NamespaceError, NamespaceId, kill_inside, processes_inside
 from eloquent_netem.packet import Ecn, Packet
 from eloquent_netem.queues import DropTail
 from eloquent_netem.realtime import LatenessError, NotStartedError, OverloadError
@@ -321,6 +321,30 @@ def test_an_exception_passes_and_everything_is_ended() -> None:
     assert process.returncode is not None
     assert processes_inside(set(net.namespaces.ids.values())) == []
     assert not Path(f"/proc/{net.router_pid}").exists()
+
+
+@needs_ip
+@pytest.mark.parametrize("rootless", [None, True])
+def test_others_are_not_ended_in_their_stead(
+    rootless: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel numbers a new namespace like one that is gone, so ours must be there to the last.
+    def check_held_and_kill(ids: Collection[NamespaceId]) -> None:
+        held = []
+        for fd in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                status = fd.stat()
+                held.append((status.st_dev, status.st_ino))
+        found.append(set(ids) <= set(held))
+        kill_inside(ids)
+
+    found: list[bool] = []
+    monkeypatch.setattr("eloquent_netem.tun.kill_inside", check_held_and_kill)
+    with network(rootless=rootless) as net:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+    assert found == [True]
+    assert len(list(Path("/proc/self/fd").iterdir())) < before
+    assert net.router_pid is not None
 
 
 @needs_ip
