@@ -20,6 +20,7 @@ from eloquent.errors import ConfigurationError
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.engine import Engine
 from eloquent_server.engine.radix import BLOCK_TOKENS
+from eloquent_server.engine.tiers import TierStore
 from eloquent_server.engine.turn import TurnRequest
 
 TOKEN_BYTES = tiny_loaded().kv.token_bytes
@@ -85,6 +86,34 @@ def test_another_tenant_gets_nothing(engine: Engine) -> None:
     assert engine.stats().computed_prompt_tokens - before == before
     _, end = answer(engine, request(prompt, tenant="alice"))
     assert end.cached_tokens == 96
+
+
+def prefilled(prompts: list[tuple[str, list[int]]], tier: TierStore | None) -> int:
+    """Return how many tokens the last one's prefill computes, after the others' answers."""
+    engine = Engine(tiny_loaded(), tier=tier, kv_bytes=400 * TOKEN_BYTES)
+    for tenant, prompt in prompts:
+        before = engine.stats().computed_prompt_tokens
+        _, end = answer(engine, request(prompt, tenant=tenant))
+    engine.close()
+    assert end.cached_tokens + engine.stats().computed_prompt_tokens - before == len(prompts[-1][1])
+    return engine.stats().computed_prompt_tokens - before
+
+
+@pytest.mark.parametrize("has_tier", [False, True], ids=["tree", "tier"])
+def test_what_is_prefilled_is_the_same_whether_or_not_another_tenant_cached_it(
+    has_tier: bool,
+) -> None:
+    prompt, other = some_prompt(150), some_prompt(150, seed=1)
+
+    def count(*before: tuple[str, list[int]]) -> int:
+        tier = TierStore(tiny_loaded().kv, ram_bytes=1 << 26) if has_tier else None
+        return prefilled([*before, ("alice", prompt)], tier)
+
+    never = count(("alice", other))
+    cached = count(("bob", prompt), ("alice", other))
+    gone = count(("bob", prompt), ("bob", other), ("bob", some_prompt(150, 2)), ("alice", other))
+    assert never == cached == gone == 150
+    assert count(("alice", prompt), ("alice", other)) < 150, "her own she does have"
 
 
 def test_without_the_cache_nothing_is_shared() -> None:

@@ -153,8 +153,16 @@ def test_prompt_too_long_names_both_numbers() -> None:
     sink = Sink()
     engine.submit(greedy([A] * (CONTEXT_TOKENS - 1), 5), sink)
     assert sink.end() == Finish("length", CONTEXT_TOKENS - 1, 1)
-    with pytest.raises(RequestError, match="empty"):
+    engine.close()
+
+
+def test_an_empty_prompt_is_refused_and_the_rest_go_on() -> None:
+    engine, sink = Engine(tiny_loaded()), Sink()
+    engine.submit(greedy([A], 40), sink)
+    with pytest.raises(RequestError, match="empty") as caught:
         engine.submit(greedy([], 1), Sink())
+    assert caught.value.code == "invalid_request"
+    assert sink.end() == Finish("length", 1, 40)
     engine.close()
 
 

@@ -233,6 +233,18 @@ def test_a_full_disk_is_left_alone_for_a_while(
     assert key(5) in disk
 
 
+def test_a_full_disk_changes_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = tiny_loaded()
+    tier = TierStore(loaded.kv, ram_bytes=0, disk=FullDisk(tmp_path, 1 << 26))
+    engine = Engine(loaded, tier=tier, kv_bytes=230 * loaded.kv.token_bytes)
+    for seed in (0, 1, 0):
+        assert answer(engine, prompt(150, seed))[0] == reference_tokens(prompt(150, seed), 8)
+    engine.close()
+    assert (tier.stats.stored, tier.stats.read) == (0, 0)
+    assert tier.stats.dropped > 0
+    assert "No space left" in caplog.text
+
+
 def test_too_many_blocks_at_once_are_dropped(tiers: list[TierStore]) -> None:
     gate = threading.Event()
     tier = TierStore(SHAPE, ram_bytes=100 * RAW_BYTES, queue_bytes=3 * RAW_BYTES)
