@@ -75,6 +75,11 @@ def test_a_damaged_file(directory: Path, tmp_path: Path, file: str, content: str
         ("gemma2", {}, "soft-capped"),
         ("gpt_oss", {}, "sinks"),
         ("t5", {}, "encoder"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"depend on the text's length \(dynamic\)",
+        ),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ],
 )

@@ -165,6 +165,7 @@ def refuse_unsupported(config: Any, name: str) -> None:
         ConfigurationError: the message names the property that is not supported.
     """
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     problems = {
         "an encoder": getattr(config, "is_encoder_decoder", False),
         "sliding-window attention": getattr(config, "sliding_window", None) is not None
@@ -172,6 +173,9 @@ def refuse_unsupported(config: Any, name: str) -> None:
         "chunked attention": getattr(config, "attention_chunk_size", None) is not None,
         "soft-capped attention": getattr(config, "attn_logit_softcapping", None) is not None,
         "attention sinks": config.model_type == "gpt_oss",
+        # transformers takes the longest text of a forward: other turns would change an answer.
+        f"rotary positions that depend on the text's length ({rotary})": rotary
+        in ("dynamic", "longrope"),
         f"layers of the kinds {', '.join(sorted(layers))}": layers != {"full_attention"},
         "no max_position_embeddings": not getattr(config, "max_position_embeddings", None),
     }
