@@ -118,7 +118,7 @@ def figures(study: Study) -> list[Picture]:
             pictures.append(
                 _picture(
                     f"places-{short}",
-                    f"Stall ratio by place ({name})",
+                    f"Stall ratio on each network ({name})",
                     caption,
                     partial(stalls_by_place, dots, measure=name),
                 )
@@ -128,8 +128,8 @@ def figures(study: Study) -> list[Picture]:
             _picture(
                 "cost",
                 "What it costs: bytes against stalls",
-                f"Large: means over all places, with intervals; small: each place. Stall ratio, "
-                f"strict; {_basis(rows)}; {_INTERVALS}.",
+                "Large: means over all networks, with intervals; small: each network. Stall "
+                f"ratio, strict; {_basis(rows)}; {_INTERVALS}.",
                 partial(cost_curve, costs, measure="strict"),
             )
         )
@@ -143,7 +143,7 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
         for driver, mine in by_driver(rows).items()
     ]
     found += [
-        cell_sheet(f"Each place ({driver})", mine) for driver, mine in by_driver(rows).items()
+        cell_sheet(f"Each network ({driver})", mine) for driver, mine in by_driver(rows).items()
     ]
     return [sheet for sheet in found if sheet.rows]
 
@@ -157,7 +157,7 @@ COMPARISON_HEADER = (
     "stall ratio: ours",
     "theirs",
     "reduction",
-    "places",
+    "networks",
     "seeds",
 )
 
@@ -204,7 +204,7 @@ def comparison_sheet(title: str, rows: Sequence[Row]) -> Sheet:
 
 
 CELL_HEADER = (
-    "place",
+    "network",
     "scheme",
     "strict %",
     "200 ms %",
@@ -318,7 +318,7 @@ def _card(found: Reduction, driver: str) -> Card:
     return Card(
         f"{abs(share.figure):.1f} %",
         f"{word} excess stall than {style_of(found.against).label}",
-        f"strict, {share.low:.1f} to {share.high:.1f} %; {found.scenarios} places, "
+        f"strict, {share.low:.1f} to {share.high:.1f} %; {found.scenarios} networks, "
         f"{found.seeds} seeds, {driver}",
     )
 
