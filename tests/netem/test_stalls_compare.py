@@ -31,7 +31,7 @@ from eloquent_netem.lab.stalls import (
     dumps,
     find_driver,
 )
-from eloquent_netem.lab.table import markdown, tables, terminal
+from eloquent_netem.lab.table import tables, terminal
 from eloquent_netem.sim import simulate
 
 PLACE = synthetic(rtt_ms=40, loss=0.1)
@@ -165,7 +165,6 @@ def test_the_tables_have_every_network_and_scheme_and_the_sum_of_both() -> None:
             assert sheet.header[0] in printed
             assert all(line[1] in printed for line in sheet.rows)
             assert (sheet.header[-1] in printed) or width < 160
-    assert "in bursts of 50 ms" in markdown(found.rows, "eloquent lab stalls")
 
 
 def test_one_seed_has_no_interval() -> None:

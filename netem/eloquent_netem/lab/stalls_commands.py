@@ -46,7 +46,6 @@ def stalls(
     model: str | None = None,
     json: Path | None = None,
     report: Path | None = None,
-    markdown: Path | None = None,
     congestion: str | None = None,
     workers: int | None = None,
     cache: Path | None = None,
@@ -99,8 +98,6 @@ def stalls(
         Write every run to this file: {"meta": ..., "rows": [...]}.
     report
         Write a page with figures, and the figures, into this folder.
-    markdown
-        Write the tables to this file.
     congestion
         What the kernel's TCP uses, with `tun`: cubic if not given, or bbr where it has it.
     workers
@@ -137,7 +134,7 @@ def stalls(
     else:
         pairs = [(place, chosen) for place, _ in standard_places()]
     cache = user_cache() if cache is None else cache
-    for output in (json, markdown, cache):
+    for output in (json, cache):
         if output is not None:
             check_writable(output)
     if report is not None:
@@ -154,7 +151,7 @@ def stalls(
         )
     )
     _show(found)
-    _write(found, json=json, report=report, markdown=markdown)
+    _write(found, json=json, report=report)
     if not found.is_complete:
         _say("Ended before its time: the figures are of the runs that were done.")
         sys.exit(EXIT_INTERRUPTED)
@@ -259,28 +256,25 @@ def _live(prompt: str | None, model: str | None, max_tokens: int) -> "LiveModel"
 def _show(found: "Found") -> None:
     from rich.console import Console
 
-    from eloquent_netem.lab.table import tables, terminal
+    from eloquent_netem.lab.table import LEGEND, tables, terminal
 
     # A pipe or a file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for sheet in tables(found.rows):
         console.print(terminal(sheet, console.width))
+    if found.rows:
+        console.print(LEGEND, style="dim")
     for failure in found.failures[:FAILURES_SHOWN]:
         _say(f"FAILED: {failure}")
     if len(found.failures) > FAILURES_SHOWN:
         _say(f"and {len(found.failures) - FAILURES_SHOWN} more runs failed")
 
 
-def _write(
-    found: "Found", *, json: Path | None, report: Path | None, markdown: Path | None
-) -> None:
+def _write(found: "Found", *, json: Path | None, report: Path | None) -> None:
     from eloquent_netem.lab.stalls import dumps
-    from eloquent_netem.lab.table import markdown as page
 
     if json is not None:
         json.write_text(dumps(found), encoding="utf-8")
-    if markdown is not None:
-        markdown.write_text(page(found.rows, str(found.meta["command"])), encoding="utf-8")
     if report is not None:
         from eloquent_netem.lab.report import Study, write_report
 

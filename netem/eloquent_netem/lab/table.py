@@ -1,4 +1,4 @@
-"""The comparison's tables, for the terminal and for Markdown."""
+"""The comparison's tables, for the terminal."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -7,10 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from eloquent_netem.lab.findings import Sheet, markdown_table
+from eloquent_netem.lab.findings import Sheet
 from eloquent_netem.lab.rows import ORACLE, Row
 from eloquent_netem.lab.statistics import (
-    HOW,
     MEASURES,
     Interval,
     mean_interval,
@@ -20,16 +19,13 @@ from eloquent_netem.lab.statistics import (
 
 OURS = "eloquent"
 
-NOTES = f"""\
-The same answers over the same networks with the same seeds; the same congestion controller (thin)
-and pacer for all schemes but TCP. *Strict* is the share of the answer's time in which a token is
-due and not rendered; *200 ms* counts only what lies beyond 200 ms after the rendering before.
-*Excess* is what lies above the `oracle`, the link's own bound for the same tokens, which no sender
-can beat (0 under independent loss), in percentage points. Delays, gaps, the time to the first token
-(handshake included) and *recovery* (from the link's return after an outage or burst of 100 ms or
-more until the reader is up to date, in round trips) are means over the seeds. Packets and bytes are
-those of the downlink, per token, with all headers, acknowledgements and repeats. `eloquent` and
-`eloquent-queued` are padded, the others are not, which is in their favour. {HOW}."""
+LEGEND = (
+    "strict: share of the answer's time in which the reader waits for a token that is due; 200 ms: "
+    "what of that lies beyond a gap of 200 ms; excess: what is above the oracle, the link's own "
+    "bound; delays are those beyond the path's own; first: from connecting to the first token; "
+    "recovery: from the link's return to being up to date; packets and bytes: downlink, per token, "
+    "all headers. ±: 95 % intervals over the seeds."
+)
 
 CELL_HEADER = (
     "scheme",
@@ -97,14 +93,6 @@ def _fitting(sheet: Sheet, width: int) -> list[int]:
             break
         shown.append(index)
     return sorted(shown)
-
-
-def markdown(rows: Sequence[Row], command: str) -> str:
-    """Return all tables as a page."""
-    parts = ["# Results", f"Made by `{command}`; do not edit.", NOTES]
-    for sheet in tables(rows):
-        parts += [f"## {sheet.title}", markdown_table(sheet.header, sheet.rows)]
-    return "\n\n".join(parts) + "\n"
 
 
 def _line(scheme: str, rows: Sequence[Row]) -> tuple[str, ...]:
