@@ -18,11 +18,11 @@ from eloquent_netem.lab.commands import lab
 from eloquent_netem.lab.doctor import Examination, examine, parse_target
 from eloquent_netem.lab.doctor_probes import Failure
 from eloquent_netem.lab.doctor_words import figures, verdict
-from eloquent_netem.link import stage_rng
+from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import IndependentLoss
 from eloquent_netem.packet import Packet
 from eloquent_netem.tcp.segment import TcpPacket
-from eloquent_netem.vloop import run
+from eloquent_netem.vloop import VirtualNetwork, run
 
 SECONDS = 4.0
 PIN = CERTIFICATE.pin
@@ -37,7 +37,17 @@ def examined(
     has_websocket: bool = True,
 ) -> Examination:
     """Examine the path to a server of which losses and what it offers are the test's."""
-    made = network(drops)
+    return examined_over(network(drops), url, has_quic=has_quic, has_websocket=has_websocket)
+
+
+def examined_over(
+    made: VirtualNetwork,
+    url: ServerUrl = URL,
+    *,
+    has_quic: bool = True,
+    has_websocket: bool = True,
+) -> Examination:
+    """Examine the path of a network of the test's."""
 
     async def main() -> Examination:
         telling = Telling([], 0.0)
@@ -111,6 +121,15 @@ def test_loss_is_measured_there_and_both_ways(loss: float) -> None:
     assert found.echoes.lost == pytest.approx(both, abs=3 * (both / 80) ** 0.5)
     assert found.echoes.largest_bytes == 1472
     assert "each is sent twice" in told(found)
+
+
+def test_packets_that_come_twice_count_once() -> None:
+    links = (Link(delay_s=RTT_S / 2, seed=1, name=name, duplicates=0.5) for name in ("up", "down"))
+    found = examined_over(VirtualNetwork.between(*links))
+    assert found.echoes.lost == 0
+    assert found.echoes.back == found.echoes.sent
+    assert found.watched is not None
+    assert found.watched.lost == 0
 
 
 def test_blocked_udp() -> None:
