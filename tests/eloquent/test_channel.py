@@ -144,6 +144,26 @@ def test_a_whole_turn() -> None:
     assert not pair.client.has_turn(turn)
 
 
+def test_what_a_reader_reported_last_can_be_asked_while_it_is_there() -> None:
+    pair = Pair()
+    turn = pair.ask()
+    log = told("Hello", is_closed=False)
+    pair.accept(turn, log)
+    assert pair.server.report(turn) is None
+    pair.run(1.0)
+    for text in (" you", " there"):
+        report = pair.server.report(turn)
+        assert report is not None
+        assert (report.contiguous, report.unread) == (log.length, 0)
+        log.append(TextDelta(text))
+        pair.server.log_grew(turn, pair.now)
+        pair.run(1.0)
+    close(log)
+    pair.server.log_grew(turn, pair.now)
+    pair.run(1.0)
+    assert pair.server.report(turn) is None
+
+
 def test_no_byte_of_a_log_is_sent_twice_however_it_grows() -> None:
     pair = Pair()
     turn = pair.ask()
