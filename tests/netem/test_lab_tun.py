@@ -23,10 +23,10 @@ from eloquent_netem.lab.places import synthetic
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.sources import ConstantRate, LiveModel, Token
 from eloquent_netem.lab.tun_driver import KINDS, RefusedError, TunDriver, check_congestion
-from eloquent_netem.lab.tun_notes import Packets, sizes
+from eloquent_netem.lab.tun_links import Packets, cross_traffic, sizes
 from eloquent_netem.lab.tun_run import TunRunError
 from eloquent_netem.lab.tun_tls import chunk, listening_socket, text_of
-from eloquent_netem.scenario import parse_scenario
+from eloquent_netem.scenario import load_scenario, parse_scenario
 from tests.netem.test_tun import needs_ip, network
 
 DEADLINE_S = 180.0
@@ -175,6 +175,16 @@ def test_chunks_are_openais_and_as_large_as_those_of_servers() -> None:
     assert json.loads(data)["object"] == "chat.completion.chunk"
     assert 200 <= len(chunk("token ")) <= 260
     assert json.loads(chunk("", is_last=True))["choices"][0]["finish_reason"] == "stop"
+
+
+def test_cross_traffic_has_been_there_since_the_scenarios_beginning() -> None:
+    place = Place(name="busy", scenario=load_scenario("congested-l4s"))
+    up, down = place.scenario.links(1, -10.0)
+    flows = cross_traffic(place, 1, -10.0, up, down)
+    # Nothing else was there, so the bottleneck has carried what it can, or nearly.
+    assert down.bytes_sent * 8 > 0.7 * 20e6 * 10
+    times = [time for each in (*flows, up, down) if (time := each.next_time()) is not None]
+    assert 0 < min(times) < 0.1
 
 
 def test_what_programs_took_is_told_from_what_the_network_took() -> None:

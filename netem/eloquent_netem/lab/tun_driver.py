@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from eloquent.core.schemes import SCHEMES
 from eloquent.errors import ConfigurationError
-from eloquent_netem.cross import CrossFlow
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.answer import PADDED_SCHEMES, QUIC_STREAM
 from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.sources import LiveModel, Source
 from eloquent_netem.lab.tun_ends import Setup
+from eloquent_netem.lab.tun_links import cross_traffic
 from eloquent_netem.lab.tun_run import (
     END_LATENESS_FACTOR,
     LEAD_S,
@@ -29,10 +31,8 @@ from eloquent_netem.lab.tun_run import (
     play,
 )
 from eloquent_netem.link import Link
-from eloquent_netem.packet import Packet
 from eloquent_netem.realtime import (
     LATENESS_BOUND_S,
-    Driver,
     LatenessError,
     OverloadError,
     become_real_time,
@@ -45,6 +45,9 @@ KINDS = {
     "tcp-websocket": "websocket",
 }
 "Schemes, and the programs that are their ends."
+
+PACKAGES = ("httpx2", "starlette", "uvicorn", "websockets")
+"What the baselines are made of."
 
 RUNS_PER_PROCESSOR = 6
 """A run of 400 tokens at 30 a second takes 1.8 s of a processor's time, start included, in
@@ -98,6 +101,7 @@ class TunDriver:
             "lateness_bound_us": self.lateness_bound_s * 1e6,
             "end_lateness_bound_us": END_LATENESS_FACTOR * self.lateness_bound_s * 1e6,
             "tries": self.tries,
+            "versions": {name: version(name) for name in PACKAGES},
             "at_once": self.at_once,
         }
 
@@ -106,8 +110,13 @@ class TunDriver:
 
         Raises:
             NamespaceError: the namespaces cannot be made.
-            ConfigurationError: the kernel has no such congestion control.
+            ConfigurationError: a package is missing, or the kernel has no such congestion control.
         """
+        for name in PACKAGES:
+            if find_spec(name) is None:
+                raise ConfigurationError(
+                    f"The driver tun needs the package {name}: install eloquent-stream[lab]."
+                )
         check_congestion(self.congestion)
         with tun_network(_no_links, rootless=self.rootless):
             pass
@@ -135,7 +144,7 @@ class TunDriver:
                 live=live,
             ),
             links=partial(place.scenario.links, seed, origin_s),
-            cross=partial(_cross, place, seed, origin_s),
+            cross=partial(cross_traffic, place, seed, origin_s),
             lateness_bound_s=self.lateness_bound_s,
             rootless=self.rootless,
         )
@@ -181,19 +190,6 @@ def _scheduling() -> str:
     """Return under which policy routers and ends run; each thread has one of its own."""
     with ThreadPoolExecutor(1) as pool:
         return "SCHED_FIFO" if pool.submit(become_real_time).result() else "SCHED_OTHER"
-
-
-def _cross(place: Place, seed: int, origin_s: float, up: Link, down: Link) -> tuple[CrossFlow, ...]:
-    """Return the cross traffic, which has been there since the scenario's beginning."""
-    flows = place.scenario.cross_flows(up, down, seed, origin_s)
-    past = Driver(up, down, deliver_up=_drop, deliver_down=_drop, cross=flows, clock=lambda: 0.0)
-    past.start()
-    past.deliver_due()
-    return flows
-
-
-def _drop(packet: Packet) -> None:
-    """Deliver nothing: there is no subject yet."""
 
 
 def _no_links() -> tuple[Link, Link]:

@@ -85,8 +85,6 @@ class Report:
     texts: tuple[str, ...]
     late_p99_s: float
     "How late this program was woken by its timers, in one case of 100."
-    is_real_time: bool
-    "Whether it ran under SCHED_FIFO."
 
 
 class End:
@@ -99,7 +97,6 @@ class End:
         self._texts: list[str] = []
         self._commands = asyncio.StreamReader()
         self._lateness = LatenessHistogram()
-        self._is_real_time = False
         self._looking: asyncio.Task[None] | None = None
         self._live: AsyncIterator[Event] | None = None
         "What the live model says."
@@ -160,7 +157,6 @@ class End:
             times_s=tuple(self._times_s),
             texts=tuple(self._texts),
             late_p99_s=self._lateness.summary().p99_s,
-            is_real_time=self._is_real_time,
         )
         self._file.write_bytes(msgspec.json.encode(report))
         os._exit(0)
@@ -172,7 +168,7 @@ class End:
         )
         gc.freeze()  # What was loaded so far need not be searched again and again.
         reduce_timer_slack()
-        self._is_real_time = _become_real_time()
+        _become_real_time()
         self._looking = asyncio.create_task(self._look())
         print(msgspec.json.encode(hello).decode(), flush=True)  # noqa: T201
 
@@ -197,13 +193,11 @@ async def answer_of(end: End) -> AsyncIterator[tuple[str, bool]]:
     await generating
 
 
-def _become_real_time() -> bool:
+def _become_real_time() -> None:
     """Put this process under SCHED_FIFO, below the router, where that is allowed."""
     policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, policy, os.sched_param(PRIORITY))
-        return True
-    return False
 
 
 async def _run(kind: str, side: Side, folder: Path, make_end: type[End]) -> None:

@@ -16,7 +16,7 @@ from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.measures import DeliveryError, check_delivery
 from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.tun_ends import SETUP, Go, Hello, Report, Setup
-from eloquent_netem.lab.tun_notes import Packets, noted_links, sizes
+from eloquent_netem.lab.tun_links import Packets, noted_links, sizes
 from eloquent_netem.namespaces import Side
 from eloquent_netem.realtime import (
     LATENESS_BOUND_S,

@@ -1,17 +1,20 @@
-"""When which packets entered and left the links of a run, noted in the router's process."""
+"""The links of a run, in the router's process: cross traffic, and notes of every packet."""
 
 import array
 import atexit
+import math
 import multiprocessing
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Self
 
 from eloquent_netem.capture import Captured, Fate
+from eloquent_netem.cross import CrossFlow
+from eloquent_netem.lab.rows import Place
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Packet
 from eloquent_netem.realtime import MakeLinks
@@ -57,6 +60,26 @@ def noted_links(links: MakeLinks, file: Path) -> tuple[Link, Link]:
         CapturedLink(up, Captured(up, "up", observers)),
         CapturedLink(down, Captured(down, "down", observers)),
     )
+
+
+def cross_traffic(
+    place: Place, seed: int, origin_s: float, up: Link, down: Link
+) -> Sequence[CrossFlow]:
+    """Return the cross traffic, which has been there since the scenario's beginning, `origin_s`."""
+    flows = place.scenario.cross_flows(up, down, seed, origin_s)
+    parts: list[Link | CrossFlow] = [up, down, *flows]
+    while (due := min(_times(parts), default=math.inf)) <= 0:
+        for packet in (*up.poll(due), *down.poll(due)):
+            for flow in flows:
+                flow.on_delivered(due, packet)
+        for flow in flows:
+            if min(_times((flow,)), default=math.inf) <= due:
+                flow.act(due)
+    return flows
+
+
+def _times(parts: Iterable[Link | CrossFlow]) -> Iterator[float]:
+    return (time for part in parts if (time := part.next_time()) is not None)
 
 
 @dataclass(frozen=True, slots=True)
