@@ -161,6 +161,25 @@ def test_the_command_prints_tables_and_writes_files(
     assert {row["tokens"] for row in rows} == {20}
 
 
+def test_a_scenario_that_is_unfair_to_some_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "unfair.toml"
+    file.write_text('[down.loss]\nkind = "packet-bursts"\nloss = 0.1\nburst_packets = 4\n')
+    output = tmp_path / "rows.json"
+    stalls(
+        scenario=(str(file),),
+        schemes=("retransmit",),
+        seeds=2,
+        tokens=5,
+        workers=1,
+        cache=tmp_path / "cache",
+        json=output,
+    )
+    assert capfd.readouterr().err.count("packet-bursts step per packet") == 1
+    assert "step per packet" in json.loads(output.read_text())["meta"]["warnings"][0]
+
+
 def test_a_failed_run_is_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

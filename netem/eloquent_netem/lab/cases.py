@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ from rich.progress import Progress as RichProgress
 import eloquent.errors
 from eloquent.errors import EloquentError
 from eloquent_netem.errors import NetemError
+from eloquent_netem.loss import PacketClockedLossWarning
 from eloquent_netem.sim import StuckError
 
 LAB = "eloquent_netem.lab."
@@ -208,6 +210,7 @@ def _start_worker() -> None:
     """Let the parent alone answer Ctrl-C; what endpoints log of broken networks is expected."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore", PacketClockedLossWarning)  # Told once, by the parent.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,6 +1,7 @@
 """The networks of a comparison: from options, scenarios and recordings."""
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from eloquent.errors import ConfigurationError
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.sources import ConstantRate
-from eloquent_netem.loss import GilbertElliott
+from eloquent_netem.loss import GilbertElliott, PacketClockedLossWarning
 from eloquent_netem.rate import MS_PER_S
 from eloquent_netem.scenario import Scenario, load_scenario
 from eloquent_netem.scenario_parts import (
@@ -98,8 +99,11 @@ def make_places(options: NetworkOptions) -> list[Place]:
         rtt_ms = DEFAULT_RTT_MS if options.rtt_ms is None else options.rtt_ms
         loss = DEFAULT_LOSS if options.loss is None else options.loss
         found = [synthetic(rtt_ms=rtt_ms, loss=loss, burst_ms=options.burst_ms)]
-    for place in found:
-        _blaming(place.scenario.links)  # A recording may be missing, or none.
+    with warnings.catch_warnings():
+        # `Scenario.warnings` has it in the user's words.
+        warnings.simplefilter("ignore", PacketClockedLossWarning)
+        for place in found:
+            _blaming(place.scenario.links)  # A recording may be missing, or none.
     return found
 
 

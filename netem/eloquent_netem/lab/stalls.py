@@ -180,6 +180,8 @@ def compare(plan: Plan) -> Found:
         ConfigurationError: two places have one name, a scheme is unknown, or the machine cannot.
     """
     _check(plan)
+    for warning in _warnings(plan):
+        print(f"Warning: {warning}", file=sys.stderr)  # noqa: T201
     cases = [Comparison(place, source, plan.driver) for place, source in plan.pairs]
     jobs = all_jobs(cases, plan.schemes, plan.seeds)
     begun_at = datetime.now(UTC)
@@ -206,6 +208,10 @@ def dumps(found: Found) -> str:
     """Return the JSON file: `{"meta": {...}, "rows": [...]}`."""
     content = {"meta": dict(found.meta), "rows": [asdict(row) for row in found.rows]}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _warnings(plan: Plan) -> list[str]:
+    return [warning for place, _ in plan.pairs for warning in place.scenario.warnings()]
 
 
 def _check(plan: Plan) -> None:
@@ -281,6 +287,7 @@ def _meta(
         "schemes": list(plan.schemes),
         "seeds": list(plan.seeds),
         "sources": list(dict.fromkeys(source.name for _, source in plan.pairs)),
+        "warnings": _warnings(plan),
         "is_complete": results.is_complete,
         "failures": list(results.failures.values()),
     }

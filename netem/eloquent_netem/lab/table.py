@@ -58,9 +58,10 @@ def tables(rows: Sequence[Row]) -> list[Sheet]:
             _line(scheme, [row for row in mine if row.scheme == scheme])
             for scheme in dict.fromkeys(row.scheme for row in mine)
         ]
+        seeds = len({row.seed for row in mine})
         title = (
             f"{scenario}: {mine[0].tokens} tokens, {mine[0].source}, "
-            f"{len({row.seed for row in mine})} seeds, {mine[0].driver}"
+            f"{seeds} seed{'s' if seeds > 1 else ''}, {mine[0].driver}"
         )
         found.append(Sheet(title, CELL_HEADER, tuple(lines)))
     if sums := _sums(rows):
