@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rungs import CERTIFICATE, PORT, RTT_S, URL, Drops, network, nothing, serving, udp
+from rungs import CERTIFICATE, PORT, RTT_S, URL, Drops, Filter, network, nothing, serving, udp
 from telling import Telling
 
 from eloquent.errors import ConfigurationError, ConnectionFailedError
@@ -123,11 +123,22 @@ def test_loss_is_measured_there_and_both_ways(loss: float) -> None:
     assert "each is sent twice" in told(found)
 
 
+class Doubling(Filter):
+    """A link that loses what `drops` says, and delivers all else twice, the second time late."""
+
+    def __init__(self, name: str, drops: Drops) -> None:
+        super().__init__(name, drops)
+        self._link = Link(
+            delay_s=RTT_S / 2, seed=1, name=name, duplicates=1.0, jitter_s=0.02, reorders=True
+        )
+
+
 def test_packets_that_come_twice_count_once() -> None:
-    links = (Link(delay_s=RTT_S / 2, seed=1, name=name, duplicates=0.5) for name in ("up", "down"))
-    found = examined_over(VirtualNetwork.between(*links))
+    drops = larger_than(1200)
+    found = examined_over(VirtualNetwork.between(Doubling("up", drops), Doubling("down", drops)))
     assert found.echoes.lost == 0
     assert found.echoes.back == found.echoes.sent
+    assert found.echoes.largest_bytes == 1200
     assert found.watched is not None
     assert found.watched.lost == 0
 
