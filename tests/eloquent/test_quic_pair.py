@@ -171,6 +171,22 @@ def test_tokens_arrive_one_delay_after_they_are_made_and_the_end_follows() -> No
     world.until(lambda: world.has_ended(turn))
 
 
+def test_a_readers_newest_report_can_be_asked_whatever_comes_late() -> None:
+    world = World()
+    turn, log = world.accepted_turn()
+    assert world.pair.server.report(turn) is None
+    world.append(turn, log, "Hello")
+    world.wait(1.0)
+    report = world.pair.server.report(turn)
+    assert report is not None
+    assert (report.contiguous, report.unread) == (log.length, 0)
+    for late in (Report(turn, 0, -1), Report(turn, log.length, 0, unread=5)):
+        world.pair.server._on_frame(late, world.now)
+        assert world.pair.server.report(turn) == report
+    world.pair.server.reject(turn, "code", "why")
+    assert world.pair.server.report(turn) is None
+
+
 def test_two_turns_share_a_connection() -> None:
     world = World()
     first, first_log = world.accepted_turn()
