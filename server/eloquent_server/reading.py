@@ -32,8 +32,9 @@ class ReadingClock:
     def buffered_s(self, readers: Iterable[Reader]) -> float:
         """Return for how long the reader who has least has text; 0 where that is not known.
 
-        A reader whose link is dead is not reached by what comes now, so it can wait. To be asked
-        now and then: what comes between two questions is one measurement.
+        A reader whose link is dead is not reached by what comes now, so it can wait, and a turn
+        without readers, too. To be asked now and then: what comes between two questions is one
+        measurement.
         """
         now = self._clock()
         known, self._progress = self._progress, {}
@@ -44,7 +45,7 @@ class ReadingClock:
                 progress = self._progress[reader] = _after(known.get(reader), report, now)
                 lasts_s = _left_s(progress, now)
             left_s.append(MAX_BUFFERED_S if reader.is_silent else lasts_s)
-        return min(left_s, default=0.0)
+        return min(left_s, default=MAX_BUFFERED_S)
 
 
 def _after(before: _Progress | None, report: Report, now: float) -> _Progress:

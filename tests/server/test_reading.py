@@ -98,7 +98,7 @@ def test_of_several_readers_the_one_who_has_least_counts() -> None:
         clock.buffered_s([slow, eager])
     assert (both_s, slow_s) == (0, MAX_BUFFERED_S)
     assert clock.buffered_s([slow, FakeReader()]) == 0, "one said nothing yet"
-    assert clock.buffered_s([]) == 0
+    assert clock.buffered_s([]) == MAX_BUFFERED_S, "nobody waits"
 
 
 @asynccontextmanager
