@@ -94,6 +94,30 @@ def test_nothing_is_waited_for_before_the_first_token_is_due() -> None:
     assert pane.waited_s(4.0) == 0
 
 
+class Told(Feed):
+    """A feed of a few known things."""
+
+    def begin(self) -> None:
+        for item in (News(0, 1.5, "b"), News(0, 1.0, None), News(0, 1.0, "a"), News(0, 1.2, None)):
+            self.news.put(item)
+
+    def is_over(self) -> bool:
+        return True
+
+
+def test_nothing_is_shown_before_its_time_and_what_is_due_comes_first() -> None:
+    feed, pane, waiting = Told("told", ("any",)), Pane("any"), list[News]()
+    feed.begin()
+    take(feed, [pane], waiting, 0.9)
+    assert (pane.due_s, pane.text, len(waiting)) == ([], "", 4)
+    take(feed, [pane], waiting, 1.4)
+    assert (pane.due_s, pane.text) == ([1.0, 1.2], "a")
+    assert pane.waited_s(1.4) == pytest.approx(0.2)
+    take(feed, [pane], waiting, 1.5)
+    assert (pane.text, waiting) == ("ab", [])
+    assert pane.waited_s(9.0) == pytest.approx(0.3)
+
+
 def test_the_screen_shows_both_answers_and_both_clocks() -> None:
     panes = [Pane("left one"), Pane("right one")]
     for pane in panes:
