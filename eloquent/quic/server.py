@@ -227,12 +227,12 @@ class ServerConnection(Connection):
         )
 
     def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
-        """See `DatagramSource`; the turns take their chances in rotation."""
-        for _ in range(len(self._order)):
-            turn = self._order[0]
-            self._order.rotate(-1)
+        """See `DatagramSource`; of the turns that are due the one that has waited longest sends."""
+        for turn in self._order:
             bundle = self._readers[turn].sender.next_bundle(now, room)
             if bundle is not None:
+                self._order.remove(turn)
+                self._order.append(turn)
                 return encode_bundle(bundle), (turn, bundle.number)
         return None
 
