@@ -1,10 +1,11 @@
 """Requests and handshakes that are begun and not finished: they hold little, and not for ever."""
 
 import asyncio
+from functools import partial
 
 import pytest
 import rungs
-from session_world import CERTIFICATE, SERVER, World, in_world, now, read, tokens
+from session_world import CERTIFICATE, SERVER, URL, World, in_world, now, read, tokens
 from telling import Telling
 
 from eloquent.core.receiver import Receiver
@@ -14,6 +15,7 @@ from eloquent.handshakes import HANDSHAKE_S
 from eloquent.quic import listen as quic_listen
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connect import QuicLink
+from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.listen import RETRY_FROM, Listener
 from eloquent.quic.server import REQUEST_DEADLINE_S
@@ -206,3 +208,21 @@ def test_a_server_that_stops_ends_half_open_connections() -> None:
         return is_over(reader)
 
     assert rungs.virtually(main)
+
+
+def test_a_client_that_has_to_show_its_address_may_have_a_ticket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quic_listen, "RETRY_FROM", 0)
+
+    async def play(world: World) -> list[str]:
+        texts = [await read(world.session.ask(b"{}"))]
+        await world.session.close()
+        again = Session(URL, connector=partial(connect_quic, tickets=world.tickets))
+        texts.append(await read(again.ask(b"{}")))
+        assert isinstance(again.link, QuicLink)
+        assert again.link._connection.quic.tls.session_resumed
+        await again.close()
+        return texts
+
+    assert in_world(play) == [ALL, ALL]
