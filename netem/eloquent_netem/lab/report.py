@@ -55,7 +55,7 @@ CAPTION_CHARS_PER_INCH = 16
 
 STUCK_S = 0.5
 
-STAIRS_S = 4.0
+STAIRS_S = 2.0
 "How much of a run the staircase shows."
 
 
