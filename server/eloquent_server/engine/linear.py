@@ -5,6 +5,7 @@ several small ones do. The results are the same up to rounding. The two operator
 torch (its compiler uses them), so they are tried before use.
 """
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -112,13 +113,16 @@ def _join(module: nn.Module, names: Sequence[str], make: Callable[[nn.Linear], n
     """Replace the linears of these names by parts of one, if all are there; return how many."""
     children = dict(module.named_children())
     linears = [child for name in names if type(child := children.get(name)) is nn.Linear]
-    weights: list[torch.Tensor] = [linear.weight for linear in linears]
+    weights: list[torch.Tensor] = [linear.weight.detach() for linear in linears]
     biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     if len(linears) < len(names) or len(biases) not in (0, len(names)):
         return 0
     outputs = sum(linear.out_features for linear in linears)
     joined = nn.Linear(linears[0].in_features, outputs, bias=bool(biases), device="meta")
-    joined.weight = nn.Parameter(torch.cat(weights), False)
+    # From the system, to which it goes back after packing; malloc would keep a part of it.
+    memory = mmap.mmap(-1, sum(weight.nbytes for weight in weights))
+    rows = torch.frombuffer(memory, dtype=weights[0].dtype).view(outputs, -1)
+    joined.weight = nn.Parameter(torch.cat(weights, out=rows), False)
     if biases:
         joined.bias = nn.Parameter(torch.cat(biases), False)
     whole = make(joined)
