@@ -175,7 +175,7 @@ def _write(output: Path, texts: Mapping[str, str], part: Part, pictures: Sequenc
     for old in folder.glob(f"{part.name}-*.png"):
         old.unlink()
     for picture in pictures:
-        (folder / f"{part.name}-{picture.name}.png").write_bytes(_small(picture.captioned_png))
+        (folder / f"{part.name}-{picture.name}.png").write_bytes(_small(picture.captioned_png()))
     ordered = {name: texts.get(name) or empty_part(name, title) for name, title in TITLES.items()}
     output.write_text(page(ordered), encoding="utf-8")
 

@@ -3,8 +3,6 @@
 `write_report` is all that others call; `figures` and `sheets` are what other pages are made of.
 """
 
-import io
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +23,7 @@ from eloquent_netem.lab.report_figures import (
     stalls_by_place,
 )
 from eloquent_netem.lab.report_page import Card, Picture, html_page
-from eloquent_netem.lab.report_style import DPI, LIGHT, THEMES, in_order, style_of, themed
+from eloquent_netem.lab.report_style import in_order, style_of
 from eloquent_netem.lab.rows import ORACLE, Arrivals, Row
 from eloquent_netem.lab.statistics import (
     HOW,
@@ -41,17 +39,14 @@ from eloquent_netem.lab.statistics import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
-    from matplotlib.figure import Figure
+    pass
 
 OURS = "eloquent"
 PAGE = "report.html"
 MOST_CARDS = 6
 MOST_PANELS = 3
 "So many places have a panel in the figure of delays."
-
-CAPTION_CHARS_PER_INCH = 16
 
 STUCK_S = 0.5
 
@@ -79,7 +74,7 @@ def write_report(study: Study, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     pictures = figures(study)
     for picture in pictures:
-        (directory / f"{picture.name}.png").write_bytes(picture.captioned_png)
+        (directory / f"{picture.name}.png").write_bytes(picture.captioned_png())
     page = html_page(
         title="How long readers wait",
         summary=_summary(study.rows),
@@ -106,7 +101,7 @@ def figures(study: Study) -> list[Picture]:
         if panels:
             curves = _curves(rows, panels, plain)
             pictures.append(
-                _picture(
+                Picture(
                     f"stalls-{short}",
                     f"Stall ratio by loss and round trip ({name})",
                     caption,
@@ -116,7 +111,7 @@ def figures(study: Study) -> list[Picture]:
         if places:
             dots = _dots(rows, places, plain)
             pictures.append(
-                _picture(
+                Picture(
                     f"places-{short}",
                     f"Stall ratio on each network ({name})",
                     caption,
@@ -125,7 +120,7 @@ def figures(study: Study) -> list[Picture]:
             )
     if costs := _costs(rows):
         pictures.append(
-            _picture(
+            Picture(
                 "cost",
                 "What it costs: bytes against stalls",
                 "Large: means over all networks, with intervals; small: each network. Stall "
@@ -406,7 +401,7 @@ def _of_arrivals(study: Study) -> list[Picture]:
     seeds = len({number for _, _, number in study.arrivals})
     drivers = " and ".join(sorted({row.driver for row in study.rows}))
     return [
-        _picture(
+        Picture(
             "staircase",
             f"The same {window_s[1] - window_s[0]:.2g} seconds, scheme by scheme",
             f"{place}, seed {seed}, driver {drivers}: one run of each scheme. Grey: when tokens "
@@ -414,7 +409,7 @@ def _of_arrivals(study: Study) -> list[Picture]:
             "reader waits for. Above each: the run's stall ratio, strict.",
             partial(staircase, stairs, window_s),
         ),
-        _picture(
+        Picture(
             "delays",
             "Token delay",
             f"How many tokens have come after which delay: every token of {seeds} "
@@ -491,31 +486,6 @@ def _costs(rows: Sequence[Row]) -> list[Cost]:
 
 def _wire(row: Row) -> float:
     return row.wire_bytes_per_token + row.uplink_bytes_per_token
-
-
-def _picture(name: str, title: str, caption: str, draw: "Callable[..., Figure]") -> Picture:
-    """Draw it for the page in both themes, and for a file.
-
-    Who sees the file alone must know what it shows, so there the caption is in it.
-    """
-    found: list[bytes] = []
-    for theme in THEMES:
-        with themed(theme):
-            figure = draw(theme=theme)
-            found.append(_png(figure))
-            if theme is LIGHT:
-                width = round(CAPTION_CHARS_PER_INCH * figure.get_figwidth())
-                text = textwrap.fill(caption, width)
-                figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=theme.muted)
-                found.append(_png(figure))
-    light, captioned, dark = found
-    return Picture(name, title, caption, light_png=light, dark_png=dark, captioned_png=captioned)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _told(value: object) -> str:

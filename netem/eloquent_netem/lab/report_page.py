@@ -1,26 +1,48 @@
 """The report's page: one HTML file that needs nothing else, in light and dark, on any screen."""
 
 import base64
-from collections.abc import Mapping, Sequence
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
 from eloquent_netem.lab.findings import Sheet
+from eloquent_netem.lab.report_style import DARK, DPI, LIGHT, Theme, themed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTION_CHARS_PER_INCH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure, drawn for each theme."""
+    """A figure, drawn when it is asked for."""
 
     name: str
     "Of its file, without an ending."
     title: str
     caption: str
     "Measure, seeds, driver, intervals: what one must know to read it."
-    light_png: bytes
-    dark_png: bytes
-    captioned_png: bytes
-    "In the light theme, with the caption below."
+    draw: "Callable[..., Figure]"
+    "Takes the keyword `theme`."
+
+    def png(self, theme: Theme) -> bytes:
+        """Return it for a page, which has the caption beside it."""
+        with themed(theme):
+            return _png(self.draw(theme=theme))
+
+    def captioned_png(self) -> bytes:
+        """Return it for a file: who sees that alone must know what it shows."""
+        with themed(LIGHT):
+            figure = self.draw(theme=LIGHT)
+            text = textwrap.fill(
+                self.caption, round(CAPTION_CHARS_PER_INCH * figure.get_figwidth())
+            )
+            figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=LIGHT.muted)
+            return _png(figure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +97,8 @@ def _picture(picture: Picture) -> str:
     return (
         f'<figure id="{escape(picture.name)}"><h2>{escape(picture.title)}</h2>'
         '<div class="wide"><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{_data_url(picture.dark_png)}">'
-        f'<img src="{_data_url(picture.light_png)}" alt="{escape(picture.title)}. '
+        f'srcset="{_data_url(picture.png(DARK))}">'
+        f'<img src="{_data_url(picture.png(LIGHT))}" alt="{escape(picture.title)}. '
         f'{escape(picture.caption)}"></picture></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
@@ -93,6 +115,12 @@ def _table(sheet: Sheet) -> str:
         f'<section><h2>{escape(sheet.title)}</h2><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _data_url(png: bytes) -> str:
