@@ -203,36 +203,26 @@ def _await_end(run: Play, sides: "dict[Side, subprocess.Popen[str]]", folder: Pa
     plan, live = run.setup.plan, run.setup.live
     length_s = plan[-1].time_s if live is None else live.max_tokens * LIVE_TOKEN_S
     deadline_s = time.monotonic() + length_s + PATIENCE_S
-    _await(sides["client"], "client", folder, deadline_s, sides["server"])
+    _await(sides, "client", folder, deadline_s)
     _close(sides["server"].stdin)
-    _await(sides["server"], "server", folder, deadline_s)
+    _await(sides, "server", folder, deadline_s)
 
 
 def _await(
-    process: "subprocess.Popen[str]",
-    side: Side,
-    folder: Path,
-    deadline_s: float,
-    server: "subprocess.Popen[str] | None" = None,
+    sides: "dict[Side, subprocess.Popen[str]]", side: Side, folder: Path, deadline_s: float
 ) -> None:
-    """Wait for a program's end; `server` must live until then."""
-    while True:
-        try:
-            code = process.wait(LOOK_EVERY_S)
-        except subprocess.TimeoutExpired:
-            pass
-        else:
-            if code:
-                raise _failed(folder, side, code)
-            return
-        server_code = None if server is None else server.poll()
-        if server_code is not None:
-            raise _failed(folder, "server", server_code)
+    """Wait until a program has ended well; the server is not to end before the client."""
+    while sides[side].poll() is None:
+        if side == "client" and sides["server"].poll() is not None:
+            raise _failed(folder, "server", sides["server"].wait())
         if time.monotonic() > deadline_s:
             raise DeliveryError(
                 f"The answer was not whole {PATIENCE_S:g} s after its generation: the network "
                 "lets nothing through, or the transport hangs."
             )
+        time.sleep(LOOK_EVERY_S)
+    if code := sides[side].wait():
+        raise _failed(folder, side, code)
 
 
 def _failed(folder: Path, side: Side, code: int) -> TunRunError:
