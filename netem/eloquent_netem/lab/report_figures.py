@@ -169,6 +169,7 @@ def staircase(runs: Sequence[Stairs], window_s: tuple[float, float], theme: Them
     high = max(_count_until(times, window_s[1]) for times in visible)
     for axes in flat:
         axes.set_xlim(*window_s)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_ylim(max(0, low - 1), high + 2)
     for axes in flat[max(0, len(runs) - columns) : len(runs)]:
         axes.set_xlabel("time since the first token (s)")
