@@ -4,14 +4,15 @@ A link lives while what one sends is answered: packets that come prove only that
 ways lives. Whoever has a turn open and gets no answer asks, and the other side acknowledges at once
 whatever its model does. Both ends do this, so that both know of a link of which one way is dead.
 With 20 % of the packets lost each way a question and its answer get through with probability 0.64;
-at 300 ms of round trip ten or more of them fit between `PROBE_AFTER_S` and `DEAD_AFTER_S`, so that
-a live link is taken for dead about once in ten hours at most.
+at 300 ms of round trip eleven or more of them fit between `PROBE_AFTER_S` and `DEAD_AFTER_S`, so
+that a live link is taken for dead about once in ten hours at most.
 """
 
 PROBE_AFTER_S = 0.5
-PROBE_EVERY_S = 0.1
+FIRST_PROBE_S = 0.2
+PROBE_EVERY_S = 0.08
 """While a turn is open and nothing was answered that was sent in the last `PROBE_AFTER_S`, either
-end asks the other every `PROBE_EVERY_S`."""
+end asks the other, waits `FIRST_PROBE_S` for the answer, and then asks every `PROBE_EVERY_S`."""
 
 DEAD_AFTER_S = 1.8
 DEAD_AFTER_RTTS = 2.5
@@ -26,6 +27,12 @@ TRY_S = 0.5
 TRY_RTTS = 2.0
 """After a change of network or a sleep a link has to say something within `TRY_S` and `TRY_RTTS`
 round trips, or another one is made beside it."""
+
+
+def probe_again_s(unanswered_s: float) -> float:
+    """Return how long to wait after a probe that was sent after `unanswered_s` without answer."""
+    is_first = unanswered_s < PROBE_AFTER_S + PROBE_EVERY_S
+    return FIRST_PROBE_S if is_first else PROBE_EVERY_S
 
 
 def dead_after_s(srtt_s: float) -> float:

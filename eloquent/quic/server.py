@@ -9,7 +9,7 @@ from aioquic.quic.configuration import QuicConfiguration
 
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
-from eloquent.core.liveness import DEAD_AFTER_S, PROBE_AFTER_S, PROBE_EVERY_S, dead_after_s
+from eloquent.core.liveness import DEAD_AFTER_S, PROBE_AFTER_S, dead_after_s, probe_again_s
 from eloquent.core.log import Log
 from eloquent.core.padding import Padding
 from eloquent.core.schemes import EloquentSender, SenderFactory
@@ -266,7 +266,8 @@ class ServerConnection(Connection):
     def _probe_time(self) -> float | None:
         """Return when to ask the client for a sign of life; None: it is dead, or not needed."""
         asked_at = max(self._answered_at, self._reading_at)
-        time = max(asked_at + PROBE_AFTER_S, self._probed_at + PROBE_EVERY_S)
+        again_s = probe_again_s(self._probed_at - asked_at)
+        time = max(asked_at + PROBE_AFTER_S, self._probed_at + again_s)
         is_of_use = time < self._dead_at or self._heard_at > self._probed_at
         return time if self._readers and is_of_use else None
 

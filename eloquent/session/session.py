@@ -15,6 +15,7 @@ from eloquent.core.liveness import (
     TRY_RTTS,
     TRY_S,
     dead_after_s,
+    probe_again_s,
 )
 from eloquent.core.receiver import Receiver
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
@@ -350,7 +351,8 @@ class Session:
         wait_s = 0.0 if is_tried else PROBE_AFTER_S - silent_s
         if wait_s < MIN_WAIT_S:
             link.probe()
-            wait_s = max(min(PROBE_EVERY_S, dead_s - silent_s), MIN_WAIT_S)
+            again_s = PROBE_EVERY_S if is_tried else probe_again_s(silent_s)
+            wait_s = max(min(again_s, dead_s - silent_s), MIN_WAIT_S)
         due_s = _now() + wait_s
         await self._wait_for_news(wait_s)
         if _now() - due_s > WOKE_S:  # this process was stopped: what is silent was not asked
