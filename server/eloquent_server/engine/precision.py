@@ -149,7 +149,7 @@ def fastest(step_ms: dict[Precision, float]) -> Precision:
 def _step_ms(config: Any, precision: Precision, clock: Callable[[], float]) -> float:
     """Time one layer after another, then the head; copies of a layer stand in for the others."""
     hidden, inner = int(config.hidden_size), int(config.intermediate_size)
-    shapes = [(hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    shapes = [(hidden, hidden), (hidden, 2 * inner), (inner, hidden)]  # Gate and up are one.
     layer_bytes = sum(4 * rows * columns for rows, columns in shapes)
     layers = int(config.num_hidden_layers)
     copies = max(1, min(layers, _TRIAL_BYTES // layer_bytes))
