@@ -9,7 +9,8 @@ RETRY_GROWTH = 2.0
 "A failed attempt to reconnect is followed by the next after these waits, each twice the last."
 
 REFUSED_FOR_S = 5.0
-"When refusals have come for so long, the server is gone, and its turns fail."
+MIN_REFUSALS = 4
+"When so many refusals have come for so long, the server is gone, and its turns fail."
 
 REFUSALS_APART_S = 30.0
 """Attempts without an answer do not take that back (machines limit how often they refuse); but
@@ -37,12 +38,14 @@ class Retries:
         self._wait_s = RETRY_FIRST_S
         self._spent_s = 0.0
         self._first_refused_s = self._last_refused_s = float("-inf")
+        self._refusals = 0
         self._is_refused = False
 
     @property
     def is_over(self) -> bool:
         """Whether there is no use in going on."""
-        is_gone = self._last_refused_s - self._first_refused_s >= REFUSED_FOR_S
+        refused_s = self._last_refused_s - self._first_refused_s
+        is_gone = self._refusals >= MIN_REFUSALS and refused_s >= REFUSED_FOR_S
         return (self._is_refused and is_gone) or self._spent_s >= RETRY_FOR_S
 
     def hurry(self) -> None:
@@ -54,8 +57,9 @@ class Retries:
         self._is_refused = is_refusal
         if is_refusal:
             if now_s - self._last_refused_s > REFUSALS_APART_S:
-                self._first_refused_s = now_s
+                self._first_refused_s, self._refusals = now_s, 0
             self._last_refused_s = now_s
+            self._refusals += 1
         wait_s = self._wait_s
         self._wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
         self._spent_s += now_s - begun_s + wait_s
