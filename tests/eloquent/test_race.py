@@ -13,6 +13,7 @@ from rungs import (
     RTT_S,
     URL,
     Drops,
+    Filter,
     collect,
     nothing,
     now,
@@ -23,7 +24,7 @@ from rungs import (
     udp_between,
     virtually,
 )
-from session_world import FakeMachine
+from session_world import FakeMachine, until
 from telling import Telling
 
 from eloquent.core.events import End, Event
@@ -47,7 +48,7 @@ from eloquent.websocket.client import connect as connect_websocket
 from eloquent.websocket.server import listen as listen_websocket
 from eloquent_netem.packet import Packet
 from eloquent_netem.tcp.segment import TcpPacket
-from eloquent_netem.vloop import VirtualNetwork
+from eloquent_netem.vloop import VirtualNetwork, run
 from eloquent_netem.vloop_network import Datagram
 
 TOKENS = [f"token {index} " for index in range(200)]
@@ -491,6 +492,41 @@ async def test_a_name_with_addresses_of_which_one_answers() -> None:
     finally:
         await session.close()
         await listener.close()
+
+
+@pytest.mark.parametrize("gap_s", [0.05, 0.5, 1e6])
+@pytest.mark.parametrize("dead", ["up", "down"])
+def test_on_websocket_one_dead_way_is_noticed_when_tcp_has_stalled(dead: str, gap_s: float) -> None:
+    """TCP lets no more through than fits its window; on QUIC both ends ask and know within 2 s."""
+    died_s = 5.0
+
+    def dies(time: float, packet: Packet) -> bool:
+        return time >= died_s
+
+    made = VirtualNetwork.between(
+        *(Filter(way, dies if way == dead else nothing) for way in ("up", "down"))
+    )
+    states: dict[LinkState, float] = {}
+
+    async def main() -> float:
+        telling = Telling(TOKENS * 10, gap_s)
+        async with serving(made, telling, has_quic=False):
+            session = Session(
+                URL,
+                connector=connect_websocket,
+                on_state=lambda state: states.update({state: now()}),
+            )
+            session.ask(b"{}")
+            await asyncio.sleep(died_s)
+            await until(lambda: any(reader.is_silent for reader in telling.readers))
+            server_s = now()
+            await asyncio.sleep(5.0)
+            await session.close()
+            return server_s
+
+    server_s = run(main(), made)
+    assert server_s - died_s <= 3.6
+    assert states[LinkState.SILENT] - died_s <= 3.6
 
 
 def test_without_a_climber_a_session_stays_where_it_is() -> None:
