@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from lab_rows import arrivals, row
 
+from eloquent.errors import ConfigurationError
+from eloquent_netem.lab.commands import lab
 from eloquent_netem.lab.report import (
     PAGE,
     Study,
@@ -172,3 +174,13 @@ def test_every_scheme_has_a_marker_and_colours_of_its_own() -> None:
     )
     assert style_of("new").label == "new"
     assert in_order(["new", "oracle", "eloquent"]) == ["eloquent", "oracle", "new"]
+
+
+def test_without_matplotlib_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("eloquent_netem.lab.report_style.find_spec", lambda name: None)
+    for command in (["stalls", "--report", str(tmp_path)], ["paper", "-o", str(tmp_path / "x.md")]):
+        with pytest.raises(ConfigurationError, match=r"eloquent-stream\[lab\]"):
+            lab(command, exit_on_error=False)
+    assert list(tmp_path.iterdir()) == []

@@ -53,6 +53,7 @@ def paper(
     from eloquent_netem.lab.paper import Options, runnable_parts
     from eloquent_netem.lab.paper import check as stale_parts
     from eloquent_netem.lab.paper import paper as run
+    from eloquent_netem.lab.report_style import check_can_draw
 
     if check:
         lines = stale_parts(output, traces)
@@ -65,6 +66,7 @@ def paper(
         return
     if seeds < 1 or tun_seeds < 1 or (workers is not None and workers < 1):
         raise ConfigurationError("--seeds, --tun-seeds and --workers must be at least 1.")
+    check_can_draw()
     for folder in (output.parent, cache.parent):
         try:
             folder.mkdir(parents=True, exist_ok=True)

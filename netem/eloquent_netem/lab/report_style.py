@@ -7,7 +7,10 @@ dark theme they are lighter. Markers and dashes differ too, so that no figure ha
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+
+from eloquent.errors import ConfigurationError
 
 DPI = 150
 
@@ -53,6 +56,18 @@ class Theme:
 LIGHT = Theme("light", "#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
 DARK = Theme("dark", "#16181c", "#e8eaed", "#a0a7b0", "#30353c")
 THEMES = (LIGHT, DARK)
+
+
+def check_can_draw() -> None:
+    """Find out before the work whether figures can be drawn.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "Figures need matplotlib, which is not installed: pip install 'eloquent-stream[lab]'."
+        )
 
 
 def style_of(scheme: str) -> Style:

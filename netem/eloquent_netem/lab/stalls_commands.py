@@ -107,6 +107,7 @@ def stalls(
         default stalls.jsonl in the user's cache folder.
     """
     from eloquent_netem.lab.places import NetworkOptions, make_places, standard_places
+    from eloquent_netem.lab.report_style import check_can_draw
     from eloquent_netem.lab.sources import ConstantRate
     from eloquent_netem.lab.stalls import Plan, compare, default_schemes, find_driver
 
@@ -138,6 +139,7 @@ def stalls(
         if output is not None:
             check_writable(output)
     if report is not None:
+        check_can_draw()
         _make_folder(report)
     runner = find_driver(driver, **({} if congestion is None else {"congestion": congestion}))
     found = compare(
