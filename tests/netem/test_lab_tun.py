@@ -135,6 +135,13 @@ def test_a_live_model_that_does_not_exist_fails_the_run() -> None:
 
 
 @needs_namespaces
+@pytest.mark.parametrize("scheme", OF_EACH_KIND)
+def test_a_live_model_that_fails_ends_the_run_at_once_and_says_why(scheme: str) -> None:
+    with pytest.raises(TunRunError, match=r"server's program .*BadRequestError"):
+        TUN.run(CLEAN, scheme, 1, LiveModel(prompt="", model="echo", max_tokens=-1))
+
+
+@needs_namespaces
 def test_a_run_that_was_too_late_is_repeated_and_then_refused() -> None:
     driver = TunDriver(lateness_bound_s=0.0, tries=2)
     with pytest.raises(RefusedError, match=r"Refused 2 times.*0\.00 ms is the bound"):

@@ -130,9 +130,9 @@ class End:
                 await self._replay(emit)
             else:
                 await self._generate(self._live, emit)
-        except Exception as error:
-            self._commands.set_exception(error)  # It ends the program, with what went wrong.
-            raise
+        except Exception as error:  # noqa: BLE001  (it ends the program, whatever else goes on)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
 
     async def _replay(self, emit: Emit) -> None:
         plan = self.setup.plan
@@ -209,6 +209,7 @@ async def _run(kind: str, side: Side, folder: Path, make_end: type[End]) -> None
     else:
         from eloquent_netem.lab.tun_websocket import ask, serve
     await (serve if side == "server" else ask)(end)
+    sys.exit("The answer broke off.")  # Else the end would have left.
 
 
 def _loop() -> asyncio.AbstractEventLoop:

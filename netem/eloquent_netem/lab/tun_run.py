@@ -212,16 +212,17 @@ def _await(
     sides: "dict[Side, subprocess.Popen[str]]", side: Side, folder: Path, deadline_s: float
 ) -> None:
     """Wait until a program has ended well; the server is not to end before the client."""
-    while sides[side].poll() is None:
-        if side == "client" and sides["server"].poll() is not None:
-            raise _failed(folder, "server", sides["server"].wait())
+    while sides[side].poll() is None and (side == "server" or sides["server"].poll() is None):
         if time.monotonic() > deadline_s:
             raise DeliveryError(
                 f"The answer was not whole {PATIENCE_S:g} s after its generation: the network "
                 "lets nothing through, or the transport hangs."
             )
         time.sleep(LOOK_EVERY_S)
-    if code := sides[side].wait():
+    server_code, code = sides["server"].poll(), sides[side].poll()
+    if server_code or code is None:  # If both failed, the client did because the server had.
+        raise _failed(folder, "server", server_code or 0)
+    if code:
         raise _failed(folder, side, code)
 
 

@@ -49,9 +49,7 @@ async def serve(end: End) -> None:
     )
     server = uvicorn.Server(config)
     sock = listening_socket(SERVER_ADDRESS, end.setup.congestion)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.serve(sockets=[sock]))
-        await end.serve_until_stopped(hello)
+    await asyncio.gather(server.serve(sockets=[sock]), end.serve_until_stopped(hello))
 
 
 async def ask(end: End) -> None:
