@@ -1,7 +1,6 @@
 """`eloquent lab paper`: the comparison with the paper and with TCP, and the page of its results."""
 
 import io
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +42,7 @@ class Options:
     output: Path
     cache: Path | None
     workers: int | None = None
+    "None: as many as a driver bears."
 
 
 def runnable_parts(traces: Path, *, has_tun: bool) -> Sequence[Part]:
@@ -116,15 +116,13 @@ def _can_tun() -> bool:
 
 
 def _run(part: Part, options: Options) -> Found:
-    driver = find_driver(part.driver)
-    workers = options.workers or driver.most_workers or os.cpu_count() or 1
     return compare(
         Plan(
             pairs=[(place, part.source) for place in part.places],
-            driver=driver,
+            driver=find_driver(part.driver),
             schemes=part.schemes,
             seeds=range(options.seeds[part.driver]),
-            workers=workers,
+            workers=options.workers,
             cache=options.cache,
         )
     )
