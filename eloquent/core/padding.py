@@ -64,6 +64,10 @@ class Padding:
         self._in_span = max(self._in_span, needed)
         return SIZES[max(self._before, self._in_span)]
 
+    def release(self) -> None:
+        """Let go of the sizes held: the path has become too narrow for them."""
+        self._before = self._in_span = 0
+
     def _packets_in_flight(self, now: float, rtt_s: float) -> int:
         if not self._sent_at or now - self._sent_at[-1] >= SLOT_S:
             self._sent_at.append(now)

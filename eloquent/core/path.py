@@ -27,6 +27,8 @@ class Path:
         "Smoothed round-trip time in seconds; before the first sample QUIC's initial guess."
         self.min_rtt_s = srtt_s
         "The round-trip time without queues."
+        self.recent_rtt_s = inf
+        "That of the last round trip, which falls sooner than the smoothed one."
         self.ack_delay_s = 0.025
         "How long the peer may delay an acknowledgement."
         self.is_silent = False
@@ -45,6 +47,8 @@ class Path:
         "The size that the packet being written should have."
         self.has_queue = False
         "Whether packets wait in a queue on the way, ours or others'."
+        self.holds = False
+        "Whether the path has lately held packets for long, and then delivered them."
         self.waiting_since: float | None = None
         "When the first packet left that is newer than all that is acknowledged."
         self.beats = BeatLimit()
@@ -59,6 +63,8 @@ class Path:
         "When a bundle that was due last had to wait for the congestion window or the pacer."
         self._bundles = 0
         self._lossy_until = 0
+        self._losses = 0
+        "Of those that make the path lossy, how many have not proved wrong."
         self._copies = 0
 
     @property
@@ -81,7 +87,7 @@ class Path:
         """What the congestion window lets through; None: whatever comes."""
         if self.window_bytes is None:
             return None
-        return self.window_bytes / (self.srtt_s + self.ack_delay_s)
+        return self.window_bytes / (min(self.srtt_s, self.recent_rtt_s) + self.ack_delay_s)
 
     def is_blocked(self, now: float) -> bool:
         """Return whether the congestion window has bound within the last round trip."""
@@ -106,12 +112,18 @@ class Path:
             self._lossy_until = self._bundles
         else:
             self.loss += LOSS_WEIGHT * (1 - self.loss)
-            self._lossy_until = self._bundles + LOSS_MEMORY_BUNDLES
+            self._note_loss()
 
     def on_loss_elsewhere(self) -> None:
         """Take note of a loss in the handshake or on the way up: bundles may be lost too."""
         if not self.has_queue:
-            self._lossy_until = self._bundles + LOSS_MEMORY_BUNDLES
+            self._note_loss()
+
+    def _note_loss(self) -> None:
+        if not self.is_lossy:
+            self._losses = 0
+        self._losses += 1
+        self._lossy_until = self._bundles + LOSS_MEMORY_BUNDLES
 
     def note_copy(self) -> None:
         """Take note that a bundle is repeated."""
@@ -120,6 +132,9 @@ class Path:
     def on_late(self) -> None:
         """Take back a loss: the bundle has come after all."""
         self.loss = max(0.0, self.loss - LOSS_WEIGHT)
+        self._losses -= 1
+        if self._losses <= 0:
+            self._lossy_until = self._bundles
 
     def on_pair(self, first_lost: bool, second_lost: bool) -> None:
         """Take the fate of two bundles that left together."""

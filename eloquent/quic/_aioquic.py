@@ -204,13 +204,17 @@ class LateBoundConnection(QuicConnection):
             path.on_loss_elsewhere()
         path.srtt_s = self.srtt_s
         path.min_rtt_s = recovery.rtts.min_s or self.srtt_s
+        path.recent_rtt_s = recovery.rtts.recent_s or self.srtt_s
         path.ack_delay_s = recovery.max_ack_delay
         path.floor_bytes_per_s = recovery.floor_window / (self.srtt_s + recovery.max_ack_delay)
         self._path = path
+        path.has_queue = recovery.is_congested
+        path.holds = recovery.holds(now)
         if self._padding is not None:
+            if path.has_queue or path.holds:
+                self._padding.release()
             path.padded_bytes = self._padding.padded_size(0, now, NO_FLIGHT_S)
         path.window_bytes = recovery.congestion_window
-        path.has_queue = recovery.is_congested
         path.waiting_since = recovery.waiting_since
         path.probe_timeout_s = recovery.get_probe_timeout()
 
@@ -257,7 +261,7 @@ class LateBoundConnection(QuicConnection):
                 space.ack_at = now  # RFC 9000 section 13.2.1: a gap is told at once.
         if path is not None and self._network_paths[0] is not path:
             self._recovery.on_path_changed(now)
-        elif was_silent:
+        elif was_silent and not self._recovery.is_heard:
             self._recovery.on_heard_again(now)
 
     def _next_skip(self) -> int:

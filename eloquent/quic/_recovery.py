@@ -24,7 +24,7 @@ from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 
 from eloquent.quic.ecn import Ecn, codepoint_of
-from eloquent.quic.thin import RttHistory, ThinControl
+from eloquent.quic.thin import PATH_RTT_MAX_S, RttHistory, ThinControl
 
 TIME_THRESHOLD = 9 / 8
 "RFC 9002 section 6.1.2."
@@ -53,6 +53,17 @@ PROBE_FACTOR = 1.5
 MAX_PROBE_GAP_S = 2.0
 "Doubling ends here, or at one probe timeout if that is longer."
 
+EXPIRE_RTTS = 1.5
+"""What is not acknowledged after so many round trips and the ACK delay does not block the window
+any more: the window is a rate, which must not fall to nothing because acknowledgements are held."""
+
+SLOW_RTT_S = 0.5
+HELD_S = 0.15
+HELD_RTTS = 1.0
+HOLDS_S = 30.0
+"""A packet whose acknowledgement came later than the smallest round trip by both was held on the
+way; for so long a silence is then taken for another hold: what is sent in it will come."""
+
 SILENT_TIMEOUTS = 3
 "A silence of so many probe timeouts is an outage (RFC 9002 section 7.6.1 calls it persistent)."
 
@@ -75,6 +86,9 @@ class TimedRecovery(QuicPacketRecovery):
         self._largest_sent = -1
         self._skipped: deque[int] = deque(maxlen=REMEMBERED_SKIPS)
         self._waiting_since: float | None = None
+        self._held_at = -inf
+        self.is_heard = False
+        "Whether the peer was heard in this silence, and what was in flight given up for it."
         self.losses_elsewhere = 0
         "How many losses were seen on the way to us."
 
@@ -86,6 +100,8 @@ class TimedRecovery(QuicPacketRecovery):
     @property
     def is_congested(self) -> bool:
         """Whether the path is congested, as the congestion controller judges it."""
+        if self.rtts.min_s is None and self._rtt_initialized:
+            return self._rtt_smoothed > PATH_RTT_MAX_S
         return self.rtts.has_queue if self._thin is None else self._thin.is_congested
 
     @property
@@ -104,6 +120,12 @@ class TimedRecovery(QuicPacketRecovery):
         if since is None or not self._rtt_initialized:
             return False
         return now - since > timeouts * self.get_probe_timeout()
+
+    def holds(self, now: float) -> bool:
+        """Return whether the path has lately held packets for long, and delivered them."""
+        if self.rtts.min_s is None:  # A handshake as slow as this was held itself.
+            return self._rtt_initialized and self._rtt_smoothed > SLOW_RTT_S
+        return now - self._held_at < HOLDS_S
 
     def skip(self, number: int) -> None:
         """Take note that packet `number` will never be sent."""
@@ -134,7 +156,9 @@ class TimedRecovery(QuicPacketRecovery):
         if not self._rtt_initialized and largest in self._given_up:
             self._start_rtt(self._given_up[largest], now)
         if space.is_application_data:
-            self._sample_rtt(space.sent_packets.get(largest), ack_delay, now)
+            newest = space.sent_packets.get(largest)
+            self._sample_rtt(newest, ack_delay, now)
+            self._note_hold(newest or self._given_up.get(largest), ack_delay, now)
             was_silent = self.is_silent(now, SILENT_TIMEOUTS)
             if self._thin is not None:
                 self._thin.ack_delay_s = self.max_ack_delay
@@ -164,9 +188,13 @@ class TimedRecovery(QuicPacketRecovery):
 
         Without this the window would stay full of what an outage has swallowed.
         """
-        if not self.is_silent(now):
+        since = self._waiting_since
+        if since is None or not self._rtt_initialized:
             return
-        before = now - self.get_probe_timeout()
+        overdue_s = EXPIRE_RTTS * self._rtt_smoothed + self.max_ack_delay
+        before = now - min(overdue_s, self.get_probe_timeout())
+        if since > before:
+            return
         for space in self.spaces:
             if not space.is_application_data:
                 continue
@@ -180,8 +208,13 @@ class TimedRecovery(QuicPacketRecovery):
             self._cc.on_packets_expired(packets=expired)
 
     def on_heard_again(self, now: float) -> None:
-        """Give up what is older than a round trip: the first packet after a silence came."""
-        before = now - self._rtt_smoothed
+        """Give up what is older than half a round trip: the first packet after a silence came.
+
+        The link was there when it left; what left before that may be lost. Once in a silence:
+        packets may come up while those on the way down are held.
+        """
+        self.is_heard = True
+        before = now - self._rtt_smoothed / 2
         self._restart(now)
         for space in self.spaces:
             if space.is_application_data:
@@ -261,6 +294,20 @@ class TimedRecovery(QuicPacketRecovery):
         lowest_s = min(rtt_s, self.rtts.min_s or without_delay_s)
         self.rtts.add(now, max(without_delay_s, lowest_s))
         self._slack_s -= SLACK_DECAY * self._slack_s
+
+    def _note_hold(self, newest: QuicSentPacket | None, ack_delay: float, now: float) -> None:
+        """Take note that something is acknowledged again, and whether it was held on the way."""
+        if self.rtts.min_s is not None and self._held_at == -inf:
+            self._held_at = now if self.rtts.min_s > SLOW_RTT_S else now - HOLDS_S
+        if newest is None:
+            return
+        self.is_heard = False
+        if newest.sent_time is None or ack_delay > self.max_ack_delay:
+            return  # It came long ago; it is what told of it that was lost.
+        least_s = self.rtts.min_s if self.rtts.min_s is not None else self._rtt_smoothed
+        late_s = now - newest.sent_time - ack_delay - least_s
+        if late_s > max(HELD_S, HELD_RTTS * least_s):
+            self._held_at = now
 
     def _take_late_acks(self, ack_rangeset: RangeSet, now: float) -> bool:
         """Take back what the loss of packets did that are acknowledged after all."""

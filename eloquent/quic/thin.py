@@ -18,6 +18,9 @@ THIN = "thin"
 MIN_RTT_WINDOW_S = 30.0
 "How long the smallest round-trip time is remembered, so that a change of route is forgotten."
 
+PATH_RTT_MAX_S = 0.7
+"No path is longer, not even a satellite's: what goes beyond it is a queue's."
+
 MAX_RTT_WINDOW_S = 10.0
 "How long the largest is."
 
@@ -25,14 +28,17 @@ RECENT_RTT_WINDOW_S = 0.2
 RECENT_SAMPLES = 3
 "The present round-trip time is the smallest of a round trip, at least of this time and so many."
 
-QUEUE_MIN_S = 0.005
-QUEUE_RTT_SHARE = 1 / 8
+QUEUE_MIN_S = 0.015
+QUEUE_RTT_SHARE = 1 / 5
+VARIATION_SHARE = 1 / 4
+VARIATION_MAX_S = 0.1
 QUEUE_RANGE_SHARE = 0.65
 RANGE_MIN_S = 0.003
-"""A queue stands when the present round trip is longer than the smallest by `QUEUE_MIN_S` and by
-`QUEUE_RTT_SHARE` of it. Who comes to a full queue has never seen it empty: so also when it is
-longer, in the mean, by `QUEUE_RANGE_SHARE` of what it has varied, if that is more than
-`RANGE_MIN_S`; mere jitter has its mean in the middle."""
+"""A queue stands when the present round trip is longer than the smallest by `QUEUE_MIN_S`, by
+`QUEUE_RTT_SHARE` of it and, since radio links vary by themselves, by `VARIATION_SHARE` of what it
+has varied lately, up to `VARIATION_MAX_S`. Who comes to a full queue has never seen it empty: so
+also when it is longer, in the mean, by `QUEUE_RANGE_SHARE` of what it has varied, if that is more
+than `RANGE_MIN_S`; mere jitter has its mean in the middle."""
 
 INITIAL_WINDOW_PACKETS = 10
 "Full packets, at the start and after an outage (RFC 9002 section 7.2)."
@@ -50,12 +56,11 @@ CONGESTION_FACTOR = 0.5
 YIELD_S = 30.0
 YIELD_QUEUE_SHARE = 0.4
 YIELD_QUEUE_S = 0.02
-YIELD_RTT_SHARE = 1 / 5
 YIELD_FACTOR = 0.7
 YIELD_FRAME_S = 0.1
-"""The window also shrinks, once a round trip, while the queue is longer than `YIELD_QUEUE_S` and
-`YIELD_RTT_SHARE` of the round trip, or than `YIELD_QUEUE_SHARE` of what it was at the last loss,
-for `YIELD_S`: many thin flows would keep it full otherwise. What stays is a packet in
+"""The window also shrinks, once a round trip from the second on, while the queue is longer than
+`YIELD_QUEUE_S` and the two shares above, or than `YIELD_QUEUE_SHARE` of what it was at the last
+loss, for `YIELD_S`: many thin flows would keep it full otherwise. What stays is a packet in
 `YIELD_FRAME_S`, at which text still flows."""
 
 RANDOM_LOSS_FACTOR = 0.7
@@ -104,7 +109,7 @@ class RttHistory:
         """How long packets wait in queues now, as far as the round-trip time tells."""
         if self.min_s is None or self.recent_s is None:
             return 0.0
-        return self.recent_s - self.min_s
+        return self.recent_s - min(self.min_s, PATH_RTT_MAX_S)
 
     @property
     def has_queue(self) -> bool:
@@ -114,7 +119,14 @@ class RttHistory:
         range_s = self._highest[0][1] - self.min_s
         mean_s = sum(rtt for _, rtt in self._recent) / len(self._recent)
         is_high = range_s > RANGE_MIN_S and mean_s - self.min_s > QUEUE_RANGE_SHARE * range_s
-        return is_high or self.queue_s > max(QUEUE_MIN_S, QUEUE_RTT_SHARE * self.min_s)
+        return is_high or self.queue_s > self.limit_s(QUEUE_MIN_S)
+
+    def limit_s(self, least_s: float) -> float:
+        """Return from when on waiting is more than the path's own unsteadiness."""
+        if self.min_s is None:
+            return least_s
+        range_s = min(VARIATION_SHARE * (self._highest[0][1] - self.min_s), VARIATION_MAX_S)
+        return max(least_s, QUEUE_RTT_SHARE * self.min_s, range_s)
 
     def add(self, now: float, rtt_s: float) -> None:
         """Take one sample, measured at `now`."""
@@ -173,6 +185,8 @@ class ThinControl(QuicCongestionControl):
         self._congested_share = 0.0
         self._queue_at_loss_s = inf
         self._yields_until = -inf
+        self._stands = False
+        "Whether the queue was too long at the end of the last round trip: jitter is not, twice."
 
     @property
     def loss(self) -> float:
@@ -193,7 +207,7 @@ class ThinControl(QuicCongestionControl):
     def floor_window(self) -> int:
         """What random loss leaves at least, in bytes."""
         rate = POLICED_BYTES_PER_S if self._loss > POLICED_LOSS else FLOOR_BYTES_PER_S
-        rtt_s = (self.rtts.recent_s or 0.1) + self.ack_delay_s
+        rtt_s = min(self.rtts.recent_s or 0.1, PATH_RTT_MAX_S) + self.ack_delay_s
         return max(self.min_window, round(FLOOR_SLACK * rate * rtt_s))
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
@@ -233,14 +247,15 @@ class ThinControl(QuicCongestionControl):
         self._round_from = now
         used = min(self.congestion_window, max(self._peak_bytes, self._last_peak_bytes))
         self._last_peak_bytes, self._peak_bytes = self._peak_bytes, self.bytes_in_flight
-        if self._must_yield(now):
+        did_stand, self._stands = self._stands, self._must_yield(now)
+        if did_stand and self._stands:
             frames = self._packet_bytes * (self.rtts.recent_s or 0.0) / YIELD_FRAME_S
             least = max(self.min_window, round(frames))
             target = max(round(YIELD_FACTOR * used), least)
             self.congestion_window = min(self.congestion_window, target)
 
     def _must_yield(self, now: float) -> bool:
-        limit_s = max(YIELD_QUEUE_S, YIELD_RTT_SHARE * (self.rtts.min_s or 0.0))
+        limit_s = self.rtts.limit_s(YIELD_QUEUE_S)
         if now < self._yields_until:
             share_s = YIELD_QUEUE_SHARE * self._queue_at_loss_s
             limit_s = min(limit_s, max(share_s, QUEUE_MIN_S))

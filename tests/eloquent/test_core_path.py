@@ -40,6 +40,19 @@ def test_a_loss_in_the_handshake_or_upwards_makes_it_lossy() -> None:
     assert path.loss == 0
 
 
+def test_losses_that_all_prove_wrong_do_not_leave_it_lossy() -> None:
+    path = Path()
+    for _ in range(3):
+        path.on_outcome(lost=True)
+    path.on_late()
+    path.on_late()
+    assert path.is_lossy
+    path.on_late()
+    assert not path.is_lossy
+    path.on_outcome(lost=True)
+    assert path.is_lossy
+
+
 def test_losses_while_a_queue_stands_are_congestion_and_do_not() -> None:
     path = Path()
     path.has_queue = True

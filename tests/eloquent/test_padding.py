@@ -54,6 +54,14 @@ def test_small_packets_look_alike(sizes: list[int]) -> None:
     assert padded == {SIZES[0]}
 
 
+def test_what_is_released_is_held_no_more() -> None:
+    padding = Padding(hold_s=2.0)
+    assert padding.padded_size(600, 1.0, 0.0) == 640
+    assert padding.padded_size(50, 1.1, 0.0) == 640
+    padding.release()
+    assert padding.padded_size(50, 1.2, 0.0) == SIZES[0]
+
+
 def test_after_a_pause_nothing_is_held() -> None:
     padding = Padding()
     assert padding.padded_size(1000, 0.0, RTT_S) == 1280

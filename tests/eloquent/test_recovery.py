@@ -10,7 +10,15 @@ from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.tls import Epoch
 
-from eloquent.quic._recovery import MAX_PROBE_GAP_S, OTHER_QUEUE_S, TimedRecovery
+from eloquent.quic._recovery import (
+    EXPIRE_RTTS,
+    HELD_S,
+    HOLDS_S,
+    MAX_PROBE_GAP_S,
+    OTHER_QUEUE_S,
+    SLOW_RTT_S,
+    TimedRecovery,
+)
 from eloquent.quic.ecn import Ecn, tag
 from eloquent.quic.thin import THIN
 
@@ -221,6 +229,51 @@ def test_in_a_silence_nothing_in_flight_blocks_the_window() -> None:
     assert path.fates[30] is QuicDeliveryState.ACKED
 
 
+def test_held_acknowledgements_do_not_stop_a_flow() -> None:
+    path = Path()
+    path.recovery._rtt_variance = 1.0  # the probe timeout is seconds away
+    path.send(1, 2.0)
+    path.send(2, 2.1)
+    path.recovery.expire(2.0 + EXPIRE_RTTS * RTT_S + path.recovery.max_ack_delay + 0.001)
+    assert path.recovery.bytes_in_flight == PACKET_BYTES
+    assert not path.lost
+
+
+def test_a_packet_that_came_much_later_than_a_round_trip_was_held() -> None:
+    path = Path()
+    path.send(1, 2.0)
+    path.ack([1], 2.0 + RTT_S + HELD_S)
+    assert not path.recovery.holds(2.3)
+    path.send(2, 3.0)
+    path.ack([2], 3.0 + RTT_S + HELD_S + 0.01)
+    assert path.recovery.holds(3.3)
+    assert not path.recovery.holds(3.3 + HOLDS_S)
+
+
+def test_a_packet_given_up_in_a_hold_tells_of_it_too() -> None:
+    path = Path()
+    path.send(1, 2.0)
+    path.recovery.on_heard_again(4.0)
+    path.ack([1], 4.1)
+    assert path.recovery.holds(4.1)
+
+
+def test_an_acknowledgement_lost_in_an_outage_is_no_hold() -> None:
+    path = Path()
+    path.send(1, 2.0)
+    path.ack([1], 7.0, delay=4.9)  # It came at once, and that is said again.
+    assert not path.recovery.holds(7.0)
+
+
+def test_a_handshake_of_seconds_was_held() -> None:
+    path = Path()
+    path.recovery.rtts.forget()
+    path.recovery._rtt_smoothed = SLOW_RTT_S + 0.01
+    assert path.recovery.holds(2.0)
+    path.recovery._rtt_smoothed = SLOW_RTT_S - 0.01
+    assert not path.recovery.holds(2.0)
+
+
 def test_probes_do_not_double_for_ever() -> None:
     path = Path()
     path.send(1, 2.0)
@@ -234,15 +287,26 @@ def test_probes_do_not_double_for_ever() -> None:
     assert max(gaps) == pytest.approx(MAX_PROBE_GAP_S)
 
 
-def test_the_first_packet_after_a_silence_gives_up_what_is_older_than_a_round_trip() -> None:
+def test_the_first_packet_after_a_silence_gives_up_what_is_older_than_half_a_round_trip() -> None:
     path = Path()
-    for number in range(1, 20):
-        path.send(number, 2.0 + 0.1 * number)
+    for number in range(1, 21):
+        path.send(number, 2.0 + 0.1 * number - 0.01)
     assert path.recovery.is_silent(4.0)
+    assert not path.recovery.is_heard
     path.recovery.on_heard_again(4.0)
-    assert path.lost == list(range(1, 19))  # the last one may be answered yet
+    assert path.lost == list(range(1, 20))  # the last one may be answered yet
     assert not path.recovery.is_silent(4.0)
     assert path.recovery.congestion_window >= 12_000
+
+
+def test_it_is_heard_again_once_until_something_is_acknowledged() -> None:
+    path = Path()
+    path.send(1, 2.0)
+    path.recovery.on_heard_again(4.0)
+    assert path.recovery.is_heard
+    path.send(2, 4.0)
+    path.ack([2], 4.0 + RTT_S)
+    assert not path.recovery.is_heard
 
 
 def test_what_was_given_up_in_a_silence_may_still_be_acknowledged() -> None:

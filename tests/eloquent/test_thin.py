@@ -9,8 +9,10 @@ from eloquent.quic.thin import (
     FLOOR_BYTES_PER_S,
     FLOOR_SLACK,
     MIN_WINDOW_BYTES,
+    PATH_RTT_MAX_S,
     POLICED_BYTES_PER_S,
     RANDOM_LOSS_FACTOR,
+    VARIATION_SHARE,
     YIELD_S,
     RttHistory,
     ThinControl,
@@ -148,6 +150,44 @@ def test_a_spurious_loss_is_taken_back_when_all_of_them_have_come() -> None:
     assert flow.control.congestion_window == shrunk
     flow.control.on_spurious_loss(flight[1])
     assert flow.control.congestion_window == 10 * FULL_BYTES
+
+
+def test_a_long_queue_for_a_moment_does_not_make_it_yield() -> None:
+    flow = Flow()
+    for _ in range(10):
+        flow.see_queue(0.08)
+        flow.round(8)
+        flow.see_queue(0.0)
+        flow.round(8)
+    assert flow.control.congestion_window == 10 * FULL_BYTES
+
+
+def test_on_a_path_that_varies_only_more_than_that_is_a_queue() -> None:
+    rtts = RttHistory()
+    rtts.add(1.0, 0.1)
+    rtts.add(1.1, 0.4)
+    for step in range(4):
+        rtts.add(2.0 + 0.1 * step, 0.1 + VARIATION_SHARE * 0.3 - 0.001)
+    assert not rtts.has_queue
+    for step in range(4):
+        rtts.add(3.0 + 0.1 * step, 0.1 + VARIATION_SHARE * 0.3 + 0.001)
+    assert rtts.has_queue
+
+
+def test_no_path_is_as_long_as_a_queue_of_seconds() -> None:
+    rtts = RttHistory()
+    for step in range(4):
+        rtts.add(1.0 + step, 2.0)
+    assert rtts.queue_s == pytest.approx(2.0 - PATH_RTT_MAX_S)
+    assert rtts.has_queue
+
+
+def test_a_queue_of_seconds_does_not_raise_the_floor() -> None:
+    flow = Flow()
+    flow.control.rtts.forget()
+    flow.control.rtts.add(1.0, 5.0)
+    longest_s = PATH_RTT_MAX_S + flow.control.ack_delay_s
+    assert flow.control.floor_window <= FLOOR_SLACK * FLOOR_BYTES_PER_S * longest_s + 1
 
 
 def test_a_long_queue_makes_it_yield_before_anything_is_lost() -> None:
