@@ -63,7 +63,13 @@ TAIL_DOUBLINGS = 30
 SWEEP_AFTER_S = 0.2
 "After an acknowledgement has been overdue for so long, copies carry what else is not acknowledged."
 
-BEATS_ONLY_S = 1.0
+SPARSE_AFTER_S = 1.0
+SPARSE_AFTER_HOLD_S = 0.3
+SPARSE_GAP_S = 0.02
+"""After an acknowledgement has been overdue for so long (sooner where packets were held before: all
+will come, and the link must carry them), bundles are small, without copies, and no closer."""
+
+BEATS_ONLY_S = 8.0
 "After an acknowledgement has been overdue for so long, new tokens wait for the beat."
 
 GAP_WEIGHT = 1 / 8
@@ -116,6 +122,10 @@ class EloquentSender(Sender):
         self._copies = 0
         self._not_before = NOW
         self._is_beating = False
+        self._is_sparse = False
+        self._is_draining = False
+        self._silent_since: float | None = None
+        "Since when an acknowledgement was awaited when `_is_beating` or `_is_sparse` was set."
 
     def log_grew(self, now: float) -> None:
         """See `Sender.log_grew`."""
@@ -130,15 +140,17 @@ class EloquentSender(Sender):
     def on_acked(self, number: int) -> None:
         """See `Sender.on_acked`."""
         super().on_acked(number)
-        self._stop_beating()
+        self._end_silence()
 
     def on_lost(self, number: int) -> None:
         """See `Sender.on_lost`."""
         super().on_lost(number)
-        self._stop_beating()
+        self._end_silence()
 
     def next_time(self) -> float | None:
         """See `Sender.next_time`."""
+        if self._path.waiting_since != self._silent_since:
+            self._end_silence()
         new = self._log.length - self._sent_end
         if new >= BULK_BYTES and not self._is_beating:
             return NOW
@@ -175,7 +187,9 @@ class EloquentSender(Sender):
         wanted = packet_bytes - self._path.used_bytes
         lost = sum(high - low for low, high in self._resend)
         new = self._log.length - self._sent_end
-        is_bulk = self._is_beating or new >= BULK_BYTES or lost > BACKLOG_PACKETS * wanted
+        # Once in full packets, to the end: padding makes the last ones as large anyway.
+        self._is_draining = lost > (0 if self._is_draining else BACKLOG_PACKETS * wanted)
+        is_bulk = self._is_beating or new >= BULK_BYTES or self._is_draining
         return room if is_bulk else wanted
 
     def _choose(self, new: int, room: int) -> tuple[int, int]:
@@ -227,7 +241,8 @@ class EloquentSender(Sender):
         path = self._path
         least = _packet_size(path.used_bytes + MAX_HEADER_BYTES + max(new, 0))
         wanted = max(least, self._wanted_size(new))
-        wants_copy = not path.has_queue and (
+        is_held = path.is_silent and (path.holds or self._is_sparse)
+        wants_copy = not (path.has_queue or is_held) and (
             path.is_lossy or path.is_silent or (new > 0 and path.is_unknown)
         )
         if path.bytes_per_s is None:
@@ -259,9 +274,9 @@ class EloquentSender(Sender):
     def _wanted_size(self, new: int) -> int:
         """Return how large a packet would be if the window were no matter."""
         path = self._path
-        if path.has_queue:
+        if path.has_queue or path.holds:
             return 0
-        is_rough = path.is_lossy or path.is_silent
+        is_rough = (path.is_lossy or path.is_silent) and not self._is_sparse
         most = LOSSY_PACKET_BYTES if is_rough else CLEAN_PACKET_BYTES
         return _packet_size(min(self._full_size(new), most))
 
@@ -279,11 +294,14 @@ class EloquentSender(Sender):
         self._has_copy_due = False
         self._tail_copies = self._tail_copies + 1 if was_repeat else 0
         silence_s = self._path.silence_s(now)
+        self._silent_since = self._path.waiting_since
         self._path.is_silent = silence_s > SWEEP_AFTER_S
+        self._is_sparse = silence_s > (SPARSE_AFTER_HOLD_S if self._path.holds else SPARSE_AFTER_S)
         if silence_s > BEATS_ONLY_S:
             self._beat(now)
             return
-        self._not_before = now + budget.frame_s if budget.frame_s else NOW
+        frame_s = max(budget.frame_s, SPARSE_GAP_S if self._is_sparse else 0.0)
+        self._not_before = now + frame_s if frame_s else NOW
         if new > 0 and budget.has_copy and not budget.frame_s:
             self._has_copy_due = True
             self._path.note_copy()
@@ -304,14 +322,15 @@ class EloquentSender(Sender):
 
     def _beat(self, now: float) -> None:
         silence_s = self._path.silence_s(now)
+        self._silent_since = self._path.waiting_since
         self._repeat_at = now + beat_s(silence_s, self._path.srtt_s, SERVER_RTTS)
         if silence_s > BEATS_ONLY_S:
             self._is_beating = True
             self._not_before = self._repeat_at
 
-    def _stop_beating(self) -> None:
-        if self._is_beating:
-            self._is_beating = False
+    def _end_silence(self) -> None:
+        if self._is_beating or self._is_sparse:
+            self._is_beating = self._is_sparse = False
             self._not_before = NOW
 
 

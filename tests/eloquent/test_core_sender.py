@@ -8,7 +8,17 @@ from eloquent.core.beat import BeatLimit
 from eloquent.core.events import TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.path import UNKNOWN_COPIES, Path
-from eloquent.core.schemes import SCHEMES, EloquentSender, scheme
+from eloquent.core.schemes import (
+    BEATS_ONLY_S,
+    CLEAN_PACKET_BYTES,
+    PACKET_SIZES,
+    SCHEMES,
+    SPARSE_AFTER_S,
+    SPARSE_GAP_S,
+    SWEEP_AFTER_S,
+    EloquentSender,
+    scheme,
+)
 from eloquent.core.sender import CONFIRM_TRIES, MIN_ROOM_BYTES, NOW, Sender
 from eloquent.core.wire import Bundle, Report, encode_bundle
 from eloquent.errors import ConfigurationError, WireError
@@ -481,21 +491,76 @@ def test_a_path_without_a_round_trip_time_yet_repeats_the_tail_all_the_same() ->
 # Outages.
 
 
-def test_through_an_outage_a_beat_goes_on_and_new_tokens_wait_for_it() -> None:
-    sender = make()
+def through_an_outage(sender: Sender, *, lasting_s: float) -> list[tuple[float, Bundle]]:
+    """Generate a token every 30 ms and return what leaves, from 1 s on; nothing is heard."""
     sender._path.waiting_since = 1.0
     sent = []
-    for tick in range(1000):
+    for tick in range(round(lasting_s / 0.01)):
         now = 1.0 + 0.01 * tick
         if tick % 3 == 0:
             generate(sender, now)
         due = sender.next_time()
-        if due is not None and due <= now:
+        while due is not None and due <= now:
             sent.append((now, send(sender, now)))
-    beats = [(now, bundle) for now, bundle in sent if now > 3.0]
-    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(beats)]
-    assert all(0.15 - 1e-9 <= gap <= 0.2 for gap in gaps)
-    assert all(bundle.offset == 0 for _, bundle in beats)
+            due = sender.next_time()
+    return sent
+
+
+def gaps_from(sent: list[tuple[float, Bundle]], since_s: float) -> list[float]:
+    times = [now for now, _ in sent if now > since_s]
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def test_late_in_an_outage_a_beat_goes_on_and_new_tokens_wait_for_it() -> None:
+    sent = through_an_outage(make(), lasting_s=20.0)
+    since_s = 1.0 + BEATS_ONLY_S + 0.5
+    assert all(0.15 - 1e-9 <= gap <= 0.4 for gap in gaps_from(sent, since_s))
+    assert all(bundle.offset == 0 for now, bundle in sent if now > since_s)
+
+
+def test_in_a_silence_tokens_go_on_in_small_bundles_without_copies() -> None:
+    sent = through_an_outage(make(lossy=True), lasting_s=5.0)
+    early = [now for now, _ in sent if now < 1.0 + SPARSE_AFTER_S]
+    assert len(early) > len(set(early))
+    since_s = 1.5 + SPARSE_AFTER_S
+    assert min(gaps_from(sent, since_s)) >= SPARSE_GAP_S
+    assert max(gaps_from(sent, since_s)) < 0.05
+    assert all(len(bundle.data) < CLEAN_PACKET_BYTES for now, bundle in sent if now > since_s)
+
+
+def test_on_a_path_that_held_packets_before_silence_makes_nothing_larger() -> None:
+    sender = make(lossy=True)
+    sender._path.holds = True
+    sent = through_an_outage(sender, lasting_s=1.6)
+    silent = [bundle for now, bundle in sent if now > 1.0 + 0.325 + SWEEP_AFTER_S + 0.03]
+    assert max(len(bundle.data) for bundle in silent) < PACKET_SIZES[0]
+    assert len({bundle.offset + len(bundle.data) for bundle in silent}) == len(silent)
+
+
+def test_when_a_silence_ends_the_next_token_does_not_wait() -> None:
+    sender = make()
+    last_s, _ = through_an_outage(sender, lasting_s=3.0)[-1]
+    generate(sender, last_s)
+    due = sender.next_time()
+    assert due is not None
+    assert due > last_s
+    sender._path.waiting_since = None
+    assert sender.next_time() == NOW
+
+
+def test_a_backlog_that_began_in_full_packets_ends_in_them() -> None:
+    sender = make(lossy=True)
+    for token in range(300):
+        generate(sender, 1.0 + 0.03 * token)
+        send(sender, 1.0 + 0.03 * token)
+    for number in range(sender.bundles_sent):
+        sender.on_lost(number)
+    sent = []
+    while sender.next_time() == NOW:
+        sent.append(send(sender, 11.0))
+    lost = [bundle for bundle in sent if bundle.offset + len(bundle.data) < 300 * TOKEN_BYTES]
+    assert all(len(bundle.data) > ROOM - 20 for bundle in lost[:-1])
+    assert len(sent) <= 300 * TOKEN_BYTES // ROOM + 3
 
 
 def test_the_beats_of_all_connections_together_are_bounded() -> None:
