@@ -14,7 +14,7 @@ from eloquent_netem.lab.measures import DeliveryError
 from eloquent_netem.lab.outages import OutageCase, outage_cases, outage_jobs, outage_report
 from eloquent_netem.lab.places import RECORDINGS
 from eloquent_netem.lab.simulated import scenario_path
-from eloquent_netem.lab.traces import ScenarioCase, trace_cases, trace_report
+from eloquent_netem.lab.traces import ScenarioCase, trace_cases, whole_grid_report
 from eloquent_netem.lab.transport import Options, Part, make_parts, transport
 from eloquent_netem.lab.wire import CELL, WireCase, wire_report
 from eloquent_netem.scenario import parse_scenario
@@ -148,7 +148,7 @@ def test_recordings_are_replayed_from_a_folder_and_the_absent_are_named(tmp_path
     assert found["stall_ratio"] >= found["oracle_stall_ratio"]
     assert found == case.run("eloquent", 0)
     assert case.run("tcp", 0)["stall_ratio"] >= found["oracle_stall_ratio"]
-    notes = trace_report(Results(), tmp_path).notes
+    notes = whole_grid_report(Results(), tmp_path).notes
     assert RECORDINGS[1] in notes
     assert name not in notes
 
@@ -214,5 +214,5 @@ def test_ctrl_c_keeps_what_is_done() -> None:
 
 
 def test_all_parts_have_their_names(tmp_path: Path) -> None:
-    names = ["grid", "traces", "wire", "outages", "fairness", "cancel", "liveness"]
+    names = ["grid", "wire", "outages", "fairness", "cancel", "liveness"]
     assert list(make_parts(tmp_path)) == names

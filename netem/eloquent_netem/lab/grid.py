@@ -35,6 +35,15 @@ P99_SLACK_S = 0.015
 LIGHT_LOSS = 0.05
 "Up to this independent loss the p99 delay may exceed the oracle's by `P99_SLACK_S`, else by a gap."
 
+NOTES = (
+    f"{TOKENS} tokens of 10 bytes in each answer; ours is padded, those of the others are not, "
+    "which is in their favour; loss both ways, independent or in bursts of "
+    f"{1000 * BURST_S:g} ms, which are a function of time. *Excess* is a ratio minus the oracle's "
+    "for the same tokens; *ratio* compares our excess with another scheme's in the cell, both at "
+    f"least {100 * RATIO_FLOOR:g} percentage points."
+)
+"How the grid's figures are made."
+
 MEASURES = {"strict": "stall_ratio", "200 ms": "stall_ratio_200ms"}
 
 
@@ -132,19 +141,6 @@ def grid_jobs(seeds: Sequence[int], schemes: Sequence[str] = SCHEMES) -> list[Jo
     lossy = [case for case in cases if case.is_lossy]
     clean = [case for case in cases if not case.is_lossy]
     return all_jobs(lossy, schemes, seeds) + all_jobs(clean, schemes, seeds[:1])
-
-
-def grid_report(results: Results) -> Report:
-    """Judge the grid."""
-    report = stall_report("grid", grid_cases(), results)
-    report.notes = (
-        f"{TOKENS} tokens of 10 bytes in each answer; ours is padded, those of the others are "
-        "not, which is in their favour; loss both ways, independent or in bursts of "
-        f"{1000 * BURST_S:g} ms, which are a function of time. *Excess* is a ratio minus the "
-        "oracle's for the same tokens; *ratio* compares our excess with another scheme's in the "
-        f"cell, both at least {100 * RATIO_FLOOR:g} percentage points."
-    )
-    return report
 
 
 def stall_report(part: str, cases: Sequence[StallCase], results: Results) -> Report:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from eloquent_netem.lab.cases import Figures, Job, Results, all_jobs
 from eloquent_netem.lab.findings import Report
-from eloquent_netem.lab.grid import SCHEMES, stall_figures, stall_report
+from eloquent_netem.lab.grid import (
+    NOTES as GRID_NOTES,
+)
+from eloquent_netem.lab.grid import (
+    SCHEMES,
+    grid_cases,
+    grid_jobs,
+    stall_figures,
+    stall_report,
+)
 from eloquent_netem.lab.places import (
     NO_UPLINK_MBIT_S,
     RECORDING_LOSS,
@@ -76,20 +85,21 @@ def trace_cases(folder: Path) -> list[ScenarioCase]:
     return [*map(ScenarioCase, SCENARIOS), *recordings]
 
 
-def trace_jobs(seeds: Sequence[int], folder: Path) -> list[Job]:
-    """Return the jobs."""
-    return all_jobs(trace_cases(folder), SCHEMES, seeds)
+def whole_grid_jobs(seeds: Sequence[int], folder: Path) -> list[Job]:
+    """Return the jobs of the grid, the scenarios and the recordings."""
+    return grid_jobs(seeds) + all_jobs(trace_cases(folder), SCHEMES, seeds)
 
 
-def trace_report(results: Results, folder: Path) -> Report:
-    """Judge the answers over scenarios and recordings."""
+def whole_grid_report(results: Results, folder: Path) -> Report:
+    """Judge the answers over the grid, the scenarios and the recordings: sums are over all."""
     cases = trace_cases(folder)
-    report = stall_report("traces", cases, results)
+    report = stall_report("grid", [*grid_cases(), *cases], results)
     absent = sorted(set(RECORDINGS) - {case.name for case in cases})
     skipped = f" Skipped, not in the folder: {', '.join(absent)}." if absent else ""
     report.notes = (
-        f"{TOKENS} tokens at {TOKENS_PER_S:g} a second, from an instant that the seed chooses. "
-        "Recordings of cellular links replayed as mahimahi does, with "
+        f"{GRID_NOTES} Over `handover` and recordings: {TOKENS} tokens at {TOKENS_PER_S:g} a "
+        "second, from an instant that the seed chooses. Recordings of cellular links replayed as "
+        "mahimahi does, with "
         f"{RECORDING_RTT_MS / 2:g} ms each way, a queue of {RECORDING_QUEUE_PACKETS} packets and "
         f"{100 * RECORDING_LOSS:g} % independent loss; where the uplink was not recorded it has "
         f"{NO_UPLINK_MBIT_S:g} Mbit/s.{skipped}"

@@ -23,10 +23,9 @@ from eloquent_netem.lab.findings import (
     summary_table,
     to_json,
 )
-from eloquent_netem.lab.grid import grid_jobs, grid_report
 from eloquent_netem.lab.liveness import liveness_jobs, liveness_report
 from eloquent_netem.lab.outages import outage_jobs, outage_report
-from eloquent_netem.lab.traces import trace_jobs, trace_report
+from eloquent_netem.lab.traces import whole_grid_jobs, whole_grid_report
 from eloquent_netem.lab.wire import wire_jobs, wire_report
 
 EXIT_MISSED = 1
@@ -49,8 +48,11 @@ class Part:
 def make_parts(traces: Path) -> dict[str, Part]:
     """Return all parts, in the order in which they run; `traces` is the folder of recordings."""
     parts = (
-        Part("grid", grid_jobs, grid_report),
-        Part("traces", partial(trace_jobs, folder=traces), partial(trace_report, folder=traces)),
+        Part(
+            "grid",
+            partial(whole_grid_jobs, folder=traces),
+            partial(whole_grid_report, folder=traces),
+        ),
         Part("wire", wire_jobs, wire_report),
         Part("outages", outage_jobs, outage_report),
         Part("fairness", fairness_jobs, fairness_report),
