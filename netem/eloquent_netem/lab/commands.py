@@ -71,9 +71,10 @@ def transport(
     part
         The parts to run; by default all. `grid`: stalls, token delay and packets beside the other
         schemes, for every loss, round trip and rate, over handovers and recorded cellular links.
-        `wire`: bytes per token. `outages`: how soon after the link's return the reader is up to date. `fairness`: two token flows beside a bulk flow, and fifty on a thin
-        link. `cancel`: how soon the server knows. `liveness`: how soon both sides know that the
-        link is dead, and how often they are wrong.
+        `wire`: bytes per token. `outages`: how soon after the link's return the reader is up to
+        date. `fairness`: two token flows beside a bulk flow, and fifty on a thin link. `cancel`:
+        how soon the server knows. `liveness`: how soon both sides know that the link is dead, and
+        how often they are wrong.
     seeds
         How many seeds, from 0 on.
     schemes
