@@ -68,7 +68,7 @@ def test_damage_anywhere_is_found(encoding: Any) -> None:
         damaged[place] ^= 1 << rng.randrange(8)
         with pytest.raises(DamagedBlockError):
             decode(bytes(damaged), KEY, SHAPE, encoding)
-    for length in (0, 3, 27, 28, len(data) - 1):
+    for length in (0, 3, 31, 32, len(data) - 1):
         with pytest.raises(DamagedBlockError):
             decode(data[:length], KEY, SHAPE, encoding)
     with pytest.raises(DamagedBlockError):

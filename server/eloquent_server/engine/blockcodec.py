@@ -10,9 +10,9 @@ from eloquent_server.engine.attention import KvShape
 
 Encoding = Literal["raw", "int8"]
 
-_MAGIC = b"EKV1"
+_MAGIC = b"EKV2"
 _DIGEST_BYTES = 16
-_HEADER = struct.Struct(f"<4s4sI{_DIGEST_BYTES}s")
+_HEADER = struct.Struct(f"<4s4sQ{_DIGEST_BYTES}s")
 "Magic, encoding, tokens, digest of key, encoding, tokens and body."
 
 
@@ -38,7 +38,7 @@ def encode(block: torch.Tensor, key: bytes, encoding: Encoding) -> bytes:
     return _HEADER.pack(_MAGIC, encoding.encode(), tokens, digest) + body
 
 
-def decode(data: bytes, key: bytes, shape: KvShape, encoding: Encoding) -> torch.Tensor:
+def decode(data: bytes | bytearray, key: bytes, shape: KvShape, encoding: Encoding) -> torch.Tensor:
     """Return the block that was encoded under `key`.
 
     Raises:
@@ -55,7 +55,9 @@ def decode(data: bytes, key: bytes, shape: KvShape, encoding: Encoding) -> torch
     if encoding == "raw":
         if len(body) != tokens * shape.token_bytes:
             raise DamagedBlockError("The block is of another shape, so it is not used.")
-        return torch.frombuffer(bytearray(body), dtype=shape.dtype).view(size)
+        # A tensor needs memory that may be written to; a copy of a block takes a while.
+        own = data if isinstance(data, bytearray) else bytearray(data)
+        return torch.frombuffer(own, dtype=shape.dtype, offset=_HEADER.size).view(size)
     heads = 2 * shape.layers * shape.heads * tokens
     if len(body) != heads * (4 + shape.head_dim):
         raise DamagedBlockError("The block is of another shape, so it is not used.")

@@ -235,7 +235,7 @@ class Core:
         turn.restoring = False
         turn.tier_failed = not blocks
         if not turn.done:
-            self._cache.restored(turn, start, blocks)
+            self._cache.restored(turn, start, blocks, self._clock())
 
     def _turns(self) -> list[Turn]:
         return [*self._running, *self._waiting]

@@ -140,12 +140,20 @@ class PrefixCache:
         self._tier.fetch(keys, lambda blocks: done(start, blocks))
         return True
 
-    def restored(self, turn: Turn, start: int, blocks: Sequence[torch.Tensor]) -> None:
-        """Put blocks that the second tier delivered into the turn's row."""
-        if turn.row is not None and turn.cached == start and blocks:
-            self._layout.write(turn.row, start, blocks)
-            self._advance(turn, len(blocks))
-            self.stats.restored_tokens += len(blocks) * BLOCK_TOKENS
+    def restored(self, turn: Turn, start: int, blocks: Sequence[torch.Tensor], now: float) -> None:
+        """Put blocks that the second tier delivered into the turn's row, and share them."""
+        if turn.row is None or turn.cached != start or not blocks:
+            return
+        self._layout.write(turn.row, start, blocks)
+        self._advance(turn, len(blocks))
+        self.stats.restored_tokens += len(blocks) * BLOCK_TOKENS
+        first = start // BLOCK_TOKENS
+        for i, block in enumerate(blocks, first):
+            key = self._key(turn, i)
+            if not self.tree.find(key, now) and not self._share_block(turn, i, key, now, block):
+                return
+            if turn.published == i:
+                turn.published = i + 1
 
     def must_wait(self, turn: Turn) -> bool:
         """Return whether another turn is about to compute the block that this one needs next."""
@@ -180,7 +188,7 @@ class PrefixCache:
         first = 0 if again else min(turn.published, full)
         for i in range(first, full):
             key = self._key(turn, i)
-            if not self.tree.find(key, now) and not self._publish_block(turn, i, key, now):
+            if not self.tree.find(key, now) and not self._share_block(turn, i, key, now):
                 return
             turn.published = max(turn.published, i + 1)
 
@@ -215,7 +223,10 @@ class PrefixCache:
         rows = max(row_tokens * self._token_bytes, self._layout.fixed_bytes)
         return len(self.tree) * self._block_bytes + rows
 
-    def _publish_block(self, turn: Turn, i: int, key: bytes, now: float) -> bool:
+    def _share_block(
+        self, turn: Turn, i: int, key: bytes, now: float, block: torch.Tensor | None = None
+    ) -> bool:
+        """Put a block into the tree, a copy of the row's unless it is given; False: no room."""
         parent = turn.keys[i - 1] if i else None
         # Found, so of use now: making room below cannot evict it.
         if parent is not None and not self.tree.find(parent, now):
@@ -229,9 +240,10 @@ class PrefixCache:
         while self.used_bytes + self._block_bytes > self._budget:
             if not self._evict(before=now):
                 return False
-        assert turn.row is not None
-        start = i * BLOCK_TOKENS
-        block = self._layout.read(turn.row, start, start + BLOCK_TOKENS)
+        if block is None:
+            assert turn.row is not None
+            start = i * BLOCK_TOKENS
+            block = self._layout.read(turn.row, start, start + BLOCK_TOKENS)
         self.tree.insert(key, parent, block, tenant=turn.tenant, now=now)
         self.stats.published_blocks += 1
         return True

@@ -106,10 +106,12 @@ class DiskStore:
         self._sizes[key] = len(data)
         self._trim()
 
-    def read(self, key: bytes) -> bytes:
+    def read(self, key: bytes) -> bytearray:
         """Return what was kept, and count it as used."""
         path = self._path(key)
-        data = path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            file.readinto(data)
         os.utime(path)
         self._sizes.move_to_end(key)
         return data
@@ -253,7 +255,7 @@ class TierStore:
         return blocks
 
     def _load(self, key: bytes) -> torch.Tensor | None:
-        data = self._ram.get(key)
+        data: bytes | bytearray | None = self._ram.get(key)
         try:
             if data is not None:
                 self._ram.move_to_end(key)
