@@ -183,27 +183,34 @@ class CapturedLink(Link):
 
     @property
     def packets_sent(self) -> int:
+        """See `Link.packets_sent`."""
         return self._watched.packets_sent
 
     @property
     def bytes_sent(self) -> int:
+        """See `Link.bytes_sent`."""
         return self._watched.bytes_sent
 
     @property
     def packets_lost(self) -> int:
+        """See `Link.packets_lost`."""
         return self._watched.packets_lost
 
     @property
     def queue(self) -> Queue:
+        """See `Link.queue`."""
         return self._watched.queue
 
     def send(self, now: float, packet: Packet) -> None:
+        """See `Link.send`."""
         self._captured.send(now, packet)
 
     def next_time(self) -> float | None:
+        """See `Link.next_time`."""
         return self._captured.next_time()
 
     def poll(self, now: float) -> list[Packet]:
+        """See `Link.poll`."""
         return self._captured.poll(now)
 
 

@@ -5,11 +5,13 @@ import contextlib
 import hashlib
 import random
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from eloquent.core.events import Event
 from eloquent.errors import EloquentError
-from eloquent.link import LinkUser
+from eloquent.link import Link
 from eloquent.quic.certificate import certificate_pin
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Address, Connected, ConnectionEnded, ConnectionEvent
@@ -314,8 +316,20 @@ class WatchedConnection:
             self._connected.set_result(attempt)
 
 
-class _Nobody(LinkUser):
-    """Whom a link that is only tried belongs to."""
+class _Nobody:
+    """Whom a link that is only tried belongs to; see `LinkUser`."""
+
+    def on_early(self, link: Link) -> None:
+        pass
+
+    def on_progress(self, link: Link, turn: int, events: Sequence[Event]) -> None:
+        pass
+
+    def on_turn_failed(self, link: Link, turn: int, error: EloquentError) -> None:
+        pass
+
+    def on_link_ended(self, link: Link, error: EloquentError) -> None:
+        pass
 
 
 async def try_websocket(url: ServerUrl, timeout_s: float) -> tuple[Attempt, str | None]:

@@ -230,7 +230,7 @@ def missed_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
     Where our excess is below the floor of ratios there is nothing left to win.
     """
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for measure, (plain, excess) in MEASURES.items():
         excesses, plains = samples_of(rows, excess), samples_of(rows, plain)
         for scenario in dict.fromkeys(row.scenario for row in rows):

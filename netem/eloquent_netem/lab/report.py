@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from eloquent_netem.lab.findings import Sheet
 from eloquent_netem.lab.measures import measure_stalls
@@ -37,10 +36,6 @@ from eloquent_netem.lab.statistics import (
     reduction,
     samples_of,
 )
-
-if TYPE_CHECKING:
-
-    pass
 
 OURS = "eloquent"
 PAGE = "report.html"

@@ -6,7 +6,7 @@ where the numbers come from. Ratios come as shares of one, times in seconds.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eloquent_netem.lab.report_style import Theme, colour_of, in_order, style_of
 from eloquent_netem.lab.statistics import Interval
@@ -252,14 +252,24 @@ def _is_within(value: float, span: tuple[float, float]) -> bool:
     return span[0] <= value <= span[1]
 
 
+Shared = Literal["none", "all", "row", "col"]
+"Which panels have an axis in common."
+
+
 def _grid(
-    lines: int, columns: int, *, width: float = 0.0, height: float = 0.0, **shared: str
+    lines: int,
+    columns: int,
+    *,
+    width: float = 0.0,
+    height: float = 0.0,
+    sharex: Shared = "none",
+    sharey: Shared = "none",
 ) -> "tuple[Figure, list[list[Axes]]]":
     from matplotlib.figure import Figure
 
     size = (width or 1.0 + PANEL_INCHES * columns, height or 0.8 + 2.5 * lines)
     figure = Figure(figsize=size, layout="constrained")
-    grid: Any = figure.subplots(lines, columns, squeeze=False, **shared)
+    grid: Any = figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=sharey)
     return figure, [list(line) for line in grid]
 
 

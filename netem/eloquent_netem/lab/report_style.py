@@ -6,13 +6,16 @@ dark theme they are lighter. Markers and dashes differ too, so that no figure ha
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from eloquent.errors import ConfigurationError
 
 DPI = 150
+
+
+Dash = Literal["-", "--", "-.", ":"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Style:
     light: str
     dark: str
     marker: str
-    dash: str = "-"
+    dash: Dash = "-"
 
 
 STYLES = {
@@ -73,7 +76,7 @@ def check_can_draw() -> None:
 def style_of(scheme: str) -> Style:
     """Return the scheme's style; one that is not known here is grey, under its own name."""
     known = STYLES.get(scheme)
-    return known if known is not None else Style(scheme, *_fields(UNKNOWN)[1:])
+    return known if known is not None else replace(UNKNOWN, label=scheme)
 
 
 def colour_of(scheme: str, theme: Theme) -> str:
@@ -94,7 +97,8 @@ def themed(theme: Theme) -> Iterator[None]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    with mpl.rc_context(_settings(theme)):
+    settings: Any = _settings(theme)  # Its keys are strings to all but matplotlib's own types.
+    with mpl.rc_context(settings):
         yield
 
 
@@ -129,7 +133,3 @@ def _settings(theme: Theme) -> dict[str, Any]:
         "font.family": "DejaVu Sans",
         "svg.hashsalt": "eloquent",
     }
-
-
-def _fields(style: Style) -> tuple[str, str, str, str, str]:
-    return style.label, style.light, style.dark, style.marker, style.dash
