@@ -42,10 +42,13 @@ bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bound
 	$(BIN)/eloquent netem fidelity
 	$(BIN)/eloquent lab speed
 
-bench-transport: $(INSTALLED) ## Hold the transport to its bounds, make docs/results-transport.md anew (20 minutes on two cores; goes on where it was stopped).
+bench-transport: $(INSTALLED) ## Hold the transport to its bounds, make docs/results-transport.md anew (40 minutes on two cores; goes on where it was stopped).
 	@mkdir -p build
-	$(BIN)/eloquent lab transport --seeds 20 --cache build/transport.jsonl \
-		--json build/transport.json --markdown docs/results-transport.md
+	$(BIN)/eloquent lab transport --part grid --part wire --part outages --part cancel --seeds 20 \
+		--cache build/transport.jsonl --json build/transport.json \
+		--markdown docs/results-transport.md || test $$? = 1
+	$(BIN)/eloquent lab transport --part fairness --part liveness --seeds 3 \
+		--cache build/transport.jsonl --json build/transport-more.json
 
 bench-engine: $(INSTALLED_USER) ## Measure the engine beside transformers and llama.cpp (15 minutes on two idle cores).
 	@mkdir -p build
