@@ -75,4 +75,4 @@ def test_fifty_turns_that_want_more_than_the_link_has_get_the_same(bits_per_s: f
     assert sum(came) ** 2 / (TURNS * sum(count**2 for count in came)) > 0.99  # Jain's index
     assert min(came) > 0.8 * told
     assert sum(came) > 0.9 * TURNS * told
-    assert pair.bundles_sent < 0.5 * TURNS * told
+    assert pair.bundles_sent < TURNS * told / 1.5  # Tokens share bundles.

@@ -27,7 +27,9 @@ from eloquent_server.engine.prompt import PromptEncoder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SAMPLED = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 30}
+NO_END = {str(token): -100.0 for token in tiny_loaded("llama").end_tokens}
+"For answers of random tokens that should be long."
+SAMPLED = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 30, "logit_bias": NO_END}
 GREEDY = {"temperature": 0, "max_tokens": 30}
 LOGPROBS = {**GREEDY, "logprobs": True, "top_logprobs": 2}
 
