@@ -1,6 +1,7 @@
 """The page of results: parts made one by one, marked with their code, kept where not made."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from lab_rows import row
 
 from eloquent_netem.lab.commands import lab
-from eloquent_netem.lab.paper import Options, check, paper
+from eloquent_netem.lab.paper import Options, check, commit_of, paper
 from eloquent_netem.lab.paper_page import (
     NOT_YET,
     Mark,
@@ -209,3 +210,24 @@ def test_recordings_are_taken_where_they_are(tmp_path: Path) -> None:
     (place,) = recordings(tmp_path)
     assert place.name.startswith(TRACES[1])
     assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun"]
+
+
+def test_the_page_itself_does_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert commit_of(tmp_path / "nothing") == "unknown"
+    (tmp_path / "docs").mkdir()
+    page, code = tmp_path / "docs" / "results.md", tmp_path / "code.py"
+    for file in (page, code):
+        file.write_text("a")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "Begin")
+    commit = commit_of(tmp_path)
+    assert len(commit) == 8
+    page.write_text("b")
+    assert commit_of(tmp_path) == commit
+    code.write_text("b")
+    assert commit_of(tmp_path) == f"{commit}-dirty"

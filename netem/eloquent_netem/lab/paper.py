@@ -138,25 +138,31 @@ def _pictured(part: Part, found: Found) -> Study:
 def _mark(part: Part, options: Options) -> Mark:
     return Mark(
         code=part.code,
-        commit=_commit(),
+        commit=commit_of(Path(__file__).parent),
         date=datetime.now(UTC).date().isoformat(),
         seeds=options.seeds[part.driver],
     )
 
 
-def _commit() -> str:
-    """Return the commit of the working tree, or what stands for none."""
+def commit_of(folder: Path) -> str:
+    """Return the commit of a folder's working tree, `-dirty` if more than docs has changed."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=8"],  # noqa: S607
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = _git(folder, "describe", "--always", "--abbrev=8")
+        changed = _git(folder, "diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)docs")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(  # noqa: S603
+        ["git", *words],  # noqa: S607
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def _read(output: Path) -> str:
