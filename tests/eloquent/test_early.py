@@ -57,6 +57,16 @@ def another_session(ticket: bytes | None, world: World) -> Session:
     return Session(URL, connector=partial(connect, tickets=tickets), machine=FakeMachine())
 
 
+async def resumed(world: World, request: Request) -> tuple[str, float]:
+    """Go on in another process that has the tickets; return the text, and when its first came."""
+    session = another_session(world.tickets.exported(), world)
+    times: list[float] = []
+    begun_s = now()
+    text = await read(session.open(request), times)
+    await session.close()
+    return text, times[0] - begun_s
+
+
 async def leave(world: World, count: int) -> Request:
     """Read some of a turn, close the session as a process that ends, and return what resumes it."""
     turn = world.session.ask(b"{}")
@@ -92,12 +102,7 @@ def test_a_ticket_that_a_restarted_server_does_not_know_costs_nothing() -> None:
         request = await leave(world, 20)
         await world.kill_server()
         await world.start_server()
-        session = another_session(world.tickets.exported(), world)
-        times: list[float] = []
-        begun_s = now()
-        text = await read(session.open(request), times)
-        await session.close()
-        return text, times[0] - begun_s
+        return await resumed(world, request)
 
     text, first_s = in_world(play)
     assert text == "".join(tokens(100)[20:])
@@ -109,12 +114,7 @@ def test_a_server_that_keeps_its_tickets_takes_them_after_a_restart(tmp_path: Pa
         await restart(world, tmp_path)
         request = await leave(world, 20)
         await restart(world, tmp_path)
-        session = another_session(world.tickets.exported(), world)
-        times: list[float] = []
-        begun_s = now()
-        text = await read(session.open(request), times)
-        await session.close()
-        return text, times[0] - begun_s
+        return await resumed(world, request)
 
     text, first_s = in_world(play)
     assert text == "".join(tokens(100)[20:])
