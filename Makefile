@@ -35,7 +35,7 @@ format: $(INSTALLED) ## Put the code into its standard form.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-paper: $(INSTALLED) ## Make docs/results.md and its figures anew (minutes in virtual time, then an hour over TUN, which needs root or user namespaces; goes on where it was stopped).
+paper: $(INSTALLED) ## Make docs/results.md and its figures anew (minutes in virtual time, then half an hour over TUN, which needs root or user namespaces; goes on where it was stopped).
 	$(BIN)/eloquent lab paper
 
 bench-netem: $(INSTALLED) ## Hold netem to the kernel and its speed to its bounds (five minutes; needs root or user namespaces).
