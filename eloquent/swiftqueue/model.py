@@ -46,3 +46,201 @@ Files: `weights/swiftqueue.safetensors` holds these tensors in float32 under the
 "levels": LEVELS, ...}. RMS_EPSILON, TIME_UNIT_S and the delay's scale are constants of
 `eloquent.swiftqueue.shape`.
 """
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eloquent.swiftqueue.features import QUERY_NAMES
+from eloquent.swiftqueue.records import Queue
+from eloquent.swiftqueue.shape import (
+    DELAY_UNIT_S,
+    LEVELS,
+    MAX_SCALED,
+    QUEUE_OUTPUTS,
+    RMS_EPSILON,
+    TIME_UNIT_S,
+    Shape,
+)
+
+POINT = len(LEVELS)
+DROP = POINT + 1
+"Where the head has them, among a queue's outputs."
+OUTSIDE = -1
+"The segment of places before a sequence's beginning."
+
+
+class Predictor(nn.Module):
+    """The whole model; the module's docstring has the formulas."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Linear(shape.event_features, shape.width)
+        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
+        self.norm = _Norm(shape.width)
+        self.head = _Head(shape)
+
+    def forward(self, events: Tensor, sent_s: Tensor, segments: Tensor) -> Tensor:
+        """Return h of each event: (B, T, width).
+
+        Args:
+            events: (B, T, event_features).
+            sent_s: (B, T); differences count, so any beginning within a sequence will do.
+            segments: (B, T), integers; an event attends to those of its own segment only.
+        """
+        length = events.shape[1]
+        padding = -length % self.shape.window
+        x = self.embed(functional.pad(events, (0, 0, 0, padding)))
+        sent_s = functional.pad(sent_s, (0, padding))
+        segments = functional.pad(segments, (0, padding), value=OUTSIDE)
+        window = self.shape.window
+        gap_s = (
+            _blocks(sent_s, window).unsqueeze(-1) - _with_before(sent_s, window).unsqueeze(-2)
+        ).abs()
+        log_gap = torch.log1p(gap_s / TIME_UNIT_S)
+        same = _blocks(segments, window).unsqueeze(-1) == _with_before(
+            segments, window, fill=OUTSIDE - 1
+        ).unsqueeze(-2)
+        distance = _distances(window, events.device)
+        seen = same & (distance >= 0) & (distance < window)
+        for layer in self.layers:
+            x = layer(x, log_gap, seen, distance.clamp(0, window - 1))
+        return self.norm(x)[:, :length]  # type: ignore[no-any-return]
+
+    def ask(self, h: Tensor, queries: Tensor) -> Tensor:
+        """Return the head's outputs, (N, 2, QUEUE_OUTPUTS), quantiles not yet summed.
+
+        Args:
+            h: (N, width), of the newest event.
+            queries: (N, query_features).
+        """
+        return self.head(h, queries)  # type: ignore[no-any-return]
+
+
+class _Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON) * self.weight
+
+
+class _Layer(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width, self.heads, self.window = shape.width, shape.heads, shape.window
+        self.attention_norm = _Norm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.distance_bias = nn.Parameter(torch.zeros(shape.heads, shape.window))
+        # From a head that looks at all times alike to one that looks at the newest.
+        self.time_slope = nn.Parameter(-torch.linspace(0.0, 1.0, shape.heads))
+        self.out = nn.Linear(width, width, bias=False)
+        self.feed_norm = _Norm(width)
+        self.up = nn.Linear(width, shape.feed)
+        self.down = nn.Linear(shape.feed, width)
+
+    def forward(self, x: Tensor, log_gap: Tensor, seen: Tensor, distance: Tensor) -> Tensor:
+        x = x + self._attend(self.attention_norm(x), log_gap, seen, distance)
+        y = functional.relu(self.up(self.feed_norm(x)))
+        return x + self.down(y)  # type: ignore[no-any-return]
+
+    def _attend(self, y: Tensor, log_gap: Tensor, seen: Tensor, distance: Tensor) -> Tensor:
+        """Attend in blocks of W events, each to itself and the block before: (B, T, width).
+
+        In the blocks N = T / W, an event has a place q of W and what it sees a place k of 2 W.
+        """
+        batch, length, width = y.shape
+        q, k, v = self.qkv(y).split(width, -1)
+        # (B, N, H, W or 2 W, d)
+        q = _blocks(self._heads(q), self.window).transpose(2, 3)
+        k = _with_before(self._heads(k), self.window).transpose(2, 3)
+        v = _with_before(self._heads(v), self.window).transpose(2, 3)
+        scores = q @ k.transpose(-1, -2) * (width // self.heads) ** -0.5
+        scores = scores + self.distance_bias[:, distance]
+        scores = scores + self.time_slope[:, None, None] * log_gap.unsqueeze(2)
+        scores = scores.masked_fill(~seen.unsqueeze(2), -torch.inf)
+        heard = (scores.softmax(-1) @ v).transpose(2, 3)
+        return self.out(heard.reshape(batch, length, width))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+class _Head(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        outputs = len(Queue) * QUEUE_OUTPUTS
+        self.hidden = nn.Linear(shape.width + shape.query_features, shape.hidden)
+        self.middle = nn.Linear(shape.hidden, shape.middle)
+        self.out = nn.Linear(shape.middle, outputs)
+        self.skip = nn.Linear(shape.query_features, outputs, bias=False)
+        _begin_as_last_value(self)
+
+    def forward(self, h: Tensor, queries: Tensor) -> Tensor:
+        y = functional.relu(self.hidden(torch.cat((h, queries), -1)))
+        y = functional.relu(self.middle(y))
+        z = self.out(y) + self.skip(queries)
+        return z.reshape(*z.shape[:-1], len(Queue), QUEUE_OUTPUTS)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _begin_as_last_value(head: _Head) -> None:
+    """Let an untrained head foretell the last known delay of each queue, and few drops."""
+    head.out.weight.mul_(0.1)
+    head.skip.weight.zero_()
+    bias = head.out.bias.zero_().view(len(Queue), QUEUE_OUTPUTS)
+    bias[:, 1:POINT] = -1.0
+    bias[:, DROP] = -4.0
+    skip = head.skip.weight.view(len(Queue), QUEUE_OUTPUTS, -1)
+    for queue in Queue:
+        last = QUERY_NAMES.index(f"{queue.name.lower()}_delay")
+        skip[queue, 0, last] = skip[queue, POINT, last] = 1.0
+
+
+def quantiles(outputs: Tensor) -> Tensor:
+    """Return the quantiles at LEVELS in the delay's scale: (..., 2, 3), none below the last."""
+    steps = functional.softplus(outputs[..., 1:POINT])
+    return torch.cat((outputs[..., :1], steps), -1).cumsum(-1)
+
+
+def to_seconds(scaled: Tensor) -> Tensor:
+    """Return delays in seconds from the scale in which they are foretold, cut to what is sane."""
+    return DELAY_UNIT_S * torch.expm1(scaled.clamp(0.0, MAX_SCALED))
+
+
+def save_weights(model: Predictor, path: Path) -> None:
+    """Write the model's tensors to a safetensors file."""
+    save_file({name: one.contiguous().cpu() for name, one in model.state_dict().items()}, path)
+
+
+def load_weights(model: Predictor, path: Path) -> None:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        RuntimeError: its tensors are not this model's.
+    """
+    model.load_state_dict(load_file(path))
+
+
+def _blocks(x: Tensor, window: int) -> Tensor:
+    """Cut (B, T, ...) into blocks: (B, T / W, W, ...)."""
+    return x.reshape(len(x), -1, window, *x.shape[2:])
+
+
+def _with_before(x: Tensor, window: int, fill: int = 0) -> Tensor:
+    """Cut into blocks, each with the block before it: (B, T / W, 2 W, ...)."""
+    blocks = _blocks(x, window)
+    before = torch.cat((torch.full_like(blocks[:, :1], fill), blocks[:, :-1]), 1)
+    return torch.cat((before, blocks), 2)
+
+
+def _distances(window: int, device: torch.device) -> Tensor:
+    """Return how many events place k of 2 W is before place q of W: (W, 2 W)."""
+    places = torch.arange(window, device=device)
+    return places[:, None] + window - torch.arange(2 * window, device=device)
