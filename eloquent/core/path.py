@@ -1,5 +1,6 @@
 """What one connection knows of its path; all its senders share it."""
 
+from collections.abc import Callable
 from math import inf
 
 from eloquent.core.beat import BeatLimit
@@ -59,6 +60,12 @@ class Path:
         "Share of recent bundles that were lost, exponentially weighted."
         self.both_lost = 0.0
         "Share of the pairs that lost a bundle which lost both, exponentially weighted."
+        self.is_timed = False
+        "Whether the reader is to say when bundles arrive."
+        self.has_two_queues = False
+        "Whether the packets' marks choose between two queues, so that a copy may overtake."
+        self.wants_copy: Callable[[float], bool] | None = None
+        "Whether a bundle that leaves at a time should be repeated at once; None: never."
         self.blocked_at = float("-inf")
         "When a bundle that was due last had to wait for the congestion window or the pacer."
         self._bundles = 0

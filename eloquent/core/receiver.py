@@ -1,5 +1,6 @@
 """The reader's side of one turn: bundles in, events out, in order and once."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eloquent.core.events import Event, EventDecoder
@@ -20,6 +21,9 @@ REPORT_BEAT_S = 0.25
 
 GAP_REPORT_S = 0.02
 "A report about a gap waits at least this long after the one before it."
+
+TIMED_REPORT_S = 0.01
+"A report of arrival times waits at least this long after the one before it."
 
 MAX_AHEAD_BYTES = 1 << 20
 "Bytes above the first gap that are kept; a bundle beyond is dropped, and reported as missing."
@@ -56,7 +60,9 @@ class Receiver:
         self._recovered_before = 0
         self._taken: int | None = None
         self._reported_unread = 0
+        self._clock_s = 0.0
         self._arrivals: dict[int, int] = {}
+        "Of timed bundles, by number, when they came; not reported yet."
         self._stats = ReceiverStats()
 
     @property
@@ -97,7 +103,7 @@ class Receiver:
             self._numbers_count += 1
         self._newest = max(self._newest, bundle.number)
         if bundle.is_timed:
-            self._arrivals.setdefault(bundle.number, round(now / ARRIVAL_UNIT_S))
+            self._note_arrival(bundle.number, round((now - self._clock_s) / ARRIVAL_UNIT_S))
         fresh = self._take(bundle)
         if not self._ahead_held:
             recovered = self._newest + 1 - self._numbers_count
@@ -107,9 +113,13 @@ class Receiver:
         self._schedule_report(now)
         return events
 
-    def attach(self, turn: int) -> None:
-        """Go on over a new connection, where the turn has this number and bundles count anew."""
+    def attach(self, turn: int, *, clock_s: float = 0.0) -> None:
+        """Go on over a new connection, where the turn has this number and bundles count anew.
+
+        `clock_s` is when the clock begins by which arrivals are reported there.
+        """
         self._turn = turn
+        self._clock_s = clock_s
         self._newest = -1
         self._numbers = RangeSet()
         self._numbers_count = 0
@@ -146,20 +156,34 @@ class Receiver:
         """Return when the next report is due, in seconds, or None."""
         return self._report_at
 
-    def next_report(self, now: float) -> Report | None:
-        """Return the report if one is due."""
+    def next_report(self, now: float, most_arrivals: int = MAX_ARRIVALS) -> Report | None:
+        """Return the report if one is due; what is too much for it is in the next one."""
         if self._report_at is None or self._report_at > now:
             return None
         self._report_at = None
         self._reported_at = now
-        arrivals = tuple(Arrival(*item) for item in sorted(self._arrivals.items())[-MAX_ARRIVALS:])
-        self._arrivals.clear()
+        arrivals: tuple[Arrival, ...] = ()
+        if self._arrivals:
+            numbers = sorted(self._arrivals)[:most_arrivals]
+            arrivals = tuple(Arrival(number, self._arrivals.pop(number)) for number in numbers)
+            self._report_at = now + TIMED_REPORT_S if self._arrivals else None
         self._reported_unread = self._unread
         return Report(self._turn, self._contiguous, self._newest, self._unread, arrivals)
 
     def report_again(self) -> None:
         """Make a report due at once."""
         self._report_at = float("-inf")
+
+    def tell_again(self, arrivals: Iterable[Arrival]) -> None:
+        """Take note that the report of these arrivals was lost."""
+        for arrival in arrivals:
+            self._note_arrival(arrival.number, arrival.time)
+            self.report_again()
+
+    def _note_arrival(self, number: int, time: int) -> None:
+        self._arrivals[number] = time
+        if len(self._arrivals) > MAX_ARRIVALS:
+            del self._arrivals[next(iter(self._arrivals))]
 
     def _check_confirmation(self) -> None:
         end, said = self._decoder.end, self._confirmation
@@ -201,6 +225,9 @@ class Receiver:
     def _schedule_report(self, now: float) -> None:
         if self._reported_at is None:
             self._reported_at = now
-        wait_s = GAP_REPORT_S if self._ahead_held or self.is_complete else REPORT_BEAT_S
+        if self._arrivals:
+            wait_s = TIMED_REPORT_S
+        else:
+            wait_s = GAP_REPORT_S if self._ahead_held or self.is_complete else REPORT_BEAT_S
         due = max(now, self._reported_at + wait_s)
         self._report_at = due if self._report_at is None else min(self._report_at, due)

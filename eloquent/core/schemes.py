@@ -60,6 +60,13 @@ packets of the usual size than this."""
 TAIL_DOUBLINGS = 30
 "The wait at the log's end doubles no more often: it is beyond any other by then."
 
+COPY_WITHIN_S = 0.002
+"A repeat is a bundle's copy, which may take another queue, if it leaves within this time."
+
+REST_S = 1.0
+"""With two queues the first bundle after so long, or after an outage, leaves twice: what is known
+of the queues is old. So does the one that reaches a closed log's end: nothing follows it."""
+
 SWEEP_AFTER_S = 0.2
 "After an acknowledgement has been overdue for so long, copies carry what else is not acknowledged."
 
@@ -116,6 +123,8 @@ class EloquentSender(Sender):
         self._repeat_at = 0.0
         self._has_copy_due = False
         "What is due at `_repeat_at` is a copy of the last bundle."
+        self._repeat: Bundle | None = None
+        "What is to leave once more at once, into the other queue."
         self._swept_to = 0
         self._tail_copies = 0
         self._packet_bytes = PACKET_SIZES[0]
@@ -151,6 +160,8 @@ class EloquentSender(Sender):
         """See `Sender.next_time`."""
         if self._path.waiting_since != self._silent_since:
             self._end_silence()
+        if self._repeat is not None:
+            return NOW
         new = self._log.length - self._sent_end
         if new >= BULK_BYTES and not self._is_beating:
             return NOW
@@ -161,6 +172,12 @@ class EloquentSender(Sender):
     def next_bundle(self, now: float, room: int) -> Bundle | None:
         """See `Sender.next_bundle`."""
         self._doubt(now)
+        if self._repeat is not None:
+            repeat, self._repeat = self._repeat, None
+            stop = repeat.offset + len(repeat.data)
+            fits = self._data_room(repeat.offset, stop, room) == len(repeat.data)
+            if fits and now - self._made_at <= COPY_WITHIN_S:
+                return self._make(repeat.offset, stop, now)
         due = self.next_time()
         if due is None or due > now:
             return None
@@ -179,8 +196,22 @@ class EloquentSender(Sender):
             size = self._data_room(start, stop, room, wanted)
         if size <= 0:
             return None
+        has_rested = self._path.is_silent or now - self._made_at > REST_S
+        is_first = has_rested or self._next_number == 0
         self._schedule(now, new, budget)
-        return self._make(start, start + size, now)
+        bundle = self._make(start, start + size, now)
+        if self._path.wants_copy is not None:
+            is_last = self._log.end is not None and start + size == self._log.length
+            if self._wants_copy(now, is_urgent=new > 0 and (is_first or is_last)):
+                self._repeat = bundle
+        return bundle
+
+    @property
+    def is_copy_due(self) -> bool:
+        """See `Sender.is_copy_due`."""
+        if self._repeat is not None:
+            return True
+        return self._has_copy_due and self._repeat_at <= self._made_at and self._path.has_two_queues
 
     def _wanted_room(self, room: int, packet_bytes: int) -> int:
         """Return how much of a packet's room to use, for a packet of `packet_bytes`."""
@@ -319,6 +350,19 @@ class EloquentSender(Sender):
         if self._log.end is None:
             tail_s = max(tail_s, min(TAIL_GAPS * self._gap_s, TAIL_GAPS_MAX_S))
         self._repeat_at = now + tail_s
+
+    def _wants_copy(self, now: float, *, is_urgent: bool) -> bool:
+        """Return whether the bundle just made should leave twice, at once.
+
+        Though a queue stands, too: the copy is for another queue, and such copies are few. Not
+        where the window is too small for a packet for each token, nor in an outage.
+        """
+        path = self._path
+        if self._not_before > now or path.is_silent or path.wants_copy is None:
+            return False
+        if self._has_copy_due and self._repeat_at <= now and self._sent_end == self._log.length:
+            return False  # That of a lossy path serves for this.
+        return (is_urgent and path.has_two_queues) or path.wants_copy(now)
 
     def _beat(self, now: float) -> None:
         silence_s = self._path.silence_s(now)

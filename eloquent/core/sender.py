@@ -108,6 +108,11 @@ class Sender(ABC):
         or the room is too small to be worth a packet; the caller asks again with the next packet.
         """
 
+    @property
+    def is_copy_due(self) -> bool:
+        """Whether the next bundle should repeat the last one, in the very next packet."""
+        return False
+
     def on_acked(self, number: int) -> None:
         """Take the transport's word that bundle `number` reached the peer, if late."""
         sent = self._in_flight.pop(number, None)
@@ -196,7 +201,8 @@ class Sender(ABC):
         self._made_at = now
         self._sent_end = max(self._sent_end, stop)
         self._resend.subtract(start, stop)
-        return Bundle(self._turn, number, start, self._log.read(start, stop))
+        data = self._log.read(start, stop)
+        return Bundle(self._turn, number, start, data, self._path.is_timed)
 
     def _data_room(self, start: int, stop: int, room: int, wanted: int | None = None) -> int:
         """Return how much of `start..stop` to put in a packet with `room` bytes; 0 for none.

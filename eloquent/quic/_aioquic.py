@@ -10,7 +10,7 @@ attribute, when an aioquic release changes what is used here.
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from aioquic.buffer import Buffer, size_uint_var  # type: ignore[attr-defined]
 from aioquic.quic.configuration import QuicConfiguration
@@ -62,14 +62,24 @@ SKIP_WITHIN_PACKETS = 512
 "A packet number is left out once in so many packets at the latest (RFC 9000 section 21.4)."
 
 
+class Datagram(NamedTuple):
+    """What a source gives for a packet."""
+
+    payload: bytes
+    token: Any
+    "Stands for it in `on_delivery`."
+    is_copy: bool = False
+    "Whether it repeats the one before it, at once."
+
+
 class DatagramSource(Protocol):
     """Where a connection gets its datagrams from, one at a time, when it can send one."""
 
     def has_datagram(self, now: float) -> bool:
         """Return whether there is something to send at `now` (seconds)."""
 
-    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
-        """Return a payload of at most `room` bytes and a token for `on_delivery`, or None."""
+    def next_datagram(self, now: float, room: int) -> Datagram | None:
+        """Return one whose payload has at most `room` bytes, or None."""
 
     def on_delivery(self, token: Any, *, acked: bool) -> None:
         """Take the fate of the datagram that `token` stands for."""
@@ -307,12 +317,12 @@ class LateBoundConnection(QuicConnection):
         chosen = self._source.next_datagram(self._source_now, room - FRAME_OVERHEAD_BYTES)
         if chosen is None:
             raise QuicPacketBuilderStop
-        payload, token = chosen
+        payload, token, is_copy = chosen
         buffer = builder.start_frame(
             frame_type,
             capacity=1 + size_uint_var(len(payload)) + len(payload),
             handler=self._on_datagram_delivery,
-            handler_args=(token,),
+            handler_args=(token, is_copy),
         )
         self._datagram_packet = builder.packet_number
         buffer.push_uint_var(len(payload))
@@ -348,7 +358,7 @@ class LateBoundConnection(QuicConnection):
             if self._quic_logger is not None and builder.quic_logger_frames is not None:
                 builder.quic_logger_frames.append(self._quic_logger.encode_padding_frame())
 
-    def _on_datagram_delivery(self, delivery: QuicDeliveryState, token: Any) -> None:
+    def _on_datagram_delivery(self, delivery: QuicDeliveryState, token: Any, is_copy: bool) -> None:
         self._source.on_delivery(token, acked=delivery is QuicDeliveryState.ACKED)
 
     def _on_late_ack(self, packet: QuicSentPacket) -> None:
@@ -356,3 +366,11 @@ class LateBoundConnection(QuicConnection):
         for handler, arguments in packet.delivery_handlers:
             if handler == self._on_datagram_delivery:
                 handler(QuicDeliveryState.ACKED, *arguments)
+
+    def _datagram_in(self, packet: QuicSentPacket) -> tuple[Any, bool]:
+        """Return the token of the datagram that a packet carries, or None, and `is_copy`."""
+        for handler, arguments in packet.delivery_handlers:
+            if handler == self._on_datagram_delivery:
+                token, is_copy = arguments
+                return token, is_copy
+        return None, False

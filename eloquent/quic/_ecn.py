@@ -15,16 +15,20 @@ from aioquic.quic.connection import (
     QuicReceiveContext,
 )
 from aioquic.quic.packet import QuicFrameType, push_ack_frame
-from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.tls import Epoch
 
+from eloquent.core.path import Path
 from eloquent.quic._aioquic import LateBoundConnection
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, EcnValidation, tag
 from eloquent.quic.marking import MarkingPolicy, SentPacket
 from eloquent.quic.prague import Prague, PraguePacer
 
 COUNTS_BYTES = 3 * UINT_VAR_MAX_SIZE
+
+AWAITED_ARRIVALS = 512
+"Of so many packets, the newest, the peer may still say when they came."
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class EcnConnection(LateBoundConnection):
         self._arrived: dict[QuicPacketSpace, EcnCounts] = {}
         self._codepoints: list[Ecn] = []
         self._acked_at = 0.0
+        self._timed: dict[Any, SentPacket] = {}
+        "By its datagram's token, the packets whose arrival the peer may report."
         self._usual_pacer = self._loss._pacer
         if marking is not None:
             self._use_prague()
@@ -60,6 +66,24 @@ class EcnConnection(LateBoundConnection):
     def ecn_reported(self) -> EcnCounts:
         """What the peer counted of the marks that it got."""
         return self._validation.reported
+
+    def update_path(self, path: Path, now: float) -> None:
+        """See `LateBoundConnection.update_path`; tells the senders what the policy wants, too.
+
+        Where the path carries no marks there is one queue for all, so nothing is wanted.
+        """
+        super().update_path(path, now)
+        if self._marking is not None:
+            wants_times, validation = self._marking.wants_times, self._validation
+            path.is_timed = wants_times and validation.state is not EcnState.FAILED
+            path.has_two_queues = wants_times and validation.may_mark
+            path.wants_copy = self._marking.wants_copy if validation.may_mark else None
+
+    def on_arrival(self, token: Any, arrived_s: float, now: float) -> None:
+        """Take the peer's word on when a datagram came, by its clock; it counts once."""
+        packet = self._timed.pop(token, None)
+        if packet is not None and self._marking is not None:
+            self._marking.on_arrival(now, packet, arrived_s)
 
     def receive_datagram(self, data: bytes, addr: Any, now: float, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """See `QuicConnection.receive_datagram`; `ecn` is what the datagram came with."""
@@ -146,10 +170,11 @@ class EcnConnection(LateBoundConnection):
         assert self._marking is not None
         if path is not self._validated_path:
             self._validate_anew(path)
-        validation = self._validation
+        marking, validation = self._marking, self._validation
         packets = list(islice(reversed(self._spaces[Epoch.ONE_RTT].sent_packets.values()), count))
         for packet in reversed(packets):
-            codepoint = self._marking.next_codepoint(now, packet.sent_bytes)
+            token, is_copy = self._datagram_in(packet)
+            codepoint = marking.next_codepoint(now, packet.sent_bytes, is_copy=is_copy)
             if codepoint is not Ecn.NOT_ECT:
                 if validation.may_mark:
                     validation.on_sent(codepoint)
@@ -159,6 +184,14 @@ class EcnConnection(LateBoundConnection):
             packet.delivery_handlers.append((self._on_packet_delivery, (validation, sent)))
             tag(packet, codepoint)
             self._codepoints.append(codepoint)
+            if token is not None and self._path.is_timed:
+                self._await_arrival(token, sent)
+            marking.on_sent(sent)
+
+    def _await_arrival(self, token: Any, packet: SentPacket) -> None:
+        self._timed[token] = packet
+        if len(self._timed) > AWAITED_ARRIVALS:
+            del self._timed[next(iter(self._timed))]
 
     def _validate_anew(self, path: QuicNetworkPath) -> None:
         if self._validated_path is not None:
@@ -178,7 +211,13 @@ class EcnConnection(LateBoundConnection):
         else:
             if is_marked:
                 validation.on_lost()
-            self._marking.on_lost(packet)
+            self._marking.on_lost(self._recovery.lost_at, packet)
+
+    def _on_late_ack(self, packet: QuicSentPacket) -> None:
+        super()._on_late_ack(packet)
+        for handler, arguments in packet.delivery_handlers:
+            if handler == self._on_packet_delivery and self._marking is not None:
+                self._marking.on_acked(self._acked_at, arguments[1])
 
     def _handle_ack_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
         if self._marking is None or context.epoch is not Epoch.ONE_RTT:

@@ -89,6 +89,8 @@ class TimedRecovery(QuicPacketRecovery):
         self._held_at = -inf
         self.is_heard = False
         "Whether the peer was heard in this silence, and what was in flight given up for it."
+        self.lost_at = -inf
+        "When packets were last declared lost: set before their handlers are told."
         self.losses_elsewhere = 0
         "How many losses were seen on the way to us."
 
@@ -389,6 +391,7 @@ class TimedRecovery(QuicPacketRecovery):
         packets = list(packets)
         for packet in packets:
             self._given_up[packet.packet_number] = packet
+        self.lost_at = now
         super()._on_packets_lost(
             congestion_event=congestion_event,
             now=now,

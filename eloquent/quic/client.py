@@ -24,7 +24,7 @@ from eloquent.core.wire import (
     encode_request,
 )
 from eloquent.errors import ConnectionFailedError, EloquentError, RequestError, WireError
-from eloquent.quic._aioquic import MAX_ACK_DELAY_S
+from eloquent.quic._aioquic import MAX_ACK_DELAY_S, Datagram
 from eloquent.quic._streams import repeat_stop
 from eloquent.quic.certificate import certificate_pin
 from eloquent.quic.connection import (
@@ -45,6 +45,8 @@ CANCEL_AGAIN_S = (0.003, 0.03, 0.1, 0.3)
 
 MAX_REPORT_BYTES = 25
 "A report's type and three of the longest varints."
+MAX_ARRIVAL_BYTES = 16
+"What of it each arrival has: two of them."
 
 
 def client_configuration(server_name: str, *, pin: str | None) -> QuicConfiguration:
@@ -87,6 +89,8 @@ class ClientConnection(Connection):
         "When to say again which cancels; None: it was not sent yet."
         self._keepalive_at: float | None = None
         self._channel: ChannelStream[ClientChannel] | None = None
+        self._begun_at = 0.0
+        "Where the clock of the arrival times begins."
         self._heard_at = float("-inf")
         self._answered: dict[int, Receiver] = {}
         "Turns of which something came over this connection, so that the server knows them."
@@ -96,6 +100,7 @@ class ClientConnection(Connection):
 
     def connect(self, address: Address, now: float) -> None:
         """Begin the handshake; `Connected` or `ConnectionEnded` follows."""
+        self._begun_at = now
         self._quic.connect(address, now=now)
 
     def give_up(self) -> None:
@@ -141,7 +146,7 @@ class ClientConnection(Connection):
         stream_id = self._quic.get_next_available_stream_id()
         turn = stream_id // 4
         receiver = receiver or Receiver()
-        receiver.attach(turn)
+        receiver.attach(turn, clock_s=self._begun_at)
         self._receivers[turn] = receiver
         self._replies[turn] = bytearray()
         self._quic.send_stream_data(stream_id, encode_request(request), end_stream=True)
@@ -200,21 +205,25 @@ class ClientConnection(Connection):
             for receiver in self._receivers.values()
         )
 
-    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+    def next_datagram(self, now: float, room: int) -> Datagram | None:
         """See `DatagramSource`."""
         if room < MAX_REPORT_BYTES:
             return None
         for turn, receiver in self._receivers.items():
-            report = receiver.next_report(now)
+            report = receiver.next_report(now, (room - MAX_REPORT_BYTES) // MAX_ARRIVAL_BYTES)
             if report is not None:
-                return encode_report(report), (turn, report.contiguous)
+                return Datagram(encode_report(report), (turn, report))
         return None
 
     def on_delivery(self, token: Any, *, acked: bool) -> None:
         """See `DatagramSource`; once the server has the final report, the turn is forgotten."""
-        turn, contiguous = token
+        turn, report = token
         receiver = self._receivers.get(turn)
-        if receiver is None or not receiver.is_complete or contiguous < receiver.contiguous:
+        if receiver is None:
+            return
+        if not acked:
+            receiver.tell_again(report.arrivals)
+        if not receiver.is_complete or report.contiguous < receiver.contiguous:
             return
         if not acked:
             receiver.report_again()

@@ -19,7 +19,7 @@ from eloquent.core.path import Path
 from eloquent.core.turns import TurnEvent
 from eloquent.core.wire import ALPN, Frame, decode_frame
 from eloquent.errors import WireError
-from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES
+from eloquent.quic._aioquic import MAX_DATAGRAM_FRAME_BYTES, Datagram
 from eloquent.quic._quiet import is_quiet
 from eloquent.quic._roaming import RoamingConnection
 from eloquent.quic.ecn import Ecn
@@ -185,7 +185,7 @@ class Connection(ABC):
         """See `DatagramSource`."""
 
     @abstractmethod
-    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+    def next_datagram(self, now: float, room: int) -> Datagram | None:
         """See `DatagramSource`."""
 
     @abstractmethod

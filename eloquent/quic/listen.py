@@ -25,7 +25,7 @@ from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import Address, ConnectionEnded, ConnectionEvent, ConnectionIdChanged
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
-from eloquent.quic.marking import MakeMarking
+from eloquent.quic.marking import Marking
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.reset import ResetKey, ResetLimit
 from eloquent.quic.server import ServerConnection, server_configuration
@@ -88,7 +88,7 @@ class Listener:
         make_sender: SenderFactory,
         *,
         padding: bool,
-        make_marking: MakeMarking | None,
+        marking: Marking | None,
         qlog: QlogDirectory | None,
         skips: random.Random | None,
         tickets: TicketBook | None,
@@ -101,7 +101,8 @@ class Listener:
         self._skips = skips or random.SystemRandom()
         self._make_sender = make_sender
         self._padding = padding
-        self._make_marking = make_marking
+        self._marking = marking
+        self._is_settling = False
         self._reset_key = ResetKey.of(certificate.private_key)
         self._reset_limit = ResetLimit()
         self._tickets = tickets if tickets is not None else TicketBook()
@@ -201,12 +202,20 @@ class Listener:
             peer.driver.receive(data, addr, ecn)
             if not peer.connection.is_handshaking:
                 self._handshakes.done(peer)
+            if self._marking is not None and not self._is_settling:
+                self._is_settling = True
+                asyncio.get_running_loop().call_soon(self._settle, self._marking)
         elif header.packet_type is QuicPacketType.ONE_RTT:
             self._reset(header.destination_cid, len(data), addr)
 
     def error_received(self, exc: OSError) -> None:
         """See `UdpProtocol`; a reader that is gone shows in its idle timeout."""
         logger.debug("socket error: %s", exc)
+
+    def _settle(self, marking: Marking) -> None:
+        """Let the policies think, when a burst of datagrams is dealt with."""
+        self._is_settling = False
+        marking.settle(asyncio.get_running_loop().time())
 
     def _reset(self, connection_id: bytes, received_bytes: int, addr: Address) -> None:
         """Tell whoever sent a packet of a connection that is not known, or not any more."""
@@ -257,7 +266,7 @@ class Listener:
             self._configuration,
             make_sender=self._make_sender,
             padding=self._padding,
-            marking=self._make_marking() if self._make_marking is not None else None,
+            marking=self._marking.policy() if self._marking is not None else None,
             original_destination_connection_id=original_cid,
             retry_source_connection_id=retried,
             reset_key=self._reset_key,
@@ -282,7 +291,7 @@ async def listen(
     service: TurnService,
     make_sender: SenderFactory = EloquentSender,
     padding: bool = True,
-    make_marking: MakeMarking | None = None,
+    marking: Marking | None = None,
     qlog: QlogDirectory | None = None,
     skips: random.Random | None = None,
     tickets: TicketBook | None = None,
@@ -290,8 +299,8 @@ async def listen(
 ) -> Listener:
     """Listen on a UDP address; `port` 0 takes a free one (`Listener.port` tells).
 
-    `padding` hides the lengths of tokens from those who see the packets. `make_marking` makes the
-    policy that marks a connection's packets for L4S (`eloquent.quic.marking`); None: no marks.
+    `padding` hides the lengths of tokens from those who see the packets. `marking` marks them for
+    L4S (`eloquent.quic.marking`); None: no marks.
     `qlog` is where each connection's log goes. `skips` chooses the packet numbers to leave out;
     None: the system's randomness, which no peer can guess. `tickets` are those given out before;
     None: there are none, and they end with the listener. Without `datagrams` the turns run over
@@ -310,7 +319,7 @@ async def listen(
         service,
         make_sender,
         padding=padding,
-        make_marking=make_marking,
+        marking=marking,
         qlog=qlog,
         skips=skips,
         tickets=tickets,

@@ -5,7 +5,9 @@ with a policy in place the connection's controller is Prague. Packets meant for 
 go Not-ECT: Prague may not send ECT(0).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from eloquent.errors import ConfigurationError
@@ -25,36 +27,102 @@ class SentPacket(NamedTuple):
 
 
 class MarkingPolicy(Protocol):
-    """Chooses the queue of each packet; one for each connection."""
+    """Chooses the queue of each packet; one for each connection. Times in seconds."""
 
-    def next_codepoint(self, now: float, size: int) -> Ecn:
-        """Return ECT(1) or Not-ECT for the packet of `size` bytes that leaves at `now`."""
+    @property
+    def wants_times(self) -> bool:
+        """Whether the peer is to report when bundles arrive."""
+
+    def wants_copy(self, now: float) -> bool:
+        """Return whether a bundle that leaves at `now` should be repeated at once.
+
+        The copy may then go into the other queue; the earlier one renders.
+        """
+
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
+        """Return ECT(1) or Not-ECT for the packet of `size` bytes that leaves at `now`.
+
+        `is_copy`: it repeats the bundle of the packet before it.
+        """
+
+    def on_sent(self, packet: SentPacket) -> None:
+        """Take note of a packet that left, with the codepoint that it has in the end."""
 
     def on_acked(self, now: float, packet: SentPacket) -> None:
         """Take note that a packet arrived; several may come with one acknowledgement."""
 
-    def on_lost(self, packet: SentPacket) -> None:
+    def on_arrival(self, now: float, packet: SentPacket, arrived_s: float) -> None:
+        """Take note of when a packet arrived by a clock of the peer's, which may be wrong."""
+
+    def on_lost(self, now: float, packet: SentPacket) -> None:
         """Take note that a packet is taken for lost."""
 
 
-class ConstantMarking:
+class Marking(Protocol):
+    """What marks the packets of all connections of an endpoint."""
+
+    def policy(self) -> MarkingPolicy:
+        """Return a new connection's policy."""
+
+    def settle(self, now: float) -> None:
+        """Do, for all connections together, what the packets that have come by `now` ask for.
+
+        It is called after each burst of them, when what they let leave has left.
+        """
+
+
+class PlainMarking(ABC):
+    """A policy that wants nothing and takes note of nothing."""
+
+    @property
+    def wants_times(self) -> bool:
+        """See `MarkingPolicy`."""
+        return False
+
+    def wants_copy(self, now: float) -> bool:
+        """See `MarkingPolicy`."""
+        return False
+
+    @abstractmethod
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
+        """See `MarkingPolicy`."""
+
+    def on_sent(self, packet: SentPacket) -> None:  # noqa: B027  (most need no notes)
+        """See `MarkingPolicy`."""
+
+    def on_acked(self, now: float, packet: SentPacket) -> None:  # noqa: B027
+        """See `MarkingPolicy`."""
+
+    def on_arrival(self, now: float, packet: SentPacket, arrived_s: float) -> None:  # noqa: B027
+        """See `MarkingPolicy`."""
+
+    def on_lost(self, now: float, packet: SentPacket) -> None:  # noqa: B027
+        """See `MarkingPolicy`."""
+
+
+class ConstantMarking(PlainMarking):
     """Every packet alike."""
 
     def __init__(self, codepoint: Ecn) -> None:
         self._codepoint = codepoint
 
-    def next_codepoint(self, now: float, size: int) -> Ecn:
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
         """See `MarkingPolicy`."""
         return self._codepoint
 
-    def on_acked(self, now: float, packet: SentPacket) -> None:
-        """See `MarkingPolicy`."""
 
-    def on_lost(self, packet: SentPacket) -> None:
-        """See `MarkingPolicy`."""
+@dataclass(frozen=True, slots=True)
+class EachAlone:
+    """A `Marking` whose connections have nothing in common."""
 
+    make: Callable[[], MarkingPolicy]
 
-MakeMarking = Callable[[], MarkingPolicy]
+    def policy(self) -> MarkingPolicy:
+        """See `Marking`."""
+        return self.make()
+
+    def settle(self, now: float) -> None:
+        """See `Marking`."""
 
 
 def all_l() -> MarkingPolicy:
@@ -67,12 +135,16 @@ def all_c() -> MarkingPolicy:
     return ConstantMarking(Ecn.NOT_ECT)
 
 
-MARKINGS: dict[str, MakeMarking | None] = {"off": None, "l4s": all_l, "classic": all_c}
+MARKINGS: dict[str, Marking | None] = {
+    "off": None,
+    "l4s": EachAlone(all_l),
+    "classic": EachAlone(all_c),
+}
 "By the names that `--ecn` takes; off: no marks, and not Prague."
 
 
-def marking(name: str) -> MakeMarking | None:
-    """Return what makes the policies of a name, or None for `off`.
+def marking(name: str) -> Marking | None:
+    """Return what marks an endpoint's packets, by its name, or None for `off`.
 
     Raises:
         ConfigurationError: there is no such policy.

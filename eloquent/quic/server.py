@@ -12,7 +12,7 @@ from eloquent.core.channel_server import ServerChannel
 from eloquent.core.liveness import DEAD_AFTER_S, PROBE_AFTER_S, dead_after_s, probe_again_s
 from eloquent.core.log import Log
 from eloquent.core.padding import Padding
-from eloquent.core.schemes import EloquentSender, SenderFactory
+from eloquent.core.schemes import COPY_WITHIN_S, EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.turns import (
     SLOW_READER,
@@ -24,8 +24,10 @@ from eloquent.core.turns import (
 )
 from eloquent.core.windows import ReaderWindow, ReaderWindows
 from eloquent.core.wire import (
+    ARRIVAL_UNIT_S,
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
+    Bundle,
     Ended,
     Frame,
     Rejected,
@@ -37,6 +39,7 @@ from eloquent.core.wire import (
     encode_reply,
 )
 from eloquent.errors import WireError
+from eloquent.quic._aioquic import Datagram
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import (
     STREAM_REFUSED,
@@ -115,6 +118,9 @@ class ServerConnection(Connection):
         self._readers: dict[int, _Reader] = {}
         self._windows = ReaderWindows()
         self._order: deque[int] = deque()
+        self._last_bundle: Bundle | None = None
+        self._bundle_at = float("-inf")
+        "When it left."
         self._highest_turn = -1
         self._asked_at: dict[int, float] = {}
         "When the first part of a request came that is not whole yet."
@@ -226,15 +232,29 @@ class ServerConnection(Connection):
             for reader in self._readers.values()
         )
 
-    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+    def next_datagram(self, now: float, room: int) -> Datagram | None:
         """See `DatagramSource`; of the turns that are due the one that has waited longest sends."""
         for turn in self._order:
-            bundle = self._readers[turn].sender.next_bundle(now, room)
+            sender = self._readers[turn].sender
+            bundle = sender.next_bundle(now, room)
             if bundle is not None:
                 self._order.remove(turn)
-                self._order.append(turn)
-                return encode_bundle(bundle), (turn, bundle.number)
+                if sender.is_copy_due:
+                    self._order.appendleft(turn)
+                else:
+                    self._order.append(turn)
+                is_copy = self._path.wants_copy is not None and self._is_copy(bundle, now)
+                return Datagram(encode_bundle(bundle), (turn, bundle.number), is_copy)
         return None
+
+    def _is_copy(self, bundle: Bundle, now: float) -> bool:
+        """Return whether a bundle repeats the one that left before it, at once."""
+        last, last_at = self._last_bundle, self._bundle_at
+        self._last_bundle, self._bundle_at = bundle, now
+        if last is None or last.turn != bundle.turn or now - last_at > COPY_WITHIN_S:
+            return False
+        last_stop, stop = last.offset + len(last.data), bundle.offset + len(bundle.data)
+        return bundle.offset < last_stop and last.offset < stop <= last_stop
 
     def on_delivery(self, token: Any, *, acked: bool) -> None:
         """See `DatagramSource`."""
@@ -292,6 +312,9 @@ class ServerConnection(Connection):
             )
             self._move_window(frame, reader, now)
             self._drop_if_complete(frame.turn, reader)
+        for arrival in frame.arrivals:
+            token = (frame.turn, arrival.number)
+            self._quic.on_arrival(token, arrival.time * ARRIVAL_UNIT_S, now)
 
     def _on_handshake_completed(self) -> None:
         early, self._early = self._early or [], None

@@ -100,7 +100,7 @@ async def run_server(options: ServerOptions) -> None:
     if options.exit_with_parent:
         _watch_parent(loop, stop)
     make_sender = scheme(options.scheme)
-    make_marking = marking(options.ecn)
+    marks = marking(options.ecn)
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
@@ -123,7 +123,7 @@ async def run_server(options: ServerOptions) -> None:
             service=hub,
             make_sender=make_sender,
             padding=options.padding,
-            make_marking=make_marking,
+            marking=marks,
             qlog=qlog,
             tickets=open_tickets(options.state),
         )

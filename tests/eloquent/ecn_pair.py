@@ -10,7 +10,7 @@ from typing import Any
 
 from aioquic.quic.events import ConnectionTerminated
 
-from eloquent.quic._aioquic import LateBoundConnection
+from eloquent.quic._aioquic import Datagram, LateBoundConnection
 from eloquent.quic._ecn import EcnConnection
 from eloquent.quic.certificate import make_certificate
 from eloquent.quic.client import client_configuration
@@ -50,11 +50,11 @@ class Datagrams:
     def has_datagram(self, now: float) -> bool:
         return self._due is not None and self._due <= now
 
-    def next_datagram(self, now: float, room: int) -> tuple[bytes, Any] | None:
+    def next_datagram(self, now: float, room: int) -> Datagram | None:
         if not self.has_datagram(now) or room < (self._size or 1000):
             return None
         self._due = next(self._times, None)
-        return bytes(self._size or room), None
+        return Datagram(bytes(self._size or room), None)
 
     def on_delivery(self, token: Any, *, acked: bool) -> None:
         self.acked += acked

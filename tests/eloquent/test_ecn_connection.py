@@ -18,7 +18,7 @@ from eloquent.quic._aioquic import LateBoundConnection
 from eloquent.quic._ecn import _counts_ahead
 from eloquent.quic.connection import ConnectionEvent
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState, codepoint_of
-from eloquent.quic.marking import SentPacket, all_c, all_l
+from eloquent.quic.marking import EachAlone, PlainMarking, SentPacket, all_c, all_l
 from eloquent.quic.prague import Prague
 from eloquent_netem import packet as netem
 from eloquent_netem.lab.pair import QuicPair
@@ -224,7 +224,7 @@ def test_marks_that_appear_in_the_handshake_are_not_judged() -> None:
     assert pair.quic.ecn_state is EcnState.CAPABLE
 
 
-class InTurn:
+class InTurn(PlainMarking):
     """Marks every other packet, and keeps what became of them."""
 
     def __init__(self) -> None:
@@ -232,14 +232,14 @@ class InTurn:
         self.acked: list[SentPacket] = []
         self.lost: list[SentPacket] = []
 
-    def next_codepoint(self, now: float, size: int) -> Ecn:
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
         self.count += 1
         return Ecn(self.count % 2)
 
     def on_acked(self, now: float, packet: SentPacket) -> None:
         self.acked.append(packet)
 
-    def on_lost(self, packet: SentPacket) -> None:
+    def on_lost(self, now: float, packet: SentPacket) -> None:
         self.lost.append(packet)
 
 
@@ -332,7 +332,7 @@ def test_the_labs_pair_carries_marks_both_ways() -> None:
         make_sender=EloquentSender,
         on_client_event=lambda event, now: None,
         on_server_event=on_server_event,
-        marking=all_l(),
+        marking=EachAlone(all_l),
     )
     pair.connect(0.0)
     turn = pair.request(b"{}", 0.0)

@@ -17,7 +17,7 @@ from eloquent.quic.certificate import make_certificate
 from eloquent.quic.connect import connect
 from eloquent.quic.ecn import EcnState
 from eloquent.quic.listen import Listener, listen
-from eloquent.quic.marking import MakeMarking, all_l
+from eloquent.quic.marking import EachAlone, Marking, all_l
 from eloquent.serving import Reader
 from eloquent.url import ServerUrl
 from eloquent_netem.dualpi2 import DualPi2
@@ -102,17 +102,19 @@ async def answer(listener: Listener, host: str) -> set[EcnState | None]:
 
 
 @pytest.mark.parametrize(
-    ("make_marking", "state"), [(all_l, EcnState.CAPABLE), (None, None)], ids=["l4s", "off"]
+    ("marking", "state"),
+    [(EachAlone(all_l), EcnState.CAPABLE), (None, None)],
+    ids=["l4s", "off"],
 )
 async def test_marks_get_through_real_sockets(
-    make_marking: MakeMarking | None, state: EcnState | None
+    marking: Marking | None, state: EcnState | None
 ) -> None:
     listener = await listen(
         "127.0.0.1",
         0,
         certificate=CERTIFICATE,
         service=Service(0.001),
-        make_marking=make_marking,
+        marking=marking,
     )
     try:
         assert await answer(listener, "127.0.0.1") == {state}
@@ -142,7 +144,7 @@ def test_in_virtual_time_the_l_queue_gets_the_tokens() -> None:
                 443,
                 certificate=CERTIFICATE,
                 service=Service(0.03),
-                make_marking=all_l,
+                marking=EachAlone(all_l),
             )
         states = await answer(listener, "server")
         await listener.close()

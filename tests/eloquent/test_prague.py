@@ -12,7 +12,7 @@ from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.tls import Epoch
 
 from eloquent.quic.ecn import Ecn
-from eloquent.quic.marking import ConstantMarking, all_c, all_l, marking
+from eloquent.quic.marking import PlainMarking, marking
 from eloquent.quic.prague import Prague, PraguePacer
 from eloquent.quic.thin import ThinControl
 from eloquent_netem.cross import CubicFlow
@@ -273,8 +273,10 @@ def test_a_late_timer_is_made_good_for_up_to_2_ms(late_s: float, packets: int) -
 
 def test_policies_have_names() -> None:
     assert marking("off") is None
-    assert marking("l4s") is all_l
-    assert marking("classic") is all_c
+    for name, codepoint in (("l4s", Ecn.ECT_1), ("classic", Ecn.NOT_ECT)):
+        marks = marking(name)
+        assert marks is not None
+        assert marks.policy().next_codepoint(0.0, 100, is_copy=False) is codepoint
     with pytest.raises(Exception, match="no marking policy 'l4'"):
         marking("l4")
 
@@ -289,10 +291,8 @@ def test_random_loss_is_answered_as_without_prague(loss: float) -> None:
             )
             for name in ("up", "down")
         )
-        make_marking = marking(policy)
-        pair = EcnPair(
-            every(0.01), None if make_marking is None else make_marking(), up=up, down=down
-        )
+        marks = marking(policy)
+        pair = EcnPair(every(0.01), None if marks is None else marks.policy(), up=up, down=down)
         seen = []
         for second in range(2, 12):
             pair.run(second)
@@ -310,10 +310,10 @@ def test_random_loss_leaves_a_flow_that_fills_its_window_what_it_leaves_without_
     """DualPI2 marks nothing here: the link is never full."""
 
     def acked(policy: str) -> int:
-        make_marking = marking(policy)
+        marks = marking(policy)
         pair = EcnPair(
             always(),
-            None if make_marking is None else make_marking(),
+            None if marks is None else marks.policy(),
             up=Link(delay_s=RTT_S / 2, seed=1, name="up"),
             down=Link(
                 delay_s=RTT_S / 2,
@@ -366,10 +366,10 @@ def through_dualpi2(
     if beside_cubic:
         rng = random.Random(seed)
         down.flow = CubicFlow(1, down.send, rtt_s, rng, forward_s=rtt_s / 2, start_s=0.1)
-    make_marking = marking(policy)
+    marks = marking(policy)
     pair = EcnPair(
         source(),
-        None if make_marking is None else make_marking(),
+        None if marks is None else marks.policy(),
         down=down,
         up=Link(delay_s=rtt_s / 2, seed=seed, name="up"),
         others=() if down.flow is None else (down.flow,),
@@ -419,13 +419,13 @@ def test_tokens_beside_cubic_do_not_wait_behind_it() -> None:
     assert delays_s["off"][middle] > 0.01
 
 
-class Alternating(ConstantMarking):
+class Alternating(PlainMarking):
     """Sends packets into the two queues by turns."""
 
     def __init__(self) -> None:
         self._sent = 0
 
-    def next_codepoint(self, now: float, size: int) -> Ecn:
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
         self._sent += 1
         return Ecn.ECT_1 if self._sent % 2 else Ecn.NOT_ECT
 

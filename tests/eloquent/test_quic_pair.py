@@ -19,6 +19,7 @@ from eloquent.core.wire import (
     encode_request,
 )
 from eloquent.errors import IntegrityError, RequestError
+from eloquent.quic._aioquic import Datagram
 from eloquent.quic.client import CANCEL_AGAIN_S
 from eloquent.quic.connection import (
     CLOSE_PROTOCOL_ERROR,
@@ -428,12 +429,12 @@ def rude_datagram(payload: bytes) -> World:
     client = world.pair.client
     is_sent = False
 
-    def next_datagram(now: float, room: int) -> tuple[bytes, Any] | None:
+    def next_datagram(now: float, room: int) -> Datagram | None:
         nonlocal is_sent
         if is_sent:
             return None
         is_sent = True
-        return payload, (0, 0)
+        return Datagram(payload, (0, Report(0, 0, -1)))
 
     client.has_datagram = lambda now: not is_sent  # type: ignore[method-assign]
     client.next_datagram = next_datagram  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Address, Connected, ConnectionEnded, ConnectionEvent
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn, EcnCounts, EcnState
-from eloquent.quic.marking import SentPacket
+from eloquent.quic.marking import PlainMarking, SentPacket
 from eloquent.quic.reset import MAX_RESET_BYTES, MIN_RESET_BYTES, TOKEN_BYTES
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.url import ServerUrl
@@ -202,14 +202,14 @@ class Echo:
         """See `UdpProtocol`: a packet that could not leave, or a refusal; both show as losses."""
 
 
-class _Watch:
-    """A `MarkingPolicy` that marks all packets as ECT(1) and counts what becomes of them."""
+class _Watch(PlainMarking):
+    """Marks all packets as ECT(1) and counts what becomes of them."""
 
     def __init__(self) -> None:
         self.acked: list[SentPacket] = []
         self.lost: list[SentPacket] = []
 
-    def next_codepoint(self, now: float, size: int) -> Ecn:
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
         """See `MarkingPolicy`."""
         return Ecn.ECT_1
 
@@ -217,7 +217,7 @@ class _Watch:
         """See `MarkingPolicy`."""
         self.acked.append(packet)
 
-    def on_lost(self, packet: SentPacket) -> None:
+    def on_lost(self, now: float, packet: SentPacket) -> None:
         """See `MarkingPolicy`."""
         self.lost.append(packet)
 

@@ -12,7 +12,7 @@ from eloquent.quic import ecn as quic_ecn
 from eloquent.quic.certificate import make_certificate
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Connection, ConnectionEvent
-from eloquent.quic.marking import MarkingPolicy
+from eloquent.quic.marking import Marking
 from eloquent.quic.server import ServerConnection, server_configuration
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Ecn, udp_packet
@@ -34,12 +34,15 @@ class _End:
         inbound: Link,
         outbound: Link,
         on_event: Callable[[ConnectionEvent, float], None],
+        *,
+        marking: Marking | None = None,
     ) -> None:
         self._connection = connection
         self._peer_address = peer_address
         self._inbound = inbound
         self._outbound = outbound
         self._on_event = on_event
+        self._marking = marking
         self._timer: float | None = None
         "The connection's: it changes only when something happens to the connection."
 
@@ -61,6 +64,8 @@ class _End:
         while (event := self._connection.next_event()) is not None:
             self._on_event(event, now)
         self.flush(now)
+        if packets and self._marking is not None:
+            self._marking.settle(now)
 
     def flush(self, now: float) -> None:
         for payload, _, ecn in self._connection.send(now):
@@ -88,10 +93,13 @@ class QuicPair:
         on_client_event: Callable[[ConnectionEvent, float], None],
         on_server_event: Callable[[ConnectionEvent, float], None],
         padding: bool = True,
-        marking: MarkingPolicy | None = None,
+        marking: Marking | None = None,
         has_datagrams: bool = True,
     ) -> None:
-        """Without datagrams the turns run over one QUIC stream."""
+        """Without datagrams the turns run over one QUIC stream.
+
+        `marking` marks the server's packets.
+        """
         client = client_configuration("lab", pin=_CERTIFICATE.pin)
         server = server_configuration(_CERTIFICATE)
         if not has_datagrams:
@@ -107,13 +115,15 @@ class QuicPair:
             server,
             make_sender=make,
             padding=padding,
-            marking=marking,
+            marking=None if marking is None else marking.policy(),
             original_destination_connection_id=(
                 self.client.quic.original_destination_connection_id
             ),
         )
         self._client_end = _End(self.client, SERVER_ADDRESS, down, up, on_client_event)
-        self._server_end = _End(self.server, CLIENT_ADDRESS, up, down, on_server_event)
+        self._server_end = _End(
+            self.server, CLIENT_ADDRESS, up, down, on_server_event, marking=marking
+        )
         self.actors = (self._client_end, self._server_end)
 
     @property
