@@ -10,18 +10,13 @@ from lab_rows import arrivals, row
 
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.commands import lab
-from eloquent_netem.lab.report import (
-    PAGE,
-    Study,
-    _stairs,
-    _window,
-    cell_sheet,
-    comparison_sheet,
-    figures,
-    write_report,
-)
+from eloquent_netem.lab.report import Study, _stairs, _window, figures, write_report
+from eloquent_netem.lab.report_page import PAGE
 from eloquent_netem.lab.report_style import STYLES, in_order, style_of
-from eloquent_netem.lab.rows import Row
+from eloquent_netem.lab.report_tables import cell_sheet, comparison_sheet
+from eloquent_netem.lab.rows import ORACLE, Row
+from eloquent_netem.lab.simulated import SimDriver
+from eloquent_netem.lab.tun_driver import KINDS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -157,6 +152,33 @@ def test_little_or_nothing_still_makes_a_page(tmp_path: Path, rows: list[Row]) -
     assert Page(write_report(Study(rows), tmp_path).read_text(encoding="utf-8")).open == []
 
 
+def test_the_oracle_alone_has_delays_and_no_staircase(tmp_path: Path) -> None:
+    study = Study([row("a", ORACLE, 0)], {("a", ORACLE, 0): arrivals([0.0] * 10)})
+    assert Page(write_report(study, tmp_path).read_text(encoding="utf-8")).open == []
+    names = [picture.name for picture in figures(study)]
+    assert names == ["delays", "places-strict", "places-200ms"]
+
+
+def test_a_network_whose_packets_are_never_lost_is_no_point_of_a_curve_but_a_row_of_dots(
+    tmp_path: Path,
+) -> None:
+    schemes = ("eloquent", "retransmit")
+    outage = [row("outage", scheme, 0, rtt_ms=50.0, loss=0.0) for scheme in schemes]
+    study = Study([*grid(), *outage])
+    names = [picture.name for picture in figures(study)]
+    assert names == ["stalls-strict", "places-strict", "stalls-200ms", "places-200ms", "cost"]
+    assert "outage" in write_report(study, tmp_path).read_text(encoding="utf-8")
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    for seeds in (1, 2):
+        text = write_report(Study(grid(seeds)), tmp_path).read_text(encoding="utf-8")
+        assert ("±" in text) is (seeds > 1)
+        assert ("90.0 to 90.0 %" in text) is (seeds > 1)
+        assert ("95 % intervals of the means" in text) is (seeds > 1)
+        assert f"{seeds} seed{'s' if seeds > 1 else ''}" in text
+
+
 def test_the_staircase_shows_the_longest_wait() -> None:
     stairs = [_stairs(scheme, run) for (_, scheme, _), run in stalling().items()]  # type: ignore[arg-type]
     begin, end = _window(stairs)
@@ -166,6 +188,7 @@ def test_the_staircase_shows_the_longest_wait() -> None:
 
 
 def test_every_scheme_has_a_marker_and_colours_of_its_own() -> None:
+    assert {*SimDriver().schemes, *KINDS, ORACLE} == STYLES.keys()
     # `tcp` is the model of what `tcp-sse` is for real: one colour, two markers.
     shown = [style for name, style in STYLES.items() if name != "tcp"]
     assert len({style.marker for style in STYLES.values()}) == len(STYLES)

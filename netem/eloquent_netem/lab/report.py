@@ -1,7 +1,4 @@
-"""The report of a comparison: a page with figures and tables, and the figures as files.
-
-`write_report` is all that others call; `figures` and `sheets` are what other pages are made of.
-"""
+"""The report of a comparison: a page with figures and tables, and the figures as files."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from eloquent_netem.lab.findings import Sheet
 from eloquent_netem.lab.measures import measure_stalls
 from eloquent_netem.lab.report_figures import (
     Cost,
@@ -21,8 +17,9 @@ from eloquent_netem.lab.report_figures import (
     stalls_by_network,
     stalls_by_place,
 )
-from eloquent_netem.lab.report_page import Card, Picture, html_page
+from eloquent_netem.lab.report_page import PAGE, Card, Picture, html_page
 from eloquent_netem.lab.report_style import in_order, style_of
+from eloquent_netem.lab.report_tables import by_driver, comparisons, sheets, wire_bytes
 from eloquent_netem.lab.rows import ORACLE, Arrivals, Row
 from eloquent_netem.lab.statistics import (
     HOW,
@@ -32,18 +29,15 @@ from eloquent_netem.lab.statistics import (
     Reduction,
     mean_interval,
     over_seeds,
-    ratio,
-    reduction,
     samples_of,
 )
 
-OURS = "eloquent"
-PAGE = "report.html"
 MOST_CARDS = 6
 MOST_PANELS = 3
 "So many places have a panel in the figure of delays."
 
 STUCK_S = 0.5
+"A token counts as no later than this where the staircase's span is chosen."
 
 STAIRS_S = 2.0
 "How much of a run the staircase shows."
@@ -85,14 +79,14 @@ def write_report(study: Study, directory: Path) -> Path:
 
 def figures(study: Study) -> list[Picture]:
     """Draw all figures for which there is what they show."""
-    rows = [row for row in study.rows if row.loss > 0] or list(study.rows)
+    rows = study.rows
     if not rows:
         return []
     pictures = _of_arrivals(study)
     panels, places = _networks(rows)
     for name, (plain, _) in MEASURES.items():
         short = name.replace(" ", "")
-        caption = f"Stall ratio, {name}; {_basis(rows)}; {_INTERVALS}."
+        caption = f"Stall ratio, {name}; {_basis(rows)}{_bars(rows)}."
         if panels:
             curves = _curves(rows, panels, plain)
             pictures.append(
@@ -118,172 +112,37 @@ def figures(study: Study) -> list[Picture]:
             Picture(
                 "cost",
                 "What it costs: bytes against stalls",
-                "Large: means over all networks, with intervals; small: each network. Stall "
-                f"ratio, strict; {_basis(rows)}; {_INTERVALS}.",
+                "Large: means over all networks; small: each network. Stall ratio, strict; "
+                f"{_basis(rows)}{_bars(rows)}.",
                 partial(cost_curve, costs, measure="strict"),
             )
         )
     return pictures
 
 
-def sheets(rows: Sequence[Row]) -> list[Sheet]:
-    """Return the tables: comparisons, and each place and scheme."""
-    found = [
-        comparison_sheet(f"Eloquent against the others ({driver})", mine)
-        for driver, mine in by_driver(rows).items()
-    ]
-    found += [
-        cell_sheet(f"Each network ({driver})", mine) for driver, mine in by_driver(rows).items()
-    ]
-    return [sheet for sheet in found if sheet.rows]
-
-
-COMPARISON_HEADER = (
-    "against",
-    "measure",
-    "excess: ours, pp",
-    "theirs, pp",
-    "reduction",
-    "stall ratio: ours",
-    "theirs",
-    "reduction",
-    "networks",
-    "seeds",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """Ours and another scheme over all places, in one measure."""
-
-    measure: str
-    excess: Reduction
-    plain: Reduction
-    "Of the stall ratio itself."
-
-
-def comparisons(rows: Sequence[Row]) -> list[Compared]:
-    """Compare ours with every other scheme, in both measures."""
-    found = []
-    for against in in_order(row.scheme for row in rows):
-        for measure, fields in MEASURES.items():
-            plain, excess = (reduction(samples_of(rows, name), OURS, against) for name in fields)
-            if against not in (OURS, ORACLE) and plain is not None and excess is not None:
-                found.append(Compared(measure, excess, plain))
-    return found
-
-
-def comparison_sheet(title: str, rows: Sequence[Row]) -> Sheet:
-    """Compare ours with every other scheme over all places: excess, and the plain ratio."""
-    lines = tuple(
-        (
-            style_of(found.excess.against).label,
-            found.measure,
-            percent(found.excess.ours, unit=""),
-            percent(found.excess.theirs, unit=""),
-            percent_range(found.excess.share),
-            percent(found.plain.ours),
-            percent(found.plain.theirs),
-            percent_range(found.plain.share),
-            str(found.excess.scenarios),
-            str(found.excess.seeds),
-        )
-        for found in comparisons(rows)
-    )
-    return Sheet(title, COMPARISON_HEADER, lines)
-
-
-CELL_HEADER = (
-    "network",
-    "scheme",
-    "strict %",
-    "200 ms %",
-    "excess strict, pp",
-    "ours / this",
-    "excess 200 ms, pp",
-    "ours / this",
-    "p50 ms",
-    "p99 ms",
-    "gap p99 ms",
-    "first token ms",
-    "bytes/token",
-    "packets/token",
-)
-
-
-def cell_sheet(title: str, rows: Sequence[Row]) -> Sheet:
-    """Return a row for each place and scheme."""
-    samples = {name: samples_of(rows, name) for pair in MEASURES.values() for name in pair}
-    lines = []
-    for scenario in dict.fromkeys(row.scenario for row in rows):
-        here = [row for row in rows if row.scenario == scenario]
-        for scheme in in_order(row.scheme for row in here):
-            mine = [row for row in here if row.scheme == scheme]
-            cells = [scenario, style_of(scheme).label]
-            for plain, _ in MEASURES.values():
-                cells.append(percent(over_seeds(samples[plain], scenario, scheme), unit=""))
-            for _, excess in MEASURES.values():
-                theirs = over_seeds(samples[excess], scenario, scheme)
-                ours = over_seeds(samples[excess], scenario, OURS)
-                cells.append(percent(theirs, unit=""))
-                is_ratio = theirs and ours and scheme not in (OURS, ORACLE)
-                cells.append(
-                    f"{ratio(ours.figure, theirs.figure):.2f}"
-                    if is_ratio and ours and theirs
-                    else "—"
-                )
-            cells += [
-                f"{fmean(getattr(row, name) for row in mine):.0f}"
-                for name in ("delay_p50_ms", "delay_p99_ms", "gap_p99_ms", "ttft_ms")
-            ]
-            is_real = scheme != ORACLE
-            wire = fmean(row.wire_bytes_per_token + row.uplink_bytes_per_token for row in mine)
-            cells.append(f"{wire:.0f}" if is_real else "—")
-            packets = fmean(row.packets_per_token for row in mine)
-            cells.append(f"{packets:.2f}" if is_real else "—")
-            lines.append(tuple(cells))
-    return Sheet(title, CELL_HEADER, tuple(lines))
-
-
-def percent(interval: Interval | None, unit: str = " %") -> str:
-    """Return a share as a percentage with half its interval."""
-    if interval is None:
-        return "—"
-    scaled = interval.times(100)
-    return f"{scaled.figure:.2f} ± {scaled.half:.2f}{unit}"
-
-
-def percent_range(interval: Interval) -> str:
-    """Return a share as a percentage with its interval's ends."""
-    scaled = interval.times(100)
-    return f"{scaled.figure:.1f} % ({scaled.low:.1f} to {scaled.high:.1f})"
-
-
-def by_driver(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Return the rows of each driver: figures of different ones are never mixed."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.driver, []).append(row)
-    return found
-
-
-_INTERVALS = "bars: 95 % intervals of the means (Student's t over seeds)"
-
-
 def _basis(rows: Iterable[Row]) -> str:
     """Say what the figures rest on."""
     rows = list(rows)
-    seeds = len({row.seed for row in rows})
     drivers = " and ".join(sorted({row.driver for row in rows}))
     sources = ", ".join(sorted({row.source for row in rows}))
-    return f"driver {drivers}, {seeds} seed{'s' if seeds != 1 else ''}, {sources}"
+    return f"driver {drivers}, {_counted(len({row.seed for row in rows}), 'seed')}, {sources}"
+
+
+def _bars(rows: Iterable[Row]) -> str:
+    """Say what the bars are, if there are any."""
+    is_one = len({row.seed for row in rows}) == 1
+    return "" if is_one else "; bars: 95 % intervals of the means (Student's t over seeds)"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def _summary(rows: Sequence[Row]) -> str:
     places = len({row.scenario for row in rows})
     return (
-        f"The same answers, token by token, over {places} emulated network"
-        f"{'s' if places != 1 else ''}: {_basis(rows)}. The stall ratio is the share of an "
+        f"The same answers, token by token, over {_counted(places, 'emulated network')}: "
+        f"{_basis(rows)}. The stall ratio is the share of an "
         "answer's time in which the reader waits for a token that, had nothing been lost, would be "
         "there; the 200 ms ratio counts only what lies beyond a gap of 200 ms. Excess is what is "
         "above the oracle, the link's own bound on the same seed."
@@ -305,19 +164,23 @@ def _cards(rows: Sequence[Row]) -> list[Card]:
 def _card(found: Reduction, driver: str) -> Card:
     share = found.share.times(100)
     word = "less" if share.figure >= 0 else "more"
+    ends = f", {share.low:.1f} to {share.high:.1f} %" if found.seeds > 1 else ""
     return Card(
         f"{abs(share.figure):.1f} %",
         f"{word} excess stall than {style_of(found.against).label}",
-        f"strict, {share.low:.1f} to {share.high:.1f} %; {found.scenarios} networks, "
-        f"{found.seeds} seeds, {driver}",
+        f"strict{ends}; {_counted(found.scenarios, 'network')}, {_counted(found.seeds, 'seed')}, "
+        f"{driver}",
     )
 
 
 def _networks(rows: Sequence[Row]) -> tuple[set[str], list[str]]:
-    """Sort the places: those that differ by loss and round trip alone, and the others."""
+    """Sort the places: those that differ by loss and round trip alone, and the others.
+
+    What loses nothing is no point of a curve: outages or queues may be what ails it.
+    """
     at: dict[tuple[float, float | None, float], set[str]] = {}
     losses: dict[tuple[float, float | None], set[float]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.loss > 0):
         at.setdefault((row.rtt_ms, row.burst_ms, row.loss), set()).add(row.scenario)
         losses.setdefault((row.rtt_ms, row.burst_ms), set()).add(row.loss)
     panels = {
@@ -392,27 +255,28 @@ def _of_arrivals(study: Study) -> list[Picture]:
         if (where, number) == (place, seed)
     }
     stairs = [_stairs(scheme, runs[scheme]) for scheme in in_order(runs) if scheme != ORACLE]
-    window_s = _window(stairs)
     seeds = len({number for _, _, number in study.arrivals})
     drivers = " and ".join(sorted({row.driver for row in study.rows}))
-    return [
-        Picture(
-            "staircase",
-            f"The same {window_s[1] - window_s[0]:.2g} seconds, scheme by scheme",
-            f"{place}, seed {seed}, driver {drivers}: one run of each scheme. Grey: when tokens "
-            "would come had none been lost; colour: when the reader had them; shaded: what the "
-            "reader waits for. Above each: the run's stall ratio, strict.",
-            partial(staircase, stairs, window_s),
-        ),
-        Picture(
-            "delays",
-            "Token delay",
-            f"How many tokens have come after which delay: every token of {seeds} "
-            f"seed{'s' if seeds != 1 else ''}, driver {drivers}. The delay is that beyond the "
-            "path's own; no interval, since these are counts.",
-            partial(delay_cdf, delays),
-        ),
-    ]
+    delay = Picture(
+        "delays",
+        "Token delay",
+        f"How many tokens have come after which delay: every token of {_counted(seeds, 'seed')}, "
+        f"driver {drivers}. The delay is that beyond the path's own; no interval, since these are "
+        "counts.",
+        partial(delay_cdf, delays),
+    )
+    if not stairs:
+        return [delay]
+    window_s = _window(stairs)
+    stair = Picture(
+        "staircase",
+        f"The same {window_s[1] - window_s[0]:.2g} seconds, scheme by scheme",
+        f"{place}, seed {seed}, driver {drivers}: one run of each scheme. Grey: when tokens "
+        "would come had none been lost; colour: when the reader had them; shaded: what the "
+        "reader waits for. Above each: the run's stall ratio, strict.",
+        partial(staircase, stairs, window_s),
+    )
+    return [stair, delay]
 
 
 def _delays_s(run: Arrivals) -> list[float]:
@@ -456,6 +320,8 @@ def _window(stairs: Sequence[Stairs]) -> tuple[float, float]:
 def _costs(rows: Sequence[Row]) -> list[Cost]:
     """Return bytes and stalls of each scheme, over the places that all of them have."""
     schemes = [scheme for scheme in in_order(row.scheme for row in rows) if scheme != ORACLE]
+    if not schemes:
+        return []
     common = set.intersection(
         *({row.scenario for row in rows if row.scheme == scheme} for scheme in schemes)
     )
@@ -463,24 +329,25 @@ def _costs(rows: Sequence[Row]) -> list[Cost]:
     for scheme in schemes if common else ():
         mine = [row for row in rows if row.scheme == scheme and row.scenario in common]
         seeds = sorted({row.seed for row in mine})
+        by_seed = [[row for row in mine if row.seed == seed] for seed in seeds]
         places = [[row for row in mine if row.scenario == place] for place in sorted(common)]
         costs.append(
             Cost(
                 scheme,
-                mean_interval([fmean(_wire(row) for row in mine if row.seed == s) for s in seeds]),
-                mean_interval(
-                    [fmean(row.stall_ratio for row in mine if row.seed == s) for s in seeds]
-                ),
-                tuple(
-                    (fmean(map(_wire, here)), fmean(r.stall_ratio for r in here)) for here in places
-                ),
+                mean_interval([_mean_wire(some) for some in by_seed]),
+                mean_interval([_mean_stall(some) for some in by_seed]),
+                tuple((_mean_wire(some), _mean_stall(some)) for some in places),
             )
         )
     return costs
 
 
-def _wire(row: Row) -> float:
-    return row.wire_bytes_per_token + row.uplink_bytes_per_token
+def _mean_wire(rows: Iterable[Row]) -> float:
+    return fmean(map(wire_bytes, rows))
+
+
+def _mean_stall(rows: Iterable[Row]) -> float:
+    return fmean(row.stall_ratio for row in rows)
 
 
 def _told(value: object) -> str:

@@ -14,6 +14,9 @@ from eloquent_netem.lab.report_style import DARK, DPI, LIGHT, Theme, themed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PAGE = "report.html"
+"The file's name."
+
 CAPTION_CHARS_PER_INCH = 16
 
 

@@ -1,7 +1,8 @@
 """How figures look: a colour, marker and dash for each scheme, and themes for light and dark.
 
-The hues are those of Okabe and Ito, which people with any kind of colour vision tell apart; in the
-dark theme they are lighter. Markers and dashes differ too, so that no figure hangs on colour.
+The hues are those of Okabe and Ito, as far as these go, which people with any kind of colour vision
+tell apart; in the dark theme they are lighter. Markers and dashes differ too, so that no figure
+hangs on colour.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,6 @@ from typing import Any, Literal
 from eloquent.errors import ConfigurationError
 
 DPI = 150
-
 
 Dash = Literal["-", "--", "-.", ":"]
 
@@ -36,6 +36,7 @@ STYLES = {
     "retransmit": Style("retransmit", "#c98500", "#f2b632", "v"),
     "quic-stream": Style("QUIC stream", "#b05a8c", "#e79cc6", "D", "-."),
     "tcp": Style("TCP (model)", "#c44700", "#ff8652", "X", "--"),
+    "tcp-reno": Style("TCP Reno (model)", "#6f5ab8", "#b5a6f2", "h", "-."),
     "tcp-sse": Style("TCP, SSE", "#c44700", "#ff8652", "P"),
     "tcp-websocket": Style("TCP, WebSocket", "#6b4a2f", "#cfa887", "p", "--"),
     "oracle": Style("oracle (bound)", "#767676", "#9a9a9a", "_", ":"),
@@ -49,16 +50,14 @@ UNKNOWN = Style("", "#767676", "#9a9a9a", "*", ":")
 class Theme:
     """The colours of a figure but those of the schemes."""
 
-    name: str
     background: str
     ink: str
     muted: str
     grid: str
 
 
-LIGHT = Theme("light", "#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
-DARK = Theme("dark", "#16181c", "#e8eaed", "#a0a7b0", "#30353c")
-THEMES = (LIGHT, DARK)
+LIGHT = Theme("#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
+DARK = Theme("#16181c", "#e8eaed", "#a0a7b0", "#30353c")
 
 
 def check_can_draw() -> None:
