@@ -10,7 +10,7 @@ import pytest
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.places import NetworkOptions, make_places, standard_places
 from eloquent_netem.lab.rows import ORACLE
-from eloquent_netem.lab.stalls_commands import stalls, user_cache
+from eloquent_netem.lab.stalls_commands import check_writable, stalls, user_cache
 from eloquent_netem.scenario import load_scenario
 from eloquent_netem.scenario_parts import BurstLossSpec, IndependentLossSpec, TraceRateSpec
 
@@ -126,6 +126,7 @@ def test_a_recording_is_a_network(tmp_path: Path) -> None:
         ({"prompt": "Hello"}, "add --source live"),
         ({"json": Path("/nowhere/at/all.json")}, "Cannot write /nowhere/at/all.json"),
         ({"report": Path(__file__)}, "Cannot write"),
+        ({"report": Path("/proc")}, "Cannot write /proc/report.html"),
     ],
 )
 def test_impossible_options_are_refused_before_the_work(
@@ -133,7 +134,7 @@ def test_impossible_options_are_refused_before_the_work(
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
         stalls(**{"cache": tmp_path / "cache.jsonl", **options})
-    assert not list(tmp_path.glob("*.jsonl")) or not (tmp_path / "cache.jsonl").read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_prints_tables_and_writes_files(
@@ -210,3 +211,23 @@ def test_the_users_cache_starts_anew_when_it_has_grown_too_large(
     assert user_cache().exists()
     monkeypatch.setattr("eloquent_netem.lab.stalls_commands.CACHE_MOST_BYTES", 0)
     assert not user_cache().exists()
+
+
+def test_to_find_out_whether_a_file_can_be_written_changes_nothing(tmp_path: Path) -> None:
+    old, link = tmp_path / "old", tmp_path / "link"
+    old.write_text("kept")
+    link.symlink_to(tmp_path / "not-yet")
+    for path in (old, link, tmp_path / "new"):
+        check_writable(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
+    assert old.read_text() == "kept"
+
+
+def test_results_that_cannot_be_written_are_not_lost(tmp_path: Path) -> None:
+    full = Path("/dev/full")  # Each write to it fails as on a full disk.
+    if not full.exists():
+        pytest.skip("This system has no /dev/full.")
+    cache = tmp_path / "cache"
+    with pytest.raises(ConfigurationError, match=r"No space left on device.*are remembered"):
+        stalls(loss=0.1, schemes=("tcp",), seeds=1, tokens=5, workers=1, cache=cache, json=full)
+    assert cache.read_text().count('"key"') == 1

@@ -85,11 +85,11 @@ def stalls(
     source
         Where tokens come from. `constant`: one of 10 characters every so often. `recorded`: the
         timings of a real generation, shipped with this; or the path of another recording. `live`:
-        a model that answers meanwhile, with `tun` only.
+        a model that answers anew for each run, with `tun` only.
     rate
         Tokens per second of the constant source; 30 if not given.
     tokens
-        Tokens of each answer; 400 if not given, or all that were recorded.
+        Tokens of each answer, for `live` at most; 400 if not given, or all that were recorded.
     prompt
         What the live model is asked.
     model
@@ -107,6 +107,7 @@ def stalls(
         default stalls.jsonl in the user's cache folder.
     """
     from eloquent_netem.lab.places import NetworkOptions, make_places, standard_places
+    from eloquent_netem.lab.report_page import PAGE
     from eloquent_netem.lab.report_style import check_can_draw
     from eloquent_netem.lab.sources import ConstantRate
     from eloquent_netem.lab.stalls import Plan, compare, default_schemes, find_driver
@@ -140,7 +141,8 @@ def stalls(
             check_writable(output)
     if report is not None:
         check_can_draw()
-        _make_folder(report)
+        make_folder(report)
+        check_writable(report / PAGE)
     runner = find_driver(driver, **({} if congestion is None else {"congestion": congestion}))
     found = compare(
         Plan(
@@ -202,25 +204,33 @@ def user_cache() -> Path:
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(root) / "eloquent" / "stalls.jsonl"
-    _make_folder(path.parent)
+    make_folder(path.parent)
     if path.exists() and path.stat().st_size > CACHE_MOST_BYTES:
         path.unlink()
     return path
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether its results can be written.
+    """Find out before the work whether its results can be written; nothing is left of the try.
 
     Raises:
         ConfigurationError: they cannot.
     """
     try:
+        is_new = not path.exists()
         path.open("a").close()
+        if is_new:
+            path.resolve().unlink()  # A link to it stays.
     except OSError as error:
         raise ConfigurationError(f"Cannot write {path}: {error.strerror}.") from error
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Make a folder for results, and those above it.
+
+    Raises:
+        ConfigurationError: it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -275,13 +285,19 @@ def _show(found: "Found") -> None:
 def _write(found: "Found", *, json: Path | None, report: Path | None) -> None:
     from eloquent_netem.lab.stalls import dumps
 
-    if json is not None:
-        json.write_text(dumps(found), encoding="utf-8")
-    if report is not None:
-        from eloquent_netem.lab.report import Study, write_report
+    try:
+        if json is not None:
+            json.write_text(dumps(found), encoding="utf-8")
+        if report is not None:
+            from eloquent_netem.lab.report import Study, write_report
 
-        study = Study(found.rows, found.arrivals, found.meta)
-        _say(f"The report: {write_report(study, report)}")
+            study = Study(found.rows, found.arrivals, found.meta)
+            _say(f"The report: {write_report(study, report)}")
+    except OSError as error:
+        raise ConfigurationError(
+            f"The results could not be written: {error}. The runs are remembered: the same command "
+            "with another --json or --report does not make them again."
+        ) from error
 
 
 def _say(text: str) -> None:
