@@ -2,12 +2,14 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lab_rows import row
 
+from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.commands import lab
 from eloquent_netem.lab.paper import Options, check, commit_of, paper
 from eloquent_netem.lab.paper_page import (
@@ -22,16 +24,16 @@ from eloquent_netem.lab.paper_page import (
 )
 from eloquent_netem.lab.paper_parts import (
     LEAST,
-    TRACES,
     TUN_SCHEMES,
     Part,
     grid,
     make_parts,
     recordings,
 )
-from eloquent_netem.lab.places import synthetic
+from eloquent_netem.lab.places import RECORDINGS, synthetic
 from eloquent_netem.lab.rows import ORACLE, Row
 from eloquent_netem.lab.sources import ConstantRate
+from eloquent_netem.lab.tun_driver import TunDriver
 
 NOWHERE = Path("/nonexistent")
 MARK = Mark(code="c0de", commit="abc1234-dirty", date="2026-01-31", seeds=3)
@@ -182,6 +184,41 @@ def test_what_is_out_of_date_is_named_with_its_date_and_commit(tmp_path: Path) -
     assert codes["tun"] in line
 
 
+def test_a_file_that_is_no_page_of_results_is_not_overwritten(tmp_path: Path) -> None:
+    settings = options(tmp_path)
+    settings.output.write_text("# My notes\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="is no page of results"):
+        paper([TINY], settings)
+    assert settings.output.read_text(encoding="utf-8") == "# My notes\n"
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff")])
+def test_a_page_that_cannot_be_read_is_told(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    output = tmp_path / "page"
+    make(output)
+    for call in (
+        lambda: check(output, NOWHERE),
+        lambda: paper([], options(tmp_path, output=output)),
+    ):
+        with pytest.raises(ConfigurationError, match="name another with --output"):
+            call()
+
+
+@pytest.mark.parametrize("option", ["--output", "--cache"])
+def test_where_nothing_can_be_written_nothing_is_run(tmp_path: Path, option: str) -> None:
+    files = {"--output": tmp_path / "page.md", "--cache": tmp_path / "cache", option: tmp_path}
+    words = [str(word) for pair in files.items() for word in pair]
+    with pytest.raises(ConfigurationError, match=f"Cannot write {tmp_path}"):
+        lab(["paper", "--no-tun", *words], exit_on_error=False)
+
+
+def test_tcp_over_the_router_is_named_by_its_congestion_control() -> None:
+    tun = replace(TINY, driver="tun")
+    text = part_text(tun, MARK, rows(0.01, 0.09), [], meta={"driver": TunDriver().meta()})
+    assert "TCP, which is the kernel's, cubic, over TLS 1.3 (Linux " in text
+
+
 def test_the_command_says_whether_the_page_is_up_to_date(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,9 +243,9 @@ def test_the_comparison_is_that_of_the_papers() -> None:
 def test_recordings_are_taken_where_they_are(tmp_path: Path) -> None:
     assert recordings(tmp_path) == ()
     assert [part.name for part in make_parts(tmp_path, has_tun=False)] == ["sim"]
-    (tmp_path / f"{TRACES[1]}.down").write_text("1\n2\n")
+    (tmp_path / f"{RECORDINGS[1]}.down").write_text("1\n2\n")
     (place,) = recordings(tmp_path)
-    assert place.name.startswith(TRACES[1])
+    assert place.name.startswith(RECORDINGS[1])
     assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun"]
 
 

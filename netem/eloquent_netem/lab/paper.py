@@ -57,8 +57,16 @@ def paper(parts: Sequence[Part], options: Options) -> int:
     """Run the parts and write them to the page; return the exit code.
 
     What is not among the parts, or not done when Ctrl-C comes, stays as it was on the page.
+
+    Raises:
+        ConfigurationError: the page cannot be read, or is something else.
     """
-    texts = split(_read(options.output))
+    before = _read(options.output)
+    texts = split(before)
+    if before.strip() and not texts:
+        raise ConfigurationError(
+            f"{options.output} is no page of results and would be lost: name another with --output."
+        )
     failures: list[str] = []
     rows: list[Row] = []
     for part in parts:
@@ -89,7 +97,11 @@ def paper(parts: Sequence[Part], options: Options) -> int:
 
 
 def check(output: Path, traces: Path) -> list[str]:
-    """Return a line for each part of the page that is missing or out of date."""
+    """Return a line for each part of the page that is missing or out of date.
+
+    Raises:
+        ConfigurationError: the page cannot be read.
+    """
     texts = split(_read(output))
     codes = {part.name: part.code for part in make_parts(traces)}
     lines = []
@@ -166,10 +178,15 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def _read(output: Path) -> str:
+    """Return the page's text, which is empty if there is no page yet."""
     try:
         return output.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"The page {output} cannot be read ({error}): name another with --output."
+        ) from error
 
 
 def _write(output: Path, texts: Mapping[str, str], part: Part, pictures: Sequence[Picture]) -> None:

@@ -54,6 +54,7 @@ def paper(
     from eloquent_netem.lab.paper import check as stale_parts
     from eloquent_netem.lab.paper import paper as run
     from eloquent_netem.lab.report_style import check_can_draw
+    from eloquent_netem.lab.stalls_commands import check_writable, make_folder
 
     if check:
         lines = stale_parts(output, traces)
@@ -67,11 +68,9 @@ def paper(
     if seeds < 1 or tun_seeds < 1 or (workers is not None and workers < 1):
         raise ConfigurationError("--seeds, --tun-seeds and --workers must be at least 1.")
     check_can_draw()
-    for folder in (output.parent, cache.parent):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(f"Cannot make {folder}: {error.strerror}.") from error
+    for file in (output, cache):
+        make_folder(file.parent)
+        check_writable(file)
     options = Options(
         seeds={"sim": seeds, "tun": tun_seeds},
         output=output,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eloquent_netem.lab.cases import code_of
-from eloquent_netem.lab.places import recorded, synthetic
+from eloquent_netem.lab.places import RECORDINGS, named_recording, synthetic
 from eloquent_netem.lab.rows import ORACLE, Place
 from eloquent_netem.lab.simulated import SimDriver
 from eloquent_netem.lab.sources import ConstantRate, Source
@@ -16,16 +16,6 @@ BURSTS_MS = (None, 150.0)
 RTTS_MS = (50.0, 100.0, 300.0)
 SOURCE: Source = ConstantRate(30.0)
 "30 tokens a second, 400 of them."
-
-TRACE_LOSS = 0.02
-TRACES = (
-    "ATT-LTE-driving-2016",
-    "Verizon-LTE-short",
-    "TMobile-UMTS-driving",
-    "nyc-taxi3",
-    "nyc-timessquare-3204803",
-)
-"Recordings in mahimahi's format, NAME.down and mostly NAME.up; nothing of them is shipped."
 
 SIM_SCHEMES = ("eloquent", "duplicate", "retransmit", "quic-stream", "tcp", ORACLE)
 TUN_SCHEMES = (
@@ -94,13 +84,9 @@ def grid() -> tuple[Place, ...]:
 
 
 def recordings(folder: Path) -> tuple[Place, ...]:
-    """Return the recordings that are in `folder`."""
-    places = []
-    for name in TRACES:
-        down, up = folder / f"{name}.down", folder / f"{name}.up"
-        if down.exists():
-            places.append(recorded(down, up if up.exists() else None, loss=TRACE_LOSS))
-    return tuple(places)
+    """Return those of `RECORDINGS` that are in `folder`."""
+    there = {path.stem for path in folder.glob("*.down")}  # Where it may not look, there is none.
+    return tuple(named_recording(folder, name) for name in RECORDINGS if name in there)
 
 
 def make_parts(traces: Path, *, has_tun: bool = True) -> Sequence[Part]:
