@@ -1,6 +1,5 @@
 """The demo: its clocks count what the measures count; both kinds of feed tell a whole answer."""
 
-import os
 import random
 import time
 
@@ -10,11 +9,11 @@ from rich.console import Console
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab.commands import lab
 from eloquent_netem.lab.demo import Feed, News, make_place, replayed, take
-from eloquent_netem.lab.demo_live import over_tun
+from eloquent_netem.lab.demo_live import _Live, over_tun
 from eloquent_netem.lab.demo_panes import Pane, screen
 from eloquent_netem.lab.measures import measure_stalls
 from eloquent_netem.lab.sources import Recording
-from eloquent_netem.namespaces import NamespaceError
+from tests.netem.test_tun import needs_ip, network
 
 TOKENS = 12
 SOURCE = Recording(None, TOKENS)
@@ -36,6 +35,8 @@ def played(feed: Feed) -> list[Pane]:
         is_done = feed.is_over()
         take(feed, panes, waiting, time.monotonic())
         is_over = is_done and not waiting
+    for index, pane in enumerate(panes):
+        pane.note = feed.failure(index)
     return panes
 
 
@@ -166,25 +167,52 @@ def test_an_outage_stops_both() -> None:
             assert pane.longest_s(pane.came_s[-1]) > 0.2
 
 
+def test_a_network_that_never_comes_back_is_refused() -> None:
+    place = make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=(0.1, 1e6))
+    with (
+        pytest.raises(ConfigurationError, match="does not arrive over this network"),
+        replayed(place, SOURCE, 1),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("outage", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 2.0, 3.0)])
 def test_an_outage_has_a_beginning_and_an_end(outage: tuple[float, ...]) -> None:
     with pytest.raises(ConfigurationError, match="--outage takes two numbers"):
         make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=outage)
 
 
+@pytest.fixture(scope="module")
+def namespaces() -> None:
+    """Skip where there can be no namespaces, by saying why; with `CI=true` that fails."""
+    with network():
+        pass
+
+
+@needs_ip
+@pytest.mark.usefixtures("namespaces")
 def test_the_live_feed_tells_the_whole_answer_over_real_sockets() -> None:
     place = make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=())
-    try:
-        with over_tun(place, SOURCE, 1) as feed:
-            panes = played(feed)
-    except NamespaceError as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(error))
+    with over_tun(place, SOURCE, 1) as feed:
+        panes = played(feed)
     assert feed.schemes == ("tcp-sse", "eloquent")
     assert "live" in feed.how
     assert [pane.text for pane in panes] == [TEXT, TEXT]
     assert [len(pane.due_s) for pane in panes] == [TOKENS, TOKENS]
+
+
+@needs_ip
+@pytest.mark.usefixtures("namespaces")
+def test_a_program_that_dies_ends_its_pane_and_is_told() -> None:
+    place = make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=())
+    with over_tun(place, SOURCE, 1) as feed:
+        assert isinstance(feed, _Live)
+        feed.pairs[1].programs["server"].kill()
+        left, right = played(feed)
+        assert (left.text, left.note) == (TEXT, "")
+        assert right.text != TEXT
+        assert "The server's program failed" in right.note
+    assert right.note in " ".join(shown([left, right], time.monotonic(), columns=200).split())
 
 
 def test_without_a_terminal_the_command_ends_with_the_figures(

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from eloquent.errors import ConfigurationError
+from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.demo_panes import Pane
-from eloquent_netem.lab.places import synthetic
+from eloquent_netem.lab.measures import DeliveryError
+from eloquent_netem.lab.places import NetworkOptions, make_places
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.simulated import SimDriver
 from eloquent_netem.lab.sources import Recording
 from eloquent_netem.scenario_parts import SpansSpec
+from eloquent_netem.sim import StuckError
 
 OURS, TCP_MODEL = "eloquent", "tcp"
 TITLES = {
@@ -50,6 +53,10 @@ class Feed(ABC):
     def is_over(self) -> bool:
         """Return whether nothing more will come."""
 
+    def failure(self, pane: int) -> str:
+        """Return what ended a pane's answer before its time, or nothing."""
+        return ""
+
 
 def make_place(
     *, rtt_ms: float, loss: float, burst_ms: float | None, outage: tuple[float, ...]
@@ -57,9 +64,9 @@ def make_place(
     """Return the network; `outage` is when it is away, [from, to] in seconds of its clock.
 
     Raises:
-        ConfigurationError: an outage has no end, or ends before it begins.
+        ConfigurationError: a figure is impossible, or an outage has no end.
     """
-    place = synthetic(rtt_ms=rtt_ms, loss=loss, burst_ms=burst_ms)
+    (place,) = make_places(NetworkOptions(loss=loss, burst_ms=burst_ms, rtt_ms=rtt_ms))
     if not outage:
         return place
     if len(outage) != 2 or not 0 <= outage[0] < outage[1]:
@@ -74,8 +81,19 @@ def make_place(
 
 @contextlib.contextmanager
 def replayed(place: Place, source: Recording, seed: int) -> Iterator[Feed]:
-    """Give a feed that was made in virtual time and is shown at its real speed."""
-    yield _Replay(place, source, seed)
+    """Give a feed that was made in virtual time and is shown at its real speed.
+
+    Raises:
+        ConfigurationError: no answer ever arrives over this network.
+    """
+    try:
+        feed = _Replay(place, source, seed)
+    except (DeliveryError, NetemError, StuckError) as error:
+        raise ConfigurationError(
+            f"An answer does not arrive over this network ({error}): lower --loss, or let --outage "
+            "be shorter."
+        ) from error
+    yield feed
 
 
 class _Replay(Feed):

@@ -58,17 +58,18 @@ def demo(
     from rich.console import Console
 
     from eloquent_netem.lab.demo import make_place
-    from eloquent_netem.lab.places import NetworkOptions, make_places
     from eloquent_netem.lab.sources import Recording
 
     if tokens is not None and tokens < 1:
         raise ConfigurationError("--tokens must be at least 1.")
-    make_places(NetworkOptions(loss=loss, burst_ms=burst_ms, rtt_ms=rtt_ms))  # It checks them.
     place = make_place(rtt_ms=rtt_ms, loss=loss, burst_ms=burst_ms, outage=outage)
     console = Console()
-    with contextlib.ExitStack() as stack:
-        feed = _feed(stack, place, Recording(None, tokens), seed, is_virtual=virtual)
-        _show(feed, console, place.name)
+    try:
+        with contextlib.ExitStack() as stack:
+            feed = _feed(stack, place, Recording(None, tokens), seed, is_virtual=virtual)
+            _show(feed, console, place.name)
+    except NetemError as error:  # At its end the router tells that it was late.
+        raise ConfigurationError(str(error)) from error
 
 
 def _feed(
@@ -82,7 +83,7 @@ def _feed(
 
             return stack.enter_context(over_tun(place, source, seed))
         except (NetemError, ImportError) as error:
-            print(f"No namespaces: {error}", file=sys.stderr)  # noqa: T201
+            print(f"Not live: {error}", file=sys.stderr)  # noqa: T201
     return stack.enter_context(replayed(place, source, seed))
 
 
@@ -118,6 +119,8 @@ def _show(feed: "Feed", console: "Console", network: str) -> None:
             # The state is read first: what came before the end is in the queue by then.
             is_done = feed.is_over()
             take(feed, panes, waiting, time.monotonic())
+            for index, pane in enumerate(panes):
+                pane.note = feed.failure(index)
             is_over = is_done and not waiting
             if console.is_terminal:
                 live.update(picture(), refresh=True)
@@ -130,4 +133,6 @@ def _show(feed: "Feed", console: "Console", network: str) -> None:
             f"({100 * pane.share(now, is_over=is_over):.0f} % of the time), longest wait "
             f"{pane.longest_s(now):.1f} s"
         )
+        if pane.note:
+            console.print(pane.note, style="red", markup=False)
     console.print(f"[dim]{network}; {feed.how}[/dim]")

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from eloquent_netem.tun import TunNetwork, tun_network
 
 TCP = "tcp-sse"
 KINDS = {TCP: "sse", OURS: "quic"}
+SIDES: tuple[Side, ...] = ("server", "client")
 
 LEAD_S = 0.3
 "From the start of the networks' clocks to the clients' beginning."
@@ -42,114 +43,166 @@ def over_tun(place: Place, source: Recording, seed: int) -> Iterator[Feed]:
     """Give a feed of real programs, each pair in namespaces of its own.
 
     Raises:
-        NetemError: the namespaces cannot be made; the message says why and what helps.
+        NetemError: the namespaces cannot be made, or a program in them cannot be started; the
+            message says why and what helps.
     """
     with contextlib.ExitStack() as stack:
         feed = _Live(place)
         stack.callback(feed.close)  # After the networks, which end what still runs.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eloquent-demo-")))
-        for pane, scheme in enumerate(feed.schemes):
+        for scheme in feed.schemes:
             mine = folder / scheme
             mine.mkdir()
             setup = Setup(scheme=scheme, padding=True, congestion="cubic", plan=source.plan(seed))
             (mine / SETUP).write_bytes(msgspec.json.encode(setup))
             links = partial(place.scenario.links, seed, LEAD_S)
             network = stack.enter_context(tun_network(links, lateness_bound_s=LATENESS_BOUND_S))
-            feed.add(pane, network, KINDS[scheme], mine)
+            feed.add(_Pair(network, mine, KINDS[scheme]))
+        feed.await_ready()
         try:
             yield feed
         finally:
             feed.stop()
 
 
-class _Live(Feed):
-    def __init__(self, place: Place) -> None:
-        super().__init__("live, real sockets and kernel TCP", (TCP, OURS))
-        self._base_delay_s = place.base_delay_s + PROGRAMS_S
-        self._networks: list[TunNetwork] = []
-        self._clients: list[subprocess.Popen[str]] = []
-        self._servers: list[subprocess.Popen[str]] = []
-        self._hellos: list[Hello] = []
-        self._threads: list[threading.Thread] = []
+class _Pair:
+    """The two programs of a pane."""
 
-    def add(self, pane: int, network: TunNetwork, kind: str, folder: Path) -> None:
-        """Start the two programs of a pane, and wait until they are ready."""
-        sides: dict[Side, subprocess.Popen[str]] = {}
-        for side in ("server", "client"):
-            sides[side] = _start(network, side, kind, folder)
-        hello, _ = (_ready(sides[side], folder, side) for side in ("server", "client"))
-        self._networks.append(network)
-        self._servers.append(sides["server"])
-        self._clients.append(sides["client"])
-        self._hellos.append(msgspec.json.decode(hello, type=Hello))
-        takers: dict[Side, Callable[[float, str], News]] = {
-            "server": lambda time_s, text: News(pane, time_s + self._base_delay_s, None),
-            "client": lambda time_s, text: News(pane, time_s, text),
-        }
-        for side, take in takers.items():
-            self._threads.append(
-                threading.Thread(target=self._listen, args=(sides[side], take), daemon=True)
-            )
+    def __init__(self, network: TunNetwork, folder: Path, kind: str) -> None:
+        self.network = network
+        self._folder = folder
+        self.programs = {side: self._start(side, kind) for side in SIDES}
+        self.hello = Hello()
 
-    def begin(self) -> None:
-        for network in self._networks:
-            network.start()
-        start_s = time.monotonic() + LEAD_S
-        for client, hello in zip(self._clients, self._hellos, strict=True):
-            assert client.stdin is not None
-            client.stdin.write(msgspec.json.encode(Go(start_s, hello)).decode() + "\n")
-            client.stdin.flush()
-        for thread in self._threads:
-            thread.start()
+    def await_ready(self) -> None:
+        """Wait until both programs are ready."""
+        said = {side: self._first_line(side) for side in SIDES}
+        self.hello = msgspec.json.decode(said["server"], type=Hello)
 
-    def is_over(self) -> bool:
-        return all(client.poll() is not None for client in self._clients)
+    def say(self, go: Go) -> None:
+        """Tell the client when to begin."""
+        pipe = self.programs["client"].stdin
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # Its end is noticed at once.
+            pipe.write(msgspec.json.encode(go).decode() + "\n")
+            pipe.flush()
 
-    def stop(self) -> None:
-        """End the servers; the clients end with their answers, or with the networks."""
-        for server in self._servers:
-            assert server.stdin is not None
-            server.stdin.close()
-        for server in self._servers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(END_S)
+    def failure(self) -> str:
+        """Return how a program failed, or nothing; the client fails where the server has."""
+        failed = [side for side in SIDES if self.programs[side].poll()]
+        return f"The {failed[0]}'s program failed: {self._complaint(failed[0])}" if failed else ""
+
+    def end_server(self) -> None:
+        """Let the server end."""
+        server = self.programs["server"]
+        assert server.stdin is not None
+        server.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(END_S)
 
     def close(self) -> None:
         """Close the pipes to what has ended."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-        for process in (*self._servers, *self._clients):
+        for process in self.programs.values():
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def _listen(self, process: "subprocess.Popen[str]", take: Callable[[float, str], News]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.endswith("\n"):  # Else whoever wrote it was ended in the middle.
-                self.news.put(take(*json.loads(line)))
+    def _start(self, side: Side, kind: str) -> "subprocess.Popen[str]":
+        with (self._folder / f"{side}.err").open("w") as complaints:
+            return self.network.popen(
+                side,
+                [
+                    sys.executable,
+                    "-m",
+                    "eloquent_netem.lab.demo_end",
+                    kind,
+                    side,
+                    str(self._folder),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for us, who end it.
+            )
+
+    def _first_line(self, side: Side) -> str:
+        pipe = self.programs[side].stdout
+        assert pipe is not None
+        line = pipe.readline()
+        if not line:
+            raise NetemError(f"The demo's {side} did not start: {self._complaint(side)}")
+        return line
+
+    def _complaint(self, side: Side) -> str:
+        text = (self._folder / f"{side}.err").read_text(encoding="utf-8", errors="replace")
+        return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
-def _start(network: TunNetwork, side: Side, kind: str, folder: Path) -> "subprocess.Popen[str]":
-    with (folder / f"{side}.err").open("w") as complaints:
-        return network.popen(
-            side,
-            [sys.executable, "-m", "eloquent_netem.lab.demo_end", kind, side, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for us, who end it.
+class _Live(Feed):
+    def __init__(self, place: Place) -> None:
+        super().__init__("live, real sockets and kernel TCP", (TCP, OURS))
+        self._base_delay_s = place.base_delay_s + PROGRAMS_S
+        self.pairs: list[_Pair] = []
+        self._listeners: dict[tuple[int, Side], threading.Thread] = {}
+        "By pane and program."
+
+    def add(self, pair: _Pair) -> None:
+        """Take the programs of the next pane."""
+        self.pairs.append(pair)
+
+    def await_ready(self) -> None:
+        """Wait until all programs are ready."""
+        for pair in self.pairs:
+            pair.await_ready()
+
+    def begin(self) -> None:
+        for pair in self.pairs:
+            pair.network.start()
+        start_s = time.monotonic() + LEAD_S
+        for pane, pair in enumerate(self.pairs):
+            pair.say(Go(start_s, pair.hello))
+            for side in SIDES:
+                thread = threading.Thread(target=self._listen, args=(pane, side), daemon=True)
+                thread.start()
+                self._listeners[pane, side] = thread
+
+    def is_over(self) -> bool:
+        return all(self._is_over(pane) for pane in range(len(self.pairs)))
+
+    def failure(self, pane: int) -> str:
+        return self.pairs[pane].failure()
+
+    def stop(self) -> None:
+        """End the servers; the clients end with their answers, or with the networks."""
+        for pair in self.pairs:
+            pair.end_server()
+
+    def close(self) -> None:
+        """Wait for what listens, and close the pipes to what has ended."""
+        for thread in self._listeners.values():
+            thread.join()
+        for pair in self.pairs:
+            pair.close()
+
+    def _is_over(self, pane: int) -> bool:
+        """Return whether the client has ended and all its news are told, or the server is gone."""
+        programs = self.pairs[pane].programs
+        if programs["server"].poll() is not None:
+            return True
+        return (
+            not self._listeners[pane, "client"].is_alive() and programs["client"].poll() is not None
         )
 
-
-def _ready(process: "subprocess.Popen[str]", folder: Path, side: Side) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        complaint = (folder / f"{side}.err").read_text(encoding="utf-8", errors="replace")
-        reason = complaint.strip().splitlines()[-1:] or ["it said nothing"]
-        raise NetemError(f"The demo's {side} did not start: {reason[0]}.")
-    return line
+    def _listen(self, pane: int, side: Side) -> None:
+        """Tell the news of one program: what it generated is due a while later."""
+        pipe = self.pairs[pane].programs[side].stdout
+        assert pipe is not None
+        for line in pipe:
+            if line.endswith("\n"):  # Else whoever wrote it was ended in the middle.
+                time_s, text = json.loads(line)
+                if side == "server":
+                    self.news.put(News(pane, time_s + self._base_delay_s, None))
+                else:
+                    self.news.put(News(pane, time_s, text))
