@@ -123,22 +123,23 @@ async def _over_quic(
     url: ServerUrl, address: str, seconds: float
 ) -> tuple[Attempt, Watched | None]:
     """Connect and watch the path; if the certificate is refused, watch it all the same."""
-    attempt = Attempt(None, Failure.SILENT)
-    for is_checked in (True, False):
-        connection = WatchedConnection(url, is_checked=is_checked)
-        try:
-            second = await connection.open(address, TIMEOUT_S)
-            if is_checked:
-                attempt = second
-            if second.is_fine:
-                if not is_checked:
-                    attempt = Attempt(second.took_s, Failure.UNTRUSTED, attempt.text)
-                return attempt, await connection.watch(seconds)
-        finally:
-            connection.close()
-        if attempt.failure is not Failure.OTHER:
-            break
-    return attempt, None
+    attempt, watched = await _watched(url, address, seconds, is_checked=True)
+    if attempt.failure is Failure.OTHER:
+        other, watched = await _watched(url, address, seconds, is_checked=False)
+        if other.is_fine:
+            return Attempt(other.took_s, Failure.UNTRUSTED, attempt.text), watched
+    return attempt, watched
+
+
+async def _watched(
+    url: ServerUrl, address: str, seconds: float, *, is_checked: bool
+) -> tuple[Attempt, Watched | None]:
+    connection = WatchedConnection(url, is_checked=is_checked)
+    try:
+        attempt = await connection.open(address, TIMEOUT_S)
+        return attempt, await connection.watch(seconds) if attempt.is_fine else None
+    finally:
+        connection.close()
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:
