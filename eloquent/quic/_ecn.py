@@ -180,11 +180,12 @@ class EcnConnection(LateBoundConnection):
                     validation.on_sent(codepoint)
                 else:
                     codepoint = Ecn.NOT_ECT
-            sent = SentPacket(packet.packet_number, now, packet.sent_bytes, codepoint)
+            is_timed = token is not None and self._path.is_timed
+            sent = SentPacket(packet.packet_number, now, packet.sent_bytes, codepoint, is_timed)
             packet.delivery_handlers.append((self._on_packet_delivery, (validation, sent)))
             tag(packet, codepoint)
             self._codepoints.append(codepoint)
-            if token is not None and self._path.is_timed:
+            if is_timed:
                 self._await_arrival(token, sent)
             marking.on_sent(sent)
 

@@ -24,6 +24,9 @@ class SentPacket(NamedTuple):
     "Of the UDP payload, in bytes."
     codepoint: Ecn
     "What it left with; Not-ECT where the path does not carry marks, whatever the policy said."
+    is_timed: bool = False
+    """Whether the peer is to say when it comes. Of others, such as bare acknowledgements, it may
+    never be known what became of them."""
 
 
 class MarkingPolicy(Protocol):
