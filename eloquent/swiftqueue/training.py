@@ -32,7 +32,10 @@ ERROR_UNIT_S = 0.1
 "An error of so many seconds counts like one of e - 1 in the delay's scale."
 DROP_WEIGHT = 0.2
 "Of the drops' cross entropy, in the loss."
-WARM_UP_STEPS = 200
+WARM_UP = 0.04
+"Share of the steps in which the learning rate rises."
+TRAINING_SHARE = 0.95
+"Of the time left, what steps get; the rest is for looks at the validation families."
 LEAST_RATE = 0.01
 "Of the learning rate, at the end."
 MAX_GRADIENT = 1.0
@@ -55,7 +58,7 @@ class Options:
     seed: int = 1
     steps: int = 4000
     time_limit_s: float = 1500.0
-    "For all, preparation included; a run that it binds anneals by the clock, so may differ."
+    "For all, preparation included. Where it binds, there are fewer steps; how many may differ."
     batch: int = 16
     "Pieces in a step."
     rate: float = 2e-3
@@ -261,29 +264,29 @@ class _Run:
         best_step, best_weights = 0, self.model.state_dict()
         stopped, trained_s, recent = "steps", 0.0, []
         batches = self._batches()
-        step = 0
-        while step < options.steps:
+        step, steps = 0, options.steps
+        while step < steps:
             began = time.monotonic()
-            recent.append(self._step(next(batches), step))
+            recent.append(self._step(next(batches), step / steps))
             step += 1
             trained_s += time.monotonic() - began
             is_late = time.monotonic() - self._started > options.time_limit_s
-            if step % options.evaluate_every and step < options.steps and not is_late:
+            if step % options.evaluate_every and step < steps and not is_late:
                 continue
             figures = self._evaluate()
             curves.append({"step": step, "train_loss": float(np.mean(recent)), **figures})
             recent.clear()
             elapsed_s = time.monotonic() - self._started
-            tell(Progress("train", step, options.steps, elapsed_s, curves[-1]))
+            steps = min(options.steps, step + self._steps_left(step / trained_s, elapsed_s))
+            tell(Progress("train", step, steps, elapsed_s, curves[-1]))
             if figures["loss"] < best["loss"]:
                 best, best_step = figures, step
                 best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
-            if is_late:
-                stopped = "time"
-                break
             if step - best_step >= options.patience * options.evaluate_every:
                 stopped = "patience"
                 break
+        if step < options.steps and stopped != "patience":
+            stopped = "time"
         self.model.load_state_dict(best_weights)
         return Report(
             parameters=self._parameters,
@@ -306,10 +309,11 @@ class _Run:
             yield self._train.batch(waiting[:size], self._rng)
             del waiting[:size]
 
-    def _step(self, batch: Batch, step: int) -> float:
+    def _step(self, batch: Batch, done: float) -> float:
+        """Take one step, `done` of all having been taken; return its loss."""
         self.model.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.rate * self._rate(step)
+            group["lr"] = self._options.rate * _rate(done)
         _, found = self._losses(batch)
         self._optimizer.zero_grad()
         found.total.backward()  # type: ignore[no-untyped-call]
@@ -317,15 +321,10 @@ class _Run:
         self._optimizer.step()
         return float(found.total.detach())
 
-    def _rate(self, step: int) -> float:
-        """Return the share of the learning rate: up to one, then down along a cosine.
-
-        The clock moves it on where there is not the time for all steps.
-        """
-        elapsed_s = time.monotonic() - self._started
-        done = min(1.0, max(step / self._options.steps, elapsed_s / self._options.time_limit_s))
-        down = LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2
-        return min(1.0, (step + 1) / WARM_UP_STEPS) * down
+    def _steps_left(self, steps_per_s: float, elapsed_s: float) -> int:
+        """Return how many more steps there is time for."""
+        left_s = self._options.time_limit_s - elapsed_s
+        return max(0, int(TRAINING_SHARE * left_s * steps_per_s))
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Losses]:
         h = self.model(
@@ -363,6 +362,12 @@ class _Run:
             "drop_nats": float(np.average(drops, weights=sizes)),
             **_figures(torch.cat(outputs), batches),
         }
+
+
+def _rate(done: float) -> float:
+    """Return the share of the learning rate: up to one, then down along a cosine."""
+    down = LEAST_RATE + (1 - LEAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+    return min(1.0, (done + 1e-3) / WARM_UP) * down
 
 
 def _figures(outputs: Tensor, batches: Sequence[Batch]) -> dict[str, float]:
