@@ -48,6 +48,7 @@ Files: `weights/swiftqueue.safetensors` holds these tensors in float32 under the
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +60,7 @@ from eloquent.swiftqueue.records import Queue
 from eloquent.swiftqueue.shape import (
     DELAY_UNIT_S,
     LEVELS,
+    MAX_DELAY_S,
     MAX_SCALED,
     QUEUE_OUTPUTS,
     RMS_EPSILON,
@@ -69,6 +71,10 @@ from eloquent.swiftqueue.shape import (
 POINT = len(LEVELS)
 DROP = POINT + 1
 "Where the head has them, among a queue's outputs."
+ERROR_UNIT_S = 0.1
+"In the loss, an error of so many seconds counts like one of 1 in the delay's scale."
+DROP_WEIGHT = 0.2
+"Of the drops' cross entropy, in the loss."
 OUTSIDE = -1
 "The segment of places before a sequence's beginning."
 
@@ -211,6 +217,57 @@ def quantiles(outputs: Tensor) -> Tensor:
 def to_seconds(scaled: Tensor) -> Tensor:
     """Return delays in seconds from the scale in which they are foretold, cut to what is sane."""
     return DELAY_UNIT_S * torch.expm1(scaled.clamp(0.0, MAX_SCALED))
+
+
+class Losses(NamedTuple):
+    """What a step makes smaller, all scalars."""
+
+    total: Tensor
+    quantiles: Tensor
+    point: Tensor
+    drop: Tensor
+
+
+def losses(
+    outputs: Tensor, delay_s: Tensor, lost: Tensor, changed: Tensor, change_weight: float
+) -> Losses:
+    """Return the losses of the head's outputs.
+
+    Quantiles have the pinball loss, changes weighing like all else, so that they stay calibrated;
+    both they and the point are judged in the delay's scale and in seconds.
+
+    Args:
+        outputs: (N, 2, QUEUE_OUTPUTS).
+        delay_s: (N, 2), queueing delays; NaN: not known.
+        lost: (N, 2), 0 or 1; negative: not known.
+        changed: (N, 2).
+        change_weight: what a change counts, in the point's loss.
+    """
+    known = ~delay_s.isnan()
+    true_s = delay_s.nan_to_num(0.0).clamp(0.0, MAX_DELAY_S)
+    scaled = torch.log1p(true_s / DELAY_UNIT_S)
+    foretold = quantiles(outputs)
+    pinball = _pinball(scaled[..., None] - foretold)
+    pinball = pinball + _pinball(true_s[..., None] - to_seconds(foretold)) / ERROR_UNIT_S
+    of_quantiles = _mean(pinball.mean(-1), known)
+    point = outputs[..., POINT]
+    error = (scaled - point).abs() + (true_s - to_seconds(point)).abs() / ERROR_UNIT_S
+    of_point = _mean(error, known * (1.0 + (change_weight - 1.0) * changed))
+    entropy = functional.binary_cross_entropy_with_logits(
+        outputs[..., DROP], lost.clamp(min=0).float(), reduction="none"
+    )
+    of_drop = _mean(entropy, lost >= 0)
+    return Losses(of_quantiles + of_point + DROP_WEIGHT * of_drop, of_quantiles, of_point, of_drop)
+
+
+def _pinball(error: Tensor) -> Tensor:
+    """Return the pinball losses at LEVELS of errors (..., 3), true less foretold."""
+    levels = torch.tensor(LEVELS, device=error.device)
+    return torch.maximum(levels * error, (levels - 1) * error)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
 def save_weights(model: Predictor, path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from eloquent.errors import ConfigurationError
 from eloquent.swiftqueue.batches import Batch, Piece, Pieces
@@ -24,14 +23,18 @@ from eloquent.swiftqueue.features import (
     QUERY_FEATURES,
     QUERY_NAMES,
 )
-from eloquent.swiftqueue.model import DROP, POINT, Predictor, quantiles, save_weights, to_seconds
-from eloquent.swiftqueue.shape import DELAY_UNIT_S, LEVELS, MAX_DELAY_S, Shape
+from eloquent.swiftqueue.model import (
+    POINT,
+    Losses,
+    Predictor,
+    losses,
+    quantiles,
+    save_weights,
+    to_seconds,
+)
+from eloquent.swiftqueue.shape import LEVELS, Shape
 
 MAX_PARAMETERS = 100_000
-ERROR_UNIT_S = 0.1
-"An error of so many seconds counts like one of e - 1 in the delay's scale."
-DROP_WEIGHT = 0.2
-"Of the drops' cross entropy, in the loss."
 WARM_UP = 0.04
 "Share of the steps in which the learning rate rises."
 TRAINING_SHARE = 0.95
@@ -175,57 +178,6 @@ def prepare(
 
 def _fill_cache(task: tuple[Entry, Path, int]) -> None:
     prepared(*task)
-
-
-class Losses(NamedTuple):
-    """What a step makes smaller, all scalars."""
-
-    total: Tensor
-    quantiles: Tensor
-    point: Tensor
-    drop: Tensor
-
-
-def losses(
-    outputs: Tensor, delay_s: Tensor, lost: Tensor, changed: Tensor, change_weight: float
-) -> Losses:
-    """Return the losses of the head's outputs.
-
-    Quantiles have the pinball loss, changes weighing like all else, so that they stay calibrated;
-    both they and the point are judged in the delay's scale and in seconds.
-
-    Args:
-        outputs: (N, 2, QUEUE_OUTPUTS).
-        delay_s: (N, 2), queueing delays; NaN: not known.
-        lost: (N, 2), 0 or 1; negative: not known.
-        changed: (N, 2).
-        change_weight: what a change counts, in the point's loss.
-    """
-    known = ~delay_s.isnan()
-    true_s = delay_s.nan_to_num(0.0).clamp(0.0, MAX_DELAY_S)
-    scaled = torch.log1p(true_s / DELAY_UNIT_S)
-    foretold = quantiles(outputs)
-    pinball = _pinball(scaled[..., None] - foretold)
-    pinball = pinball + _pinball(true_s[..., None] - to_seconds(foretold)) / ERROR_UNIT_S
-    of_quantiles = _mean(pinball.mean(-1), known)
-    point = outputs[..., POINT]
-    error = (scaled - point).abs() + (true_s - to_seconds(point)).abs() / ERROR_UNIT_S
-    of_point = _mean(error, known * (1.0 + (change_weight - 1.0) * changed))
-    entropy = functional.binary_cross_entropy_with_logits(
-        outputs[..., DROP], lost.clamp(min=0).float(), reduction="none"
-    )
-    of_drop = _mean(entropy, lost >= 0)
-    return Losses(of_quantiles + of_point + DROP_WEIGHT * of_drop, of_quantiles, of_point, of_drop)
-
-
-def _pinball(error: Tensor) -> Tensor:
-    """Return the pinball losses at LEVELS of errors (..., 3), true less foretold."""
-    levels = torch.tensor(LEVELS, device=error.device)
-    return torch.maximum(levels * error, (levels - 1) * error)
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
 class _Run:

@@ -21,9 +21,9 @@ from eloquent.swiftqueue.dataset import (
     replay,
 )
 from eloquent.swiftqueue.inference import Model
-from eloquent.swiftqueue.model import DROP, OUTSIDE, POINT
+from eloquent.swiftqueue.model import DROP, OUTSIDE, POINT, losses
 from eloquent.swiftqueue.shape import DELAY_UNIT_S, LEVELS, Shape
-from eloquent.swiftqueue.training import Options, Progress, losses, prepare, train
+from eloquent.swiftqueue.training import Options, Progress, prepare, train
 from tests.eloquent.swiftqueue_flows import made_data, made_flow
 
 SMALL = Shape(
