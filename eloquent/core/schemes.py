@@ -198,11 +198,12 @@ class EloquentSender(Sender):
             return None
         has_rested = self._path.is_silent or now - self._made_at > REST_S
         is_first = has_rested or self._next_number == 0
+        is_copy = new <= 0 and self._has_copy_due
         self._schedule(now, new, budget)
         bundle = self._make(start, start + size, now)
-        if self._path.wants_copy is not None:
-            is_last = self._log.end is not None and start + size == self._log.length
-            if self._wants_copy(now, is_urgent=new > 0 and (is_first or is_last)):
+        if self._path.wants_copy is not None and not is_copy:
+            is_last = new > 0 and self._log.end is not None and start + size == self._log.length
+            if self._wants_copy(now, is_urgent=is_first or is_last):
                 self._repeat = bundle
         return bundle
 
