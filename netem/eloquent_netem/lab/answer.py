@@ -9,6 +9,7 @@ from eloquent.core.schemes import EloquentSender
 from eloquent.core.schemes import scheme as find_scheme
 from eloquent.core.turns import TurnCancelled, TurnFailed, TurnProgress, TurnRequested
 from eloquent.quic.connection import Connected, ConnectionEnded, ConnectionEvent
+from eloquent.quic.marking import Marking
 from eloquent_netem.lab.measures import DeliveryError, check_delivery
 from eloquent_netem.lab.pair import QuicPair
 from eloquent_netem.lab.sources import Token
@@ -68,7 +69,7 @@ class Answer:
 class AnswerRun:
     """A client that asks, a server that generates as planned, and what the client sees.
 
-    An actor for `simulate`, beside those of its `pair`.
+    An actor for `simulate`, beside those of its `pair`. `marking` marks the server's packets.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class AnswerRun:
         plan: Sequence[Token],
         *,
         padding: bool | None = None,
+        marking: Marking | None = None,
     ) -> None:
         self._path = path
         self._plan = plan
@@ -99,6 +101,7 @@ class AnswerRun:
             on_client_event=self._on_client_event,
             on_server_event=self._on_server_event,
             padding=scheme in PADDED_SCHEMES if padding is None else padding,
+            marking=marking,
         )
 
     def next_time(self) -> float | None:

@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 
 from eloquent.core.schemes import SCHEMES
 from eloquent.errors import ConfigurationError
+from eloquent_netem.cross import CrossFlow
 from eloquent_netem.lab.answer import QUIC_STREAM, START_S, TCP_SCHEMES, LabPath, send_answer
 from eloquent_netem.lab.oracle import passes
 from eloquent_netem.lab.rows import Arrivals, Place
 from eloquent_netem.lab.shared import Alarms, SharedLink
 from eloquent_netem.lab.sources import LiveModel, Source
+from eloquent_netem.link import Link
 from eloquent_netem.packet import SUBJECT
 from eloquent_netem.rate import MS_PER_S
 from eloquent_netem.scenario import Scenario
@@ -84,15 +86,44 @@ def scenario_path(scenario: Scenario, seed: int, begin_s: float) -> LabPath:
         base_delay_s=scenario.down.delay_ms / MS_PER_S,
         passes_from=lambda now: passes_from(now - origin_s) + origin_s,
     )
-    flows = scenario.cross_flows(up, down, seed, origin_s)
-    if not flows:
+    if not scenario.cross:
         return path
-    shared = SharedLink(up), SharedLink(down)
-    for link in shared:
-        for flow in flows:
+    loaded = load(scenario, (up, down), seed, origin_s)
+    return replace(
+        path,
+        up=loaded.up.port(SUBJECT),
+        down=loaded.down.port(SUBJECT),
+        others=loaded.actors,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Two links, and the cross traffic that has filled them until `START_S`."""
+
+    up: SharedLink
+    down: SharedLink
+    flows: tuple[CrossFlow, ...]
+
+    @property
+    def actors(self) -> tuple[Actor, ...]:
+        """All that acts, in its order."""
+        return (self.up, self.down, *self.flows)
+
+
+def load(scenario: Scenario, links: tuple[Link, Link], seed: int, origin_s: float) -> Loaded:
+    """Let a scenario's cross traffic fill its links, up and down, from `origin_s` until `START_S`.
+
+    `origin_s` is when the scenario's clock was at 0.
+    """
+    up, down = map(SharedLink, links)
+    loaded = Loaded(up, down, scenario.cross_flows(*links, seed, origin_s))
+    for link in (up, down):
+        for flow in loaded.flows:
             link.listen(flow.on_delivered)
-    others: tuple[Actor, ...] = (*shared, *flows)
     is_time: list[bool] = []
     begin = Alarms([(START_S, lambda: is_time.append(True))])
-    simulate((*others, begin), until=lambda: bool(is_time), start_s=origin_s, limit_s=START_S)
-    return replace(path, up=shared[0].port(SUBJECT), down=shared[1].port(SUBJECT), others=others)
+    simulate(
+        (*loaded.actors, begin), until=lambda: bool(is_time), start_s=origin_s, limit_s=START_S
+    )
+    return loaded
