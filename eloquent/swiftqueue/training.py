@@ -355,6 +355,10 @@ def _write(options: Options, manifest: Manifest, model: Predictor, report: Repor
         "event_names": list(EVENT_NAMES),
         "query_names": list(QUERY_NAMES),
         "manifest_digest": manifest.digest,
+        "families": {
+            split: sorted({entry.family for entry in manifest.of(split)})
+            for split in ("train", "validation")
+        },
         **options.about,
         "options": {
             name: value
