@@ -253,7 +253,9 @@ class LateBoundConnection(QuicConnection):
         space = self._spaces.get(Epoch.ONE_RTT)
         received = space.largest_received_packet if space is not None else -1
         is_ack_due = space is not None and space.ack_at is not None
-        self._ack_delay = min(ACK_DELAY_RTTS * self.srtt_s, MAX_ACK_DELAY_S)
+        self._ack_delay = MAX_ACK_DELAY_S
+        if not self._path.is_timed:  # Or there are as many reports to acknowledge as bundles.
+            self._ack_delay = min(ACK_DELAY_RTTS * self.srtt_s, MAX_ACK_DELAY_S)
         super().receive_datagram(data, addr, now)
         space = self._spaces.get(Epoch.ONE_RTT)
         if space is None or space.largest_received_packet == received:

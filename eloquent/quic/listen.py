@@ -25,7 +25,7 @@ from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import Address, ConnectionEnded, ConnectionEvent, ConnectionIdChanged
 from eloquent.quic.driver import Driver
 from eloquent.quic.ecn import Ecn
-from eloquent.quic.marking import Marking
+from eloquent.quic.marking import Marking, MarkingPolicy
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.reset import ResetKey, ResetLimit
 from eloquent.quic.server import ServerConnection, server_configuration
@@ -50,8 +50,11 @@ logger = logging.getLogger(__name__)
 class _Peer:
     """One connection, its driver, and the readers on it."""
 
-    def __init__(self, listener: "Listener", connection: ServerConnection) -> None:
+    def __init__(
+        self, listener: "Listener", connection: ServerConnection, policy: MarkingPolicy | None
+    ) -> None:
         self.connection = connection
+        self._policy = policy
         self.driver = Driver(connection, listener.send, self._on_event)
         self.connection_ids: set[bytes] = set()
         "Those that lead here."
@@ -76,6 +79,8 @@ class _Peer:
         """Stop driving the connection; its readers are gone."""
         self.driver.stop()
         self._readers.end()
+        if self._policy is not None:
+            self._policy.close()
 
 
 class Listener:
@@ -262,11 +267,12 @@ class Listener:
 
     def _new_peer(self, original_cid: bytes, *, retried: bytes | None) -> _Peer:
         """`retried` is the connection id of the Retry that the client answers."""
+        policy = self._marking.policy() if self._marking is not None else None
         connection = ServerConnection(
             self._configuration,
             make_sender=self._make_sender,
             padding=self._padding,
-            marking=self._marking.policy() if self._marking is not None else None,
+            marking=policy,
             original_destination_connection_id=original_cid,
             retry_source_connection_id=retried,
             reset_key=self._reset_key,
@@ -275,7 +281,7 @@ class Listener:
             session_ticket_handler=self._tickets.put,
         )
         connection.path.beats = self._beats
-        peer = _Peer(self, connection)
+        peer = _Peer(self, connection, policy)
         self._peers[peer] = None
         self._handshakes.begin(peer)
         for connection_id in (retried or original_cid, connection.quic.host_cid):

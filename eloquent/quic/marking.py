@@ -34,7 +34,7 @@ class MarkingPolicy(Protocol):
 
     @property
     def wants_times(self) -> bool:
-        """Whether the peer is to report when bundles arrive."""
+        """Whether the peer is to report when bundles arrive: those who choose a queue need it."""
 
     def wants_copy(self, now: float) -> bool:
         """Return whether a bundle that leaves at `now` should be repeated at once.
@@ -58,7 +58,10 @@ class MarkingPolicy(Protocol):
         """Take note of when a packet arrived by a clock of the peer's, which may be wrong."""
 
     def on_lost(self, now: float, packet: SentPacket) -> None:
-        """Take note that a packet is taken for lost."""
+        """Take note that a packet is taken for lost; it may be acknowledged after all."""
+
+    def close(self) -> None:
+        """Let go of what it holds: the connection is over. Twice is once."""
 
 
 class Marking(Protocol):
@@ -102,6 +105,9 @@ class PlainMarking(ABC):
     def on_lost(self, now: float, packet: SentPacket) -> None:  # noqa: B027
         """See `MarkingPolicy`."""
 
+    def close(self) -> None:  # noqa: B027
+        """See `MarkingPolicy`."""
+
 
 class ConstantMarking(PlainMarking):
     """Every packet alike."""
@@ -138,10 +144,22 @@ def all_c() -> MarkingPolicy:
     return ConstantMarking(Ecn.NOT_ECT)
 
 
-MARKINGS: dict[str, Marking | None] = {
-    "off": None,
-    "l4s": EachAlone(all_l),
-    "classic": EachAlone(all_c),
+def swiftqueue() -> Marking:
+    """Return what chooses the queue of each packet by what a model foretells of both.
+
+    Raises:
+        ConfigurationError: the model or a package is missing.
+    """
+    from eloquent.swiftqueue.serving import make  # numpy, and weights: only for who wants them
+
+    return make()
+
+
+MARKINGS: dict[str, Callable[[], Marking | None]] = {
+    "off": lambda: None,
+    "l4s": lambda: EachAlone(all_l),
+    "classic": lambda: EachAlone(all_c),
+    "swiftqueue": swiftqueue,
 }
 "By the names that `--ecn` takes; off: no marks, and not Prague."
 
@@ -150,10 +168,10 @@ def marking(name: str) -> Marking | None:
     """Return what marks an endpoint's packets, by its name, or None for `off`.
 
     Raises:
-        ConfigurationError: there is no such policy.
+        ConfigurationError: there is no such policy, or it lacks something.
     """
     if name not in MARKINGS:
         raise ConfigurationError(
             f"There is no marking policy '{name}': choose one of {', '.join(MARKINGS)}."
         )
-    return MARKINGS[name]
+    return MARKINGS[name]()

@@ -80,7 +80,8 @@ def serve(
         Pad packets so that their sizes do not tell the lengths of tokens, which tell the topic.
     ecn
         How packets are marked: `off`, or `l4s`, for the low-latency queue of L4S routers (RFC
-        9330), where the path carries the marks; `classic` behaves like `l4s` and marks nothing.
+        9330), where the path carries the marks; `swiftqueue` foretells both queues of such a
+        router, and marks packet by packet; `classic` behaves like `l4s` and marks nothing.
     state
         Directory for the certificate and the turns, so that readers can resume an answer after a
         restart, and unfinished answers go on. Without it both end with the server.

@@ -53,6 +53,7 @@ class Noting:
         self._codepoint = codepoint
         self._wants_times = wants_times
         self._wants_copy = wants_copy
+        self.closed = 0
         self.asked_copies: list[float] = []
         self.is_copy: list[bool] = []
         self.sent: list[SentPacket] = []
@@ -83,6 +84,9 @@ class Noting:
 
     def on_lost(self, now: float, packet: SentPacket) -> None:
         self.lost.append((now, packet))
+
+    def close(self) -> None:
+        self.closed += 1
 
     @property
     def copies(self) -> list[SentPacket]:

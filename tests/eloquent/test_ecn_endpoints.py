@@ -15,7 +15,7 @@ from eloquent.errors import EloquentError
 from eloquent.link import Link
 from eloquent.quic.certificate import make_certificate
 from eloquent.quic.connect import connect
-from eloquent.quic.ecn import EcnState
+from eloquent.quic.ecn import Ecn, EcnState
 from eloquent.quic.listen import Listener, listen
 from eloquent.quic.marking import EachAlone, Marking, all_l
 from eloquent.serving import Reader
@@ -25,6 +25,7 @@ from eloquent_netem.link import Link as NetemLink
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import FixedRate
 from eloquent_netem.vloop import VirtualNetwork, run
+from tests.eloquent.marking_world import Noting, Settling
 
 DEADLINE_S = 30.0
 "Ends a hang; decides nothing."
@@ -118,6 +119,41 @@ async def test_marks_get_through_real_sockets(
     )
     try:
         assert await answer(listener, "127.0.0.1") == {state}
+    finally:
+        await listener.close()
+
+
+async def test_the_listener_settles_after_packets_came_and_lets_go_of_policies() -> None:
+    policy = Noting()
+    marking = Settling(policy)
+    listener = await listen(
+        "127.0.0.1", 0, certificate=CERTIFICATE, service=Service(0.001), marking=marking
+    )
+    assert await answer(listener, "127.0.0.1") == {EcnState.CAPABLE}
+    assert policy.closed == 0
+    await listener.close()
+    assert policy.closed == 1
+    assert policy.arrivals
+    assert {now for now, _, _ in policy.arrivals} != set(marking.settled_s)  # They come later:
+    assert marking.settled_s[-1] >= policy.arrivals[-1][0]
+    assert len(marking.settled_s) <= len(policy.sent) + len(policy.arrivals) + 20
+
+
+async def test_a_burst_of_datagrams_is_settled_once() -> None:
+    marking = Settling(Noting())
+    listener = await listen(
+        "127.0.0.1", 0, certificate=CERTIFICATE, service=Service(0.001), marking=marking
+    )
+    try:
+        assert await answer(listener, "127.0.0.1") == {EcnState.CAPABLE}
+        (peer,) = listener._peers
+        settled = len(marking.settled_s)
+        for _ in range(10):
+            stray = b"\x40" + peer.connection.quic.host_cid + bytes(30)
+            listener.datagram_received(stray, ("127.0.0.1", 1), Ecn.NOT_ECT)
+        assert len(marking.settled_s) == settled
+        await asyncio.sleep(0)
+        assert len(marking.settled_s) == settled + 1
     finally:
         await listener.close()
 
