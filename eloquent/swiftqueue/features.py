@@ -146,8 +146,7 @@ class History:
         lost = not math.isfinite(delay_s)
         late = self._fates.get(number)
         own, other = self._queues[queue], self._queues[1 - queue]
-        for each in self._queues:
-            each.settle(number, sent_s, is_lost=lost)
+        own.settle(number, sent_s, is_lost=lost)
         if late is None:
             self._loss_share += LOSS_WEIGHT * (lost - self._loss_share)
         elif late and not lost:
@@ -288,14 +287,10 @@ class _QueueHistory:
         self.rate = self.roughness_s = 0.0
 
     def settle(self, number: int, sent_s: float, *, is_lost: bool) -> None:
-        """Take a packet off what is waited for; one that arrives has overtaken those before it.
-
-        Called for both queues: only in its own queue is a packet overtaken, and numbers of the
-        other queue are not there.
-        """
-        was_here = self.pending.pop(number, None) is not None
+        """Take a packet off what is waited for; one that arrives has overtaken those before it."""
+        self.pending.pop(number, None)
         self.skipped.pop(number, None)
-        if is_lost or not was_here:
+        if is_lost:
             return
         while self.pending:
             oldest = next(iter(self.pending))
