@@ -10,6 +10,7 @@ window; a packet that is lost is made good for by another, not sent again in its
 """
 
 import random
+from abc import abstractmethod
 from math import ceil, inf
 from typing import Protocol
 
@@ -167,12 +168,13 @@ class CubicEcnFlow(CubicFlow):
     ecn = Ecn.ECT_0
 
 
-class WebFlows(CubicFlow):
-    """Transfers under CUBIC, one after another, each on a new connection, with pauses between.
+class Transfers(WindowedFlow):
+    """Transfers one after another, each on a new connection, with pauses between.
 
     Sizes are Pareto-distributed between 30 kB and 20 MB with shape 1.2, heavy-tailed as Crovella
     and Bestavros (1997) found those of web files; their mean is 131 kB. Pauses are exponential
-    with a mean of 1 s, the first one too.
+    with a mean of 1 s, the first one too. With `every_s`, transfers begin at multiples of this
+    after `start_s` instead: those of several such flows at the same instants.
     """
 
     SHAPE = 1.2
@@ -182,6 +184,30 @@ class WebFlows(CubicFlow):
 
     _transfers = 0
     _is_pausing = False
+
+    def __init__(
+        self,
+        flow: int,
+        send: Send,
+        base_rtt_s: float,
+        rng: random.Random,
+        *,
+        forward_s: float | None = None,
+        start_s: float = 0.0,
+        packet_bytes: int = PACKET_BYTES,
+        every_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            flow,
+            send,
+            base_rtt_s,
+            rng,
+            forward_s=forward_s,
+            start_s=start_s,
+            packet_bytes=packet_bytes,
+        )
+        self._start_s = start_s
+        self._every_s = every_s
 
     @property
     def transfers(self) -> int:
@@ -205,7 +231,11 @@ class WebFlows(CubicFlow):
     def _pause(self, now: float) -> None:
         self._to_send = 0
         self._is_pausing = True
-        self._send_from_s = now + self._rng.expovariate(1 / self.MEAN_PAUSE_S)
+        if self._every_s is None:
+            self._send_from_s = now + self._rng.expovariate(1 / self.MEAN_PAUSE_S)
+        else:
+            passed = (now - self._start_s) // self._every_s
+            self._send_from_s = self._start_s + (passed + 1) * self._every_s
 
     def _begin(self) -> None:
         """Draw a size, and forget what the last connection has learnt."""
@@ -214,10 +244,29 @@ class WebFlows(CubicFlow):
         size = self.LEAST_BYTES * self._rng.paretovariate(self.SHAPE)
         self._to_send = ceil(min(size, self.MOST_BYTES) / self._packet_bytes)
         self._window, self._threshold = INITIAL_WINDOW_PACKETS, inf
-        self._w_max = self._window_before = 0.0
-        self._epoch_s = None
         self._has_rtt = False
         self._backoff = 1
+        self._forget()
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Forget what the congestion control has learnt, beside the window."""
+
+
+class WebFlows(Transfers, CubicFlow):
+    """Transfers under CUBIC, in Not-ECT."""
+
+    def _forget(self) -> None:
+        self._w_max = self._window_before = 0.0
+        self._epoch_s = None
+
+
+class PragueWebFlows(Transfers, PragueFlow):
+    """Transfers under a scalable response, in ECT(1)."""
+
+    def _forget(self) -> None:
+        self._alpha = 1.0
+        self._has_seen_marks = False
 
 
 class UnresponsiveBursts:

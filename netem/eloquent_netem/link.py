@@ -85,6 +85,13 @@ class Link:
         """The bottleneck's queue."""
         return self._queue
 
+    def ready_s(self) -> float:
+        """Return when the bottleneck could take the next packet, in seconds, waiting or not.
+
+        It is in the past if the bottleneck is idle, and minus infinity before the first packet.
+        """
+        return self._ready_from(self._served_until)
+
     def send(self, now: float, packet: Packet) -> None:
         """Put a packet in at `now` (seconds, never going back)."""
         self._serve(now)

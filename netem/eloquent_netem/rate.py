@@ -15,6 +15,9 @@ OPPORTUNITY_BYTES = 1500
 
 MS_PER_S = 1000
 
+RECENT_S = 0.2
+"The present rate of a trace is that of so long before."
+
 
 class TraceError(NetemError):
     """A file is not a trace in mahimahi's format."""
@@ -33,6 +36,9 @@ class Rate(Protocol):
         bytes are left to serve then. What is served uses the capacity up.
         """
 
+    def bits_per_s(self, now: float) -> float:
+        """Return the present rate, as one who has watched the link knows it."""
+
 
 class UnlimitedRate:
     """Takes no time."""
@@ -44,6 +50,10 @@ class UnlimitedRate:
     def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
         """See `Rate.serve`."""
         return (start, 0.0) if start < until else (until, size)
+
+    def bits_per_s(self, now: float) -> float:
+        """See `Rate.bits_per_s`."""
+        return math.inf
 
 
 class FixedRate(UnlimitedRate):
@@ -60,6 +70,51 @@ class FixedRate(UnlimitedRate):
         if left < until:
             return left, 0.0
         return until, max(size - (until - start) / self._seconds_per_byte, 0.0)
+
+    def bits_per_s(self, now: float) -> float:
+        """See `Rate.bits_per_s`."""
+        return 8 / self._seconds_per_byte
+
+
+class SteppedRate(UnlimitedRate):
+    """A rate that changes at given times: pairs (from when in seconds, bits per second).
+
+    The first holds before its time too, the last for ever.
+
+    Raises:
+        ValueError: there is none, their times do not rise, or a rate is not above 0.
+    """
+
+    def __init__(self, steps: Sequence[tuple[float, float]]) -> None:
+        if not steps or any(later[0] <= earlier[0] for earlier, later in pairwise(steps)):
+            raise ValueError("steps of a rate have times that rise, and there is at least one")
+        if not all(bits_per_s > 0 for _, bits_per_s in steps):
+            raise ValueError("a rate is above 0 bit/s at all times; an outage holds what waits")
+        self._bytes_per_s = [bits_per_s / 8 for _, bits_per_s in steps]
+        self._ends_s = [from_s for from_s, _ in steps[1:]] + [math.inf]
+
+    @property
+    def greatest_bits_per_s(self) -> float:
+        """The rate at its best."""
+        return 8 * max(self._bytes_per_s)
+
+    def bits_per_s(self, now: float) -> float:
+        """See `Rate.bits_per_s`."""
+        return 8 * self._bytes_per_s[bisect_right(self._ends_s, now)]
+
+    def serve(self, start: float, size: float, until: float = math.inf) -> tuple[float, float]:
+        """See `Rate.serve`."""
+        index = bisect_right(self._ends_s, start)
+        while True:
+            end_s, bytes_per_s = self._ends_s[index], self._bytes_per_s[index]
+            left = start + size / bytes_per_s
+            if left < until and left <= end_s:
+                return left, 0.0
+            if until <= end_s:
+                return until, max(size - (until - start) * bytes_per_s, 0.0)
+            size -= (end_s - start) * bytes_per_s
+            start = end_s
+            index += 1
 
 
 class TraceRate:
@@ -88,6 +143,22 @@ class TraceRate:
         self._time = self._opportunity()
         self._bytes_left: float = packet_bytes
         "Of the opportunity `_index` in `_round`, at `_time`: all before it are used or lost."
+
+    @property
+    def mean_bits_per_s(self) -> float:
+        """The rate over the whole trace."""
+        return len(self._times_ms) * self._packet_bytes * 8 * MS_PER_S / self._period_ms
+
+    def bits_per_s(self, now: float) -> float:
+        """See `Rate.bits_per_s`: what passed in the last 200 ms; at least one opportunity."""
+        until_s = max(now, RECENT_S)
+        passed = self._passed(until_s) - self._passed(until_s - RECENT_S)
+        return max(passed, 1) * self._packet_bytes * 8 / RECENT_S
+
+    def _passed(self, now: float) -> int:
+        """Return how many opportunities there have been by a time."""
+        rounds, within_ms = divmod(now * MS_PER_S, self._period_ms)
+        return int(rounds) * len(self._times_ms) + bisect_right(self._times_ms, within_ms)
 
     def ready_from(self, now: float) -> float:
         """See `Rate.ready_from`."""
@@ -161,6 +232,10 @@ class PausedRate:
                 return left, size
             start = self.ready_from(resume_s)
         return self._rate.serve(start, size, until)
+
+    def bits_per_s(self, now: float) -> float:
+        """See `Rate.bits_per_s`; what it is without the pauses."""
+        return self._rate.bits_per_s(now)
 
 
 def load_trace(path: Path) -> list[int]:

@@ -1,8 +1,9 @@
 """From a scenario to links: every stage with a random stream of its own."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 
 from eloquent_netem.cellular import synthetic_cellular
@@ -11,11 +12,13 @@ from eloquent_netem.cross import (
     CubicEcnFlow,
     CubicFlow,
     PragueFlow,
+    PragueWebFlows,
     UnresponsiveBursts,
     WebFlows,
 )
 from eloquent_netem.cross_windowed import Send
 from eloquent_netem.dualpi2 import DualPi2
+from eloquent_netem.dualpi2_watch import Watch, WatchedDualPi2
 from eloquent_netem.errors import NetemError
 from eloquent_netem.link import Link, stage_rng
 from eloquent_netem.loss import (
@@ -35,6 +38,7 @@ from eloquent_netem.rate import (
     FixedRate,
     PausedRate,
     Rate,
+    SteppedRate,
     TraceRate,
     UnlimitedRate,
     load_trace,
@@ -52,13 +56,16 @@ from eloquent_netem.scenario_parts import (
     DirectionSpec,
     DropListSpec,
     DropTailSpec,
+    DualPi2Spec,
     FixedRateSpec,
     HandoversSpec,
     IndependentLossSpec,
     OutageSpec,
     PacketBurstLossSpec,
-    PragueSpec,
+    PragueWebSpec,
+    SteppedRateSpec,
     TraceRateSpec,
+    WebSpec,
 )
 from eloquent_netem.scenario_schema import Place, ScenarioError
 
@@ -70,12 +77,20 @@ CELLULAR_LENGTH_S = 600.0
 Spans = list[tuple[float, float]]
 
 
-def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -> Link:
-    """Return a new link for one direction.
+def build_link(
+    scenario: Scenario, direction: str, seed: int, origin_s: float, watch: Watch | None = None
+) -> Link:
+    """Return a new link for one direction; with `watch`, its DualPI2 is a `WatchedDualPi2`.
 
     Raises:
-        ScenarioError: a part refuses its figures, or a file that is named cannot be read.
+        ScenarioError: a part refuses its figures, a file that is named cannot be read, or the queue
+            to watch is not DualPI2.
     """
+    link: Link
+
+    def ready_s() -> float:  # The queue needs its link, which needs the queue to be made.
+        return link.ready_s()
+
     spec = scenario.direction(direction)
     place = scenario.place.at(direction)
     dropped, held = outage_spans(scenario, direction, seed)
@@ -84,12 +99,23 @@ def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -
     with _blame(place.at("rate")):
         rate = build_rate(scenario, direction, seed)
     with _blame(place.at("queue")):
-        queue = build_queue(spec, direction, seed)
+        make_dualpi2: Callable[..., DualPi2] = DualPi2
+        if watch is not None:
+            if not isinstance(spec.queue, DualPi2Spec):
+                raise place.at("queue").error("cannot be watched: only dualpi2 has two queues")
+            make_dualpi2 = partial(
+                WatchedDualPi2,
+                shadow_rng=stage_rng(seed, direction, "shadows"),
+                watch=watch,
+                ready_s=ready_s,
+                rate_at=lambda now: rate.bits_per_s(now - origin_s),
+            )
+        queue = build_queue(spec, direction, seed, rate, make_dualpi2)
     if dropped:
         loss = Outages(dropped, loss)
     if held:
         rate = PausedRate(rate, held)
-    return Link(
+    link = Link(
         delay_s=spec.delay_ms / MS_PER_S,
         seed=seed,
         name=direction,
@@ -101,6 +127,7 @@ def build_link(scenario: Scenario, direction: str, seed: int, origin_s: float) -
         duplicates=spec.duplicate,
         origin_s=origin_s,
     )
+    return link
 
 
 def outage_spans(scenario: Scenario, direction: str, seed: int) -> tuple[Spans, Spans]:
@@ -141,6 +168,8 @@ def build_rate(scenario: Scenario, direction: str, seed: int) -> Rate:
     rate = scenario.direction(direction).rate
     if isinstance(rate, FixedRateSpec):
         return FixedRate(rate.mbit_s * BITS_PER_MBIT)
+    if isinstance(rate, SteppedRateSpec):
+        return SteppedRate([(from_s, mbit_s * BITS_PER_MBIT) for from_s, mbit_s in rate.steps])
     if isinstance(rate, TraceRateSpec):
         return TraceRate(load_trace(scenario.folder / rate.file))
     if isinstance(rate, CellularRateSpec):
@@ -155,8 +184,14 @@ def build_rate(scenario: Scenario, direction: str, seed: int) -> Rate:
     return UnlimitedRate()
 
 
-def build_queue(spec: DirectionSpec, direction: str, seed: int) -> Queue:
-    """Return a direction's queue."""
+def build_queue(
+    spec: DirectionSpec,
+    direction: str,
+    seed: int,
+    rate: Rate,
+    make_dualpi2: Callable[..., DualPi2] = DualPi2,
+) -> Queue:
+    """Return a direction's queue, before a rate; `make_dualpi2` takes what `DualPi2` takes."""
     queue = spec.queue
     if isinstance(queue, DropTailSpec):
         return DropTail(limit_packets=queue.packets, limit_bytes=queue.bytes)
@@ -167,13 +202,21 @@ def build_queue(spec: DirectionSpec, direction: str, seed: int) -> Queue:
             interval_s=queue.interval_ms / MS_PER_S,
             ecn=queue.ecn,
         )
-    rate = spec.rate
-    return DualPi2(
+    return make_dualpi2(
         rng=stage_rng(seed, direction, "queue"),
-        scheduler="time-shifted" if queue.scheduler == "time-shifted" else "wrr",
-        bits_per_s=rate.mbit_s * BITS_PER_MBIT if isinstance(rate, FixedRateSpec) else None,
+        scheduler=queue.scheduler,
+        bits_per_s=_usual_bits_per_s(rate),
         limit_packets=queue.packets,
     )
+
+
+def _usual_bits_per_s(rate: Rate) -> float | None:
+    """Return the rate that who sets up a queue would name, or None where there is none."""
+    if isinstance(rate, TraceRate):
+        return rate.mean_bits_per_s
+    if isinstance(rate, SteppedRate):
+        return rate.greatest_bits_per_s
+    return rate.bits_per_s(0) if isinstance(rate, FixedRate) else None
 
 
 def build_cross(
@@ -212,14 +255,15 @@ def _flow(
             mean_pause_s=spec.pause_ms / MS_PER_S,
             start_s=start_s,
         )
-    make: type[PragueFlow | CubicFlow]
-    if isinstance(spec, PragueSpec):
-        make = PragueFlow
-    elif isinstance(spec, CubicSpec):
-        make = CubicEcnFlow if spec.ecn else CubicFlow
-    else:
-        make = WebFlows
     forward_s = scenario.direction(spec.direction).delay_ms / MS_PER_S
+    if isinstance(spec, WebSpec):
+        web = PragueWebFlows if isinstance(spec, PragueWebSpec) else WebFlows
+        return web(
+            number, send, rtt_s, rng, forward_s=forward_s, start_s=start_s, every_s=spec.every_s
+        )
+    make: type[PragueFlow | CubicFlow] = PragueFlow
+    if isinstance(spec, CubicSpec):
+        make = CubicEcnFlow if spec.ecn else CubicFlow
     return make(number, send, rtt_s, rng, forward_s=forward_s, start_s=start_s)
 
 

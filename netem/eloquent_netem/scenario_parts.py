@@ -14,6 +14,7 @@ from eloquent_netem.scenario_schema import (
     key,
     number,
     spans,
+    steps,
     text,
     truth,
     whole,
@@ -172,6 +173,19 @@ class FixedRateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SteppedRateSpec:
+    """A rate that changes at given times."""
+
+    steps: tuple[tuple[float, float], ...] = field(metadata=key(steps(a_rate)))
+    "From when on in seconds, the first 0, and Mbit/s."
+
+    def words(self) -> str:
+        """Say what it does."""
+        rates = [rate for _, rate in self.steps]
+        return f"{len(rates)} steps between {min(rates):g} and {max(rates):g} Mbit/s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRateSpec:
     """A recording in the mahimahi format; it starts over at its end."""
 
@@ -205,11 +219,12 @@ class CellularRateSpec:
 RATES: dict[str, type] = {
     "unlimited": UnlimitedRateSpec,
     "fixed": FixedRateSpec,
+    "steps": SteppedRateSpec,
     "trace": TraceRateSpec,
     "cellular": CellularRateSpec,
 }
 UNLIMITED = UnlimitedRateSpec()
-RateSpec = UnlimitedRateSpec | FixedRateSpec | TraceRateSpec | CellularRateSpec
+RateSpec = UnlimitedRateSpec | FixedRateSpec | SteppedRateSpec | TraceRateSpec | CellularRateSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,7 +382,20 @@ class BurstsSpec(FlowSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebSpec(FlowSpec):
-    """Transfers of a random size with pauses of a random length."""
+    """Transfers of a random size with pauses of a random length, under CUBIC."""
+
+    every_s: float | None = field(default=None, metadata=key(number(least=0.1, most=MAX_LENGTH_S)))
+    "Instead of pauses: transfers begin at multiples of this, those of all such flows together."
+
+    def words(self, rtt_ms: float) -> str:
+        """See `FlowSpec.words`."""
+        times = "" if self.every_s is None else f", at multiples of {self.every_s:g} s"
+        return f"{FlowSpec.words(self, rtt_ms)}{times}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PragueWebSpec(WebSpec):
+    """Such transfers under a scalable congestion control, in ECT(1) packets."""
 
 
 CROSS: dict[str, type] = {
@@ -375,8 +403,9 @@ CROSS: dict[str, type] = {
     "cubic": CubicSpec,
     "bursts": BurstsSpec,
     "web": WebSpec,
+    "prague-web": PragueWebSpec,
 }
-CrossSpec = PragueSpec | CubicSpec | BurstsSpec | WebSpec
+CrossSpec = PragueSpec | CubicSpec | BurstsSpec | WebSpec | PragueWebSpec
 
 
 def kind_of(part: object) -> str:

@@ -203,6 +203,29 @@ def spans(value: object, place: Place) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
+def steps(item: Reader) -> Reader:
+    """Return a reader of a list of pairs [from, item], from when in seconds: rising from 0."""
+
+    def read(value: object, place: Place) -> tuple[tuple[float, Any], ...]:
+        entries = ListOf(ListOf(lambda part, _: part))(value, place)
+        if not entries:
+            raise place.error("names no step; write [[0, value], [seconds, value]]")
+        pairs: list[tuple[float, Any]] = []
+        for index, entry in enumerate(entries):
+            here = place.at(index)
+            if len(entry) != 2:
+                raise here.error("must be [from, value], from when in seconds")
+            from_s = number(least=0)(entry[0], here)
+            if index == 0 and from_s != 0:
+                raise here.error("must be from 0 on")
+            if pairs and from_s <= pairs[-1][0]:
+                raise here.error("must start after the step in front of it")
+            pairs.append((from_s, item(entry[1], here)))
+        return tuple(pairs)
+
+    return read
+
+
 def suggestion(name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
     """Return the end of a sentence about an unknown name: what may be meant, and what there is."""
     close = get_close_matches(name, list(names), n=1)
