@@ -167,7 +167,7 @@ def test_copies_in_both_queues_count_once_by_the_first_that_arrives(in_l: FlowRu
     assert run.is_copy.mean() > 0.45  # and some where losses ask for them
     assert run.c_share == pytest.approx(run.is_copy.mean())
     assert len(run.latency_s) == pytest.approx((~run.is_copy).sum(), abs=1)
-    assert len(run.latency_every_packet_s) == len(run.is_copy)
+    assert len(run.latency_every_packet_s) == pytest.approx(len(run.is_copy), abs=1)
     p99 = np.quantile(run.latency_s, 0.99)
     assert p99 < 0.5 * np.quantile(in_l.latency_s, 0.99)
     assert p99 < 0.5 * np.quantile(run.latency_every_packet_s, 0.99)

@@ -123,12 +123,12 @@ class _Subject:
     def found(
         self, base_delay_s: float, passages: Mapping[int, Passage], cross_mbit: Mapping[str, float]
     ) -> FlowRun:
-        """Put together what was noted of the bundles up to the last token's generation."""
+        """Put together what was noted of the bundles."""
         answer = self.answer.answer()
         pairs = [
             (one, packet)
             for one, packet in matched(self.recorder.packets, self.tap.entered)
-            if one.is_bundle and one.packet.sent_s <= answer.generated_s[-1]
+            if one.is_bundle
         ]
         noted, packets = [one for one, _ in pairs], [packet for _, packet in pairs]
         arrived_s = np.array([self.tap.arrived_s(packet) for packet in packets], np.float64)
