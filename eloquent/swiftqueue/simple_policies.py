@@ -122,6 +122,8 @@ class LastRttMarking(PlainMarking):
 
     def on_sent(self, packet: SentPacket) -> None:
         """See `MarkingPolicy`."""
+        if not packet.is_timed:
+            return
         queue = queue_of(packet)
         self._queues[queue].waiting.append((packet.number, packet.sent_s))
         if queue is not self._queue:
