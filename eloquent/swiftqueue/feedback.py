@@ -110,6 +110,7 @@ class FeedbackClock:
     def __init__(self) -> None:
         self._usual_s = math.nan
         self._deviation_s = 0.0
+        self._silence_s = SILENCE_MAX_S
         self._waiting: tuple[deque[tuple[int, float]], ...] = tuple(
             deque(maxlen=MAX_WAITING) for _ in Queue
         )
@@ -140,15 +141,13 @@ class FeedbackClock:
             error_s = took_s - self._usual_s
             self._deviation_s += DEVIATION_WEIGHT * (abs(error_s) - self._deviation_s)
             self._usual_s += MEAN_WEIGHT * error_s
+        self._silence_s = min(max(SILENCE_RTTS * self._usual_s, SILENCE_MIN_S), SILENCE_MAX_S)
         self._unheard_since_s = math.inf
         self.heard_s = now
 
     def is_silent(self) -> bool:
         """Return whether packets have left for so long, up to the last one, without feedback."""
-        limit_s = SILENCE_MAX_S
-        if not math.isnan(self._usual_s):
-            limit_s = min(max(SILENCE_RTTS * self._usual_s, SILENCE_MIN_S), SILENCE_MAX_S)
-        return self._sent_s - self._unheard_since_s > limit_s
+        return self._sent_s - self._unheard_since_s > self._silence_s
 
     def is_overdue(self, now: float, queue: Queue) -> bool:
         """Return whether a packet in the queue should have been reported by now."""

@@ -53,8 +53,7 @@ HEDGE_STEP = 0.05
 
 MUCH_WORSE = 4.0
 MUCH_WORSE_S = 0.1
-DROPPING = 0.3
-"A queue that costs so many times and so much more, or drops so many, is no place for copies."
+"A queue that costs so many times and so much more is no place for copies."
 
 COPY_WITHIN_S = 0.002
 "A copy that was asked for leaves within this time."
@@ -73,6 +72,9 @@ class State(Enum):
     STALE = auto()
     DISTRUST = auto()
     UNMARKED = auto()
+
+
+STEERED = (State.STEERING, State.STALE)
 
 
 class Foresight(Protocol):
@@ -113,13 +115,13 @@ class Counters:
 class _Out:
     """A packet whose fate is waited for."""
 
-    __slots__ = ("base_s", "foretold_s", "heard_s")
+    __slots__ = ("base_s", "heard_s", "prospect")
 
-    def __init__(self, foretold_s: tuple[float, ...] | None, base_s: float) -> None:
-        self.foretold_s = foretold_s
-        "The upper quantiles of its queueing delay, or None,"
+    def __init__(self, prospect: Prospect | None, base_s: float) -> None:
+        self.prospect = prospect
+        "What was foretold for it,"
         self.base_s = base_s
-        "and the base that they are over."
+        "over this delay."
         self.heard_s = math.inf
         "When it was acknowledged."
 
@@ -182,7 +184,8 @@ class SwiftQueueMarking:
 
     def wants_copy(self, now: float) -> bool:
         """See `MarkingPolicy`."""
-        self._decide(now)
+        if now != self._decided_s:
+            self._decide(now)
         if self.state is State.DISTRUST or self.state is State.UNMARKED:
             return False
         queue = self._choice.queue
@@ -206,7 +209,8 @@ class SwiftQueueMarking:
             queue = self._queue_of_copy(now)
             self.counters.copies += 1
         else:
-            self._decide(now)
+            if now != self._decided_s:
+                self._decide(now)
             queue = self._last = self._choice.queue
             self._count_packet(queue)
         if queue is Queue.C and not self._classic.allows(now, size):
@@ -230,28 +234,26 @@ class SwiftQueueMarking:
         if self._outlook is None:
             return
         self._outlook.on_sent(number, sent_s, self._size, queue)
-        foretold_s = self._prospects[queue].quantiles_s[1:] if self._prospects else None
-        self._out[number] = _Out(foretold_s, self._feedback.base_s)
+        prospect = None if self._prospects is None else self._prospects[queue]
+        self._out[number] = _Out(prospect, self._feedback.base_s)
         if len(self._out) > MAX_OUT:
             del self._out[next(iter(self._out))]
 
     def _decide(self, now: float) -> None:
         """Look at the forecasts for `now`; set the state and the queue in use."""
-        if now == self._decided_s:
-            return
         self._decided_s = now
         if self.state is State.DISTRUST and self._backoff.is_over(now):
             self._outlook = self._open_outlook()
             self.state = State.LEARNING
         self._prospects = self._look_ahead(now)
-        if self.state is State.LEARNING and self._observed >= LEARN_OBSERVATIONS:
-            self.state = State.STEERING
-        if self.state is State.STEERING or self.state is State.STALE:
-            self.state = State.STALE if self._prospects is None else State.STEERING
-        if self.state is State.STEERING and self._prospects is not None:
-            self._choice.choose(now, self._prospects)
-        else:
-            self._choice.fall_back(now)
+        state = self.state
+        if state in STEERED or (state is State.LEARNING and self._observed >= LEARN_OBSERVATIONS):
+            if self._prospects is not None:
+                self.state = State.STEERING
+                self._choice.choose(now, self._prospects)
+                return
+            self.state = State.STALE
+        self._choice.fall_back(now)
 
     def _look_ahead(self, now: float) -> tuple[Prospect, Prospect] | None:
         """Return what is foretold, or None if nothing is or if it is too old."""
@@ -274,8 +276,8 @@ class SwiftQueueMarking:
         if self._prospects is None:
             return
         is_above = self._prospects[queue].risk_s > self._hedge_above_s
-        self._hedge_above_s *= 1 + HEDGE_STEP * (is_above - HEDGE_SHARE)
-        self._hedge_above_s = max(self._hedge_above_s, HEDGE_MIN_S)
+        above_s = self._hedge_above_s * (1 + HEDGE_STEP * (is_above - HEDGE_SHARE))
+        self._hedge_above_s = max(above_s, HEDGE_MIN_S)
 
     def _is_risky(self, now: float, queue: Queue) -> bool:
         """Return whether a packet in the queue may be so slow that a copy is worth its price."""
@@ -304,8 +306,8 @@ class SwiftQueueMarking:
         there = other(self._last)
         is_own = now - self._wanted_s <= COPY_WITHIN_S
         if not is_own and self._prospects is not None:
-            here_prospect, there_prospect = self._prospects[self._last], self._prospects[there]
-            if _is_no_place(there_prospect, here_prospect):
+            here_s, there_s = self._prospects[self._last].cost_s, self._prospects[there].cost_s
+            if there_s > max(MUCH_WORSE * here_s, here_s + MUCH_WORSE_S):
                 return self._last
         return there
 
@@ -340,9 +342,10 @@ class SwiftQueueMarking:
             return
         delay_s = arrived_s - packet.sent_s
         self._observe(now, packet, delay_s)
-        if out.foretold_s is None:
+        prospect = out.prospect
+        if prospect is None:
             return
-        self._calibration.add(delay_s - out.base_s, out.foretold_s)
+        self._calibration.add(delay_s - out.base_s, (prospect.upper_s, prospect.highest_s))
         why = self._calibration.fault()
         if why:
             self._distrust(now, "forecasts", why)
@@ -389,8 +392,3 @@ class SwiftQueueMarking:
 
     def _count_fallback(self, cause: str) -> None:
         self.counters.fallbacks[cause] = self.counters.fallbacks.get(cause, 0) + 1
-
-
-def _is_no_place(there: Prospect, here: Prospect) -> bool:
-    is_much_worse = there.cost_s > max(MUCH_WORSE * here.cost_s, here.cost_s + MUCH_WORSE_S)
-    return there.drop > max(DROPPING, here.drop) or is_much_worse
