@@ -10,7 +10,6 @@ The life of a forecast:
 3. `Outlook.forecast`, on the send path, reads off the nearest of them. It computes nothing.
 """
 
-import math
 from bisect import bisect
 from collections import deque
 from itertools import pairwise
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eloquent.swiftqueue.features import QUERY_FEATURES, History
+from eloquent.swiftqueue.features import QUERY_FEATURES, SANE_S, History
 from eloquent.swiftqueue.inference import Predictor
 from eloquent.swiftqueue.records import Observation, Queue
 
@@ -78,9 +77,12 @@ class Outlook:
         self.history.on_sent(number, sent_s, size, queue)
 
     def on_observation(self, seen: Observation) -> None:
-        """Take note of a packet's fate; it counts from the next `settle` on."""
+        """Take note of a packet's fate; it counts from the next `settle` on.
+
+        One that was sent at an absurd time is left out.
+        """
         event = self.history.on_observation(seen)
-        if self._forecaster is None or not math.isfinite(seen.sent_s):
+        if self._forecaster is None or not abs(seen.sent_s) <= SANE_S:  # NaN is absurd too
             return
         self.is_behind |= len(self.waiting) == MAX_WAITING
         self.waiting.append((event, seen.sent_s))

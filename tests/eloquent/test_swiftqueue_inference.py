@@ -198,8 +198,8 @@ def test_what_is_not_finite_stays_in_its_slot_and_passes() -> None:
 
 def test_a_slot_that_was_not_finite_is_clean_when_opened_again() -> None:
     world = World(SMALL, 5, 1)
-    bad = np.full(SMALL.event_features, np.nan)
-    world.predictor.push([0], [bad], [np.inf])
+    bad = np.full((3, SMALL.event_features), np.nan)
+    world.predictor.push([0, 0, 0], bad, [np.inf, np.nan, -np.inf])
     world.reopen(0)
     world.push([0])
     world.check([0])
