@@ -14,9 +14,10 @@ Shadows take no capacity and no draw of others: with or without them, the same p
 same instants with the same marks. Since a shadow has no size, and its packet is there all the same,
 what it meets is the truth for a thin flow: within a packet's time.
 
-In a *race* this is not so: each packet of the subject waits in both queues and leaves from the one
-that serves it first, and its other copy is discarded at no cost. The credit is then what it would
-be, had it been in that queue alone: a bound on what choosing queues can do, packet by packet.
+In a *race* this is not so: each packet of the subject waits in both queues, and what the one does
+that serves it first, pass it or drop it, becomes of it; its other copy is discarded at no cost. The
+credit is then what it would be, had it been in that queue alone: what one could do who knew which
+queue is faster, packet by packet.
 """
 
 import random
@@ -186,7 +187,7 @@ class WatchedDualPi2(DualPi2):
     def _serve_shadows(self, now: float, queue: int) -> _Shadow | None:
         """Serve the shadows that go before the head of `queue`, which is next.
 
-        In a race, return the first that is not dropped instead.
+        In a race, return the first of them instead.
         """
         due: list[_Shadow] = []
         for of in (L, C):
@@ -195,9 +196,9 @@ class WatchedDualPi2(DualPi2):
                     break  # A packet is in front of it, and of those behind.
                 if of == queue or self._goes_before(shadow, queue):
                     due.append(shadow)
+        if self._is_race:
+            return due[0] if due else None
         for shadow in due:
-            if self._is_race and not self._drops(shadow):
-                return shadow
             self._serve(now, shadow)
         return None
 
@@ -227,9 +228,8 @@ class WatchedDualPi2(DualPi2):
         return self._shadow_random() < self._p and self._shadow_random() < self._p
 
     def _serve(self, now: float, shadow: _Shadow) -> None:
-        """End a shadow's wait; in a race, it has been dropped."""
         passage = shadow.passage
-        is_dropped = self._is_race or self._drops(shadow)
+        is_dropped = self._drops(shadow)
         self._end(shadow)
         passage.wait_s[1 - passage.queue] = inf if is_dropped else now - passage.entered_s
         if id(passage.packet) not in self._subjects:
@@ -284,49 +284,34 @@ class WatchedDualPi2(DualPi2):
         passage = shadow.passage
         del self._subjects[id(passage.packet)]
         passage.wait_s[queue] = inf if is_dropped else now - passage.entered_s
-        if self._is_race and shadow.is_waiting:
+        if self._is_race:
             self._end(shadow)
-            if is_dropped:
-                self._let_stay(shadow)
-                return
         if not shadow.is_waiting:
             self._close(passage)
 
-    def _let_win(self, now: float, shadow: _Shadow) -> Packet:
-        """Return the packet of a shadow that has won its race: it leaves in the shadow's place."""
+    def _let_win(self, now: float, shadow: _Shadow) -> Packet | None:
+        """Return the packet of a shadow that has won its race, or None if that drops it."""
         passage, queue = shadow.passage, shadow.passage.queue
         packet, waiting = passage.packet, self._queues[queue]
+        is_dropped = self._drops(shadow)
         index = next(at for at, one in enumerate(waiting) if one is packet)
         del waiting[index]
-        self._move_places(queue, self._taken[queue] + index, -1)
+        for other in self._shadows[queue]:
+            other.place -= other.place > self._taken[queue] + index
         self._end(shadow)
-        self._take_credit(shadow)
-        self._backlog_bytes -= packet.size
         del self._subjects[id(packet)]
-        self._charge(packet, 1 - queue)
-        passage.wait_s[1 - queue] = now - passage.entered_s
+        self._backlog_bytes -= packet.size
+        passage.wait_s[1 - queue] = inf if is_dropped else now - passage.entered_s
         self._close(passage)
-        return packet
-
-    def _let_stay(self, shadow: _Shadow) -> None:
-        """Let a packet that was dropped in one queue wait on where its shadow has waited."""
-        packet, queue = shadow.passage.packet, 1 - shadow.passage.queue
-        index = max(shadow.place - self._taken[queue], 0)
-        self._queues[queue].insert(index, packet)
-        self._move_places(queue, self._taken[queue] + index, 1)
-        self._take_credit(shadow)
-        self._backlog_bytes += packet.size
-        self._subjects[id(packet)] = shadow
-        if queue == C:
-            self._l_drops -= 1
+        if not is_dropped:
+            self._take_credit(shadow)
+            self._charge(packet, 1 - queue)
+            return packet
+        if queue == L:
+            self._c_drops += 1
         else:
-            self._c_drops -= 1
-
-    def _move_places(self, queue: int, place: int, by: int) -> None:
-        """Take note that a packet has gone from a place of a queue, or come to it."""
-        for shadow in self._shadows[queue]:
-            if shadow.place > place or (by > 0 and shadow.place == place):
-                shadow.place += by
+            self._l_drops += 1
+        return None
 
     def _take_credit(self, shadow: _Shadow) -> None:
         """Make the credit of a shadow the real one; that of the others stays what it is."""

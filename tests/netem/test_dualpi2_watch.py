@@ -499,34 +499,31 @@ def test_who_loses_in_c_has_changed_nothing_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draws", "shadow_draw", "is_dropped"),
+    ("draw", "shadow_draw", "in_front", "dropped_in"),
     [
-        # Two packets of L pass, then the subject's is dropped; its copy in C is not, or is.
-        ([0.999, 0.999, 0.0, 0.0], 0.999, [True, False]),
-        ([0.999, 0.999, 0.0, 0.0, 0.999, 0.0, 0.0], 0.999, [True, True]),
-        # The copy in C would go after one packet of C and is dropped; or it wins.
-        ([], 0.0, [False, True]),
-        ([], 0.999, [False, False]),
+        (0.0, 0.999, CLASSIC, L),
+        (0.999, 0.0, CLASSIC, None),
+        (0.0, 0.999, L4S, None),
+        (0.999, 0.0, L4S, C),
     ],
 )
-def test_a_packet_that_is_dropped_in_one_queue_races_on_in_the_other(
-    draws: list[float], shadow_draw: float, is_dropped: list[bool]
+def test_a_packet_is_dropped_by_the_queue_that_is_first_alone(
+    draw: float, shadow_draw: float, in_front: Ecn, dropped_in: int | None
 ) -> None:
-    world = World(is_race=True, draw=0.999, shadow_draw=shadow_draw)
+    world = World(is_race=True, draw=draw, shadow_draw=shadow_draw)
     queue = world.queue
-    queue._random = lambda: draws.pop(0) if draws else 0.999
     queue._p, queue._next_update_s = 0.9, inf
-    world.send(0.0, CLASSIC, count=2 if draws else 1)
-    if not draws:
-        queue._credit = 1
-        world.send(0.1 * MS, L4S)
-    world.send(0.1 * MS, L4S, count=2, size=1)
+    world.send(0.0, CLASSIC)
+    world.send(0.1 * MS, in_front, count=2)
     asked = world.ask(0.2 * MS, L4S, 150)
+    if in_front is L4S:
+        queue._credit = 1  # A lone packet of C goes first.
     world.send(0.3 * MS, CLASSIC, count=4)
     [passage] = world.end()
-    assert [wait_s == inf for wait_s in passage.wait_s] == is_dropped
-    assert (asked in [packet for _, packet in world.out]) != all(is_dropped)
-    assert draws == []
+    first = L if in_front is CLASSIC else C
+    assert passage.wait_s[first] == (inf if dropped_in == first else pytest.approx(0.8 * MS))
+    assert isnan(passage.wait_s[1 - first])
+    assert (asked in [packet for _, packet in world.out]) == (dropped_in is None)
 
 
 STEPS = st.lists(
