@@ -1,5 +1,6 @@
 """The receiver puts the log together whatever the path does, and says what it has."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,15 @@ from hypothesis import strategies as st
 
 from eloquent.core.events import Event, TextDelta
 from eloquent.core.log import TokenLog
-from eloquent.core.receiver import GAP_REPORT_S, MAX_AHEAD_BYTES, REPORT_BEAT_S, Receiver
+from eloquent.core.receiver import (
+    GAP_REPORT_S,
+    MAX_AHEAD_BYTES,
+    REPORT_BEAT_S,
+    TIMED_REPORT_S,
+    Receiver,
+)
 from eloquent.core.varint import VARINT_MAX
-from eloquent.core.wire import Bundle, Ended, Report, encode_report
+from eloquent.core.wire import MAX_ARRIVALS, Arrival, Bundle, Ended, Report, encode_report
 from eloquent.errors import IntegrityError, WireError
 
 TURN = 1
@@ -328,6 +335,91 @@ def test_a_lost_last_report_is_made_again_at_once() -> None:
     first = report(receiver)
     receiver.report_again()
     assert receiver.next_report(0.5) == first == Report(TURN, log.length, 0)
+
+
+# Arrival times.
+
+
+def timed(number: int) -> Bundle:
+    return Bundle(TURN, number, 0, b"\x01\x01a", is_timed=True)
+
+
+def test_arrivals_are_reported_within_10_ms_and_then_at_once() -> None:
+    receiver = Receiver(TURN)
+    receiver.on_bundle(timed(0), 5.0)
+    assert receiver.next_time() == pytest.approx(5.0 + TIMED_REPORT_S)
+    first = receiver.next_report(5.01)
+    assert first is not None
+    assert first.arrivals == (Arrival(0, 50_000),)
+    assert receiver.next_time() is None
+    receiver.on_bundle(timed(1), 5.5)
+    assert receiver.next_time() == 5.5
+
+
+def test_reports_of_arrivals_keep_their_distance_and_are_in_order_of_number() -> None:
+    receiver = Receiver(TURN)
+    receiver.on_bundle(timed(7), 1.0)
+    assert report(receiver) is not None
+    for number, now in ((9, 1.011), (8, 1.012)):
+        receiver.on_bundle(timed(number), now)
+    assert receiver.next_time() == pytest.approx(1.01 + TIMED_REPORT_S)
+    second = report(receiver)
+    assert second is not None
+    assert second.arrivals == (Arrival(8, 10_120), Arrival(9, 10_110))
+
+
+def test_what_does_not_fit_a_report_is_in_the_next() -> None:
+    receiver = Receiver(TURN)
+    for number in range(5):
+        receiver.on_bundle(timed(number), 1.0)
+    told: list[int] = []
+    now = 1.01
+    while (made := receiver.next_report(now, 2)) is not None:
+        told += [arrival.number for arrival in made.arrivals]
+        due = receiver.next_time()
+        assert due is None or due == pytest.approx(now + TIMED_REPORT_S)
+        now += TIMED_REPORT_S
+    assert told == [0, 1, 2, 3, 4]
+
+
+def test_arrivals_of_a_lost_report_are_told_again_at_once() -> None:
+    receiver = Receiver(TURN)
+    receiver.on_bundle(timed(0), 1.0)
+    lost = report(receiver)
+    assert lost is not None
+    receiver.tell_again(lost.arrivals)
+    assert receiver.next_time() == float("-inf")
+    again = receiver.next_report(1.2)
+    assert again is not None
+    assert again.arrivals == lost.arrivals
+
+
+def test_a_lost_report_without_arrivals_brings_no_other() -> None:
+    log, receiver = letters("ab"), Receiver(TURN)
+    receiver.on_bundle(bundle(log, 0, 0), 1.0)
+    lost = report(receiver)
+    assert lost is not None
+    receiver.tell_again(lost.arrivals)
+    assert receiver.next_time() is None
+
+
+def test_of_arrivals_that_cannot_be_reported_the_newest_are_kept() -> None:
+    receiver = Receiver(TURN)
+    for number in range(MAX_ARRIVALS + 50):
+        receiver.on_bundle(timed(number), 1.0)
+    made = report(receiver)
+    assert made is not None
+    assert [arrival.number for arrival in made.arrivals] == list(range(50, MAX_ARRIVALS + 50))
+
+
+def test_on_a_new_connection_the_clock_is_another_and_nothing_old_is_told() -> None:
+    receiver = Receiver(TURN)
+    receiver.on_bundle(timed(4), 1.0)
+    receiver.attach(9, clock_s=2.0)
+    receiver.on_bundle(replace(timed(0), turn=9), 2.5)
+    made = report(receiver)
+    assert made is not None
+    assert made.arrivals == (Arrival(0, 5_000),)
 
 
 # Counters.

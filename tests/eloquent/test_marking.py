@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eloquent.core.receiver import TIMED_REPORT_S
 from eloquent.core.wire import ARRIVAL_UNIT_S, Arrival, Bundle, Frame, Report, encode_report
@@ -71,6 +73,16 @@ def test_the_acknowledgement_travels_with_the_report() -> None:
     talked(policy)
     acked_s = {packet: now for now, packet in policy.acked}
     assert all(acked_s[packet] == now for now, packet, _ in policy.arrivals)
+
+
+def test_reports_of_times_bring_no_packets_of_their_own_down() -> None:
+    policy = Noting()
+    world = MarkingWorld(policy)
+    world.talk(30)
+    packets, bundles = len(policy.sent), len(world.left)
+    world.talk(50, gap_s=0.037)  # what a report brings up is acknowledged half a gap later
+    assert len(world.left) - bundles == 50
+    assert len(policy.sent) - packets == 50
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 1e6, -1e6])
@@ -156,6 +168,45 @@ def test_reports_that_are_only_late_tell_nothing_twice() -> None:
     assert max(reported.values()) > 1
     check_arrivals(world)
     assert len(policy.arrivals) == timed_packets(world)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    loss=st.floats(0.0, 0.2),
+    jitter_s=st.floats(0.0, 0.1),
+    c_s=st.floats(0.001, 0.3),
+    codepoints=st.lists(st.sampled_from([Ecn.ECT_1, Ecn.NOT_ECT]), min_size=1, max_size=8),
+    copies=st.lists(st.booleans(), min_size=1, max_size=8),
+)
+def test_whatever_the_path_does_each_arrival_is_told_once_and_truly(
+    *,
+    seed: int,
+    loss: float,
+    jitter_s: float,
+    c_s: float,
+    codepoints: list[Ecn],
+    copies: list[bool],
+) -> None:
+    policy = Noting(
+        lambda count, is_copy: codepoints[count % len(codepoints)],
+        wants_copy=lambda count: copies[count % len(copies)],
+    )
+    lossy = {name: IndependentLoss(loss, stage_rng(seed, name, "")) for name in ("up", "down")}
+    down = Queues(c_s=c_s, loss=lossy["down"], jitter_s=jitter_s)
+    up = Link(
+        delay_s=0.02, seed=seed, name="up", loss=lossy["up"], jitter_s=jitter_s, reorders=True
+    )
+    world = MarkingWorld(policy, down=down, up=up)
+    world.talk(60)
+    world.close()
+    assert world.texts[0] == "".join(f"{index} " for index in range(60))
+    check_arrivals(world)
+    told = [packet for _, packet in policy.acked]
+    assert len(told) == len(set(told))
+    assert all(world.arrived_s(packet) is not None for packet in told)
+    lost = [packet for _, packet in policy.lost]
+    assert len(lost) == len(set(lost))
 
 
 def test_a_lost_packet_is_told_lost_and_has_no_arrival() -> None:
