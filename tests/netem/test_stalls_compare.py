@@ -2,6 +2,8 @@
 
 import io
 import json
+import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +130,9 @@ def test_every_place_scheme_and_seed_has_a_row_and_the_same_seeds_the_same_rows(
     assert {row.stall_ratio for row in other.rows} != {row.stall_ratio for row in found.rows}
 
 
-def test_the_file_has_meta_and_rows() -> None:
+def test_the_file_has_meta_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["lab", "stalls", "--prompt", "Why is it's sky blue?", "--json", "a b.json"]
+    monkeypatch.setattr("sys.argv", ["eloquent", *words])
     found = compare(replace(PLAN, seeds=range(1)))
     content = json.loads(dumps(found))
     assert content.keys() == {"meta", "rows"}
@@ -138,7 +142,8 @@ def test_the_file_has_meta_and_rows() -> None:
     assert meta["schemes"] == list(PLAN.schemes)
     assert meta["driver"]["name"] == "sim"
     assert meta["fidelity"] is None
-    assert {"command", "versions", "platform", "begun_at", "took_s"} <= meta.keys()
+    assert shlex.split(meta["command"]) == ["eloquent", *words]
+    assert {"versions", "platform", "begun_at", "took_s"} <= meta.keys()
 
 
 def test_the_tables_have_every_network_and_scheme_and_the_sum_of_both() -> None:
@@ -250,12 +255,67 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plan = replace(PLAN, cache=tmp_path / "cache.jsonl")
     found = compare(plan)
     assert not found.is_complete
-    assert len(found.rows) == 5
+    assert 5 <= len(found.rows) < 12
+    assert len(remembered(tmp_path / "cache.jsonl")) == len(found.rows)
     assert json.loads(dumps(found))["meta"]["is_complete"] is False
     monkeypatch.undo()
     whole = compare(plan)
     assert whole.is_complete
     assert set(found.rows) <= set(whole.rows)
+
+
+@dataclass(frozen=True)
+class MeetingDriver(ToyDriver):
+    """A driver whose run of `broken` has begun before that of `sound` ends, and ends when told."""
+
+    folder: Path = Path()
+
+    def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
+        begun, told = self.folder / "begun", self.folder / "told"
+        if scheme == "broken":
+            begun.touch()
+        deadline_s = time.monotonic() + 60  # Ends a hang; decides nothing.
+        while not (told if scheme == "broken" else begun).exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        return super().run(place, scheme, seed, source)
+
+
+def test_what_is_under_way_at_ctrl_c_is_awaited_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(self: cases.Progress, done: int, total: int) -> None:
+        if done == 1:
+            (tmp_path / "told").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cases.Progress, "__call__", interrupt)
+    driver = MeetingDriver(most_workers=2, folder=tmp_path)
+    cache = tmp_path / "cache.jsonl"
+    plan = replace(PLAN, pairs=PLAN.pairs[:1], seeds=range(1), cache=cache)
+    found = compare(replace(plan, driver=driver, schemes=driver.schemes))
+    assert not found.is_complete
+    assert [row.scheme for row in found.rows] == ["sound", "broken"]
+    assert len(remembered(cache)) == 2
+    assert "Ctrl-C again leaves them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# Notes\nof mine\n",
+        b"\xff\xfe",
+        b'{"a": 1}\n',
+        b"[]\n1\n",
+        b'{"key": ["a"], "figures": {}}\n',
+    ],
+)
+def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="remembers no runs"):
+        compare(replace(PLAN, cache=file))
+    assert file.read_bytes() == content
 
 
 @pytest.mark.usefixtures("broken_schemes")

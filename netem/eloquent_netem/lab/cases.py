@@ -1,12 +1,14 @@
 """Experiments as lists of jobs: run on several processes, remembered, ended early without loss."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 import eloquent.errors
-from eloquent.errors import EloquentError
+from eloquent.errors import ConfigurationError, EloquentError
 from eloquent_netem.errors import NetemError
 from eloquent_netem.loss import PacketClockedLossWarning
 from eloquent_netem.sim import StuckError
@@ -32,6 +34,8 @@ FOLDER = Path(__file__).parent
 
 FOREIGN = ("tcp", "oracle")
 "Schemes whose names begin so run none of our transport's code."
+
+ENDING = "Ending: the runs that are under way are awaited; Ctrl-C again leaves them."
 
 Figures = dict[str, Any]
 "What a run found, by name, as JSON has it: mostly numbers; the names end in their units."
@@ -87,19 +91,15 @@ class Cache:
     """Figures of earlier runs, in a file with a JSON object a line.
 
     A run is known by its case, scheme and seed, and by a hash of the code that it depends on.
+
+    Raises:
+        ConfigurationError: the file is something else.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._known: dict[str, Figures] = {}
+        self._known = {} if path is None or not path.exists() else _remembered(path)
         self._codes: dict[tuple[frozenset[str], bool], str] = {}
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # Empty, or whoever wrote it was killed in the middle.
-                self._known[row["key"]] = row["figures"]
 
     def get(self, job: Job) -> Figures | None:
         """Return what this job found when it ran on the same code, or None."""
@@ -119,6 +119,23 @@ class Cache:
             self._codes[kind] = _code_hash(*kind)
         text = f"{self._codes[kind]}/{job.case!r}/{job.scheme}/{job.seed}"
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _remembered(path: Path) -> dict[str, Figures]:
+    """Return the figures that a cache has, by the runs' keys."""
+    lines = path.read_bytes().splitlines()
+    known: dict[str, Figures] = {}
+    for line in lines:
+        # Else it is empty, or whoever wrote it was killed in the middle.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            known[row["key"]] = row["figures"]
+    if any(lines) and not known:
+        raise ConfigurationError(
+            f"{path} remembers no runs, and is perhaps something else: name another file as the "
+            "cache, or remove it."
+        )
+    return known
 
 
 def code_of(case: Case, *, is_tcp: bool = False) -> str:
@@ -173,7 +190,10 @@ def run_jobs(
     cache: Cache,
     progress: OnProgress = lambda done, total: None,
 ) -> Results:
-    """Run all jobs that the cache does not know; Ctrl-C ends it and keeps what is done."""
+    """Run all jobs that the cache does not know; Ctrl-C ends it and keeps what is done.
+
+    Runs that are under way are awaited, and kept too; another Ctrl-C leaves them.
+    """
     results = Results()
     open_jobs = []
     for job in jobs:
@@ -191,19 +211,27 @@ def run_jobs(
         try:
             futures.update((pool.submit(_attempt, job), job) for job in open_jobs)
             for future in as_completed(futures):
-                job, found = futures[future], future.result()
-                if isinstance(found, str):
-                    results.failures[job] = found
-                else:
-                    results.figures[job] = found
-                    cache.put(job, found)
+                _keep(futures[future], future.result(), results, cache)
                 done += 1
                 progress(done, len(jobs))
         except KeyboardInterrupt:
             results.is_complete = False
+            print(ENDING, file=sys.stderr, flush=True)  # noqa: T201
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        for future, job in futures.items():
+            is_kept = job in results.figures or job in results.failures
+            if not is_kept and not future.cancelled():
+                _keep(job, future.result(), results, cache)
     return results
+
+
+def _keep(job: Job, found: Figures | str, results: Results, cache: Cache) -> None:
+    if isinstance(found, str):
+        results.failures[job] = found
+    else:
+        results.figures[job] = found
+        cache.put(job, found)
 
 
 def _start_worker() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -276,7 +277,7 @@ def _meta(
     lateness_us = [row.lateness_p99_us for row in rows if row.lateness_p99_us is not None]
     names = ("aioquic", "cryptography", "eloquent-stream")
     return {
-        "command": " ".join(["eloquent", *sys.argv[1:]]),
+        "command": shlex.join(["eloquent", *sys.argv[1:]]),
         "begun_at": begun_at.isoformat(timespec="seconds"),
         "took_s": round((datetime.now(UTC) - begun_at).total_seconds(), 1),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
