@@ -1,7 +1,9 @@
 """The demo: its clocks count what the measures count; both kinds of feed tell a whole answer."""
 
+import math
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -22,8 +24,8 @@ DEADLINE_S = 60.0
 "Ends a hang; decides nothing."
 
 
-def played(feed: Feed) -> list[Pane]:
-    """Play a feed to its end."""
+def played(feed: Feed, meanwhile: Callable[[list[Pane]], None] = lambda panes: None) -> list[Pane]:
+    """Play a feed to its end, and do something meanwhile."""
     panes = [Pane(scheme) for scheme in feed.schemes]
     waiting: list[News] = []
     feed.begin()
@@ -34,6 +36,7 @@ def played(feed: Feed) -> list[Pane]:
         time.sleep(0.02)
         is_done = feed.is_over()
         take(feed, panes, waiting, time.monotonic())
+        meanwhile(panes)
         is_over = is_done and not waiting
     for index, pane in enumerate(panes):
         pane.note = feed.failure(index)
@@ -134,6 +137,19 @@ def test_the_screen_shows_both_answers_and_both_clocks() -> None:
     assert "longest wait 0.0 s" in text
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("share", [0.004, 0.3, 1.0])
+def test_the_bar_leaves_room_for_its_figure(columns: int, share: float) -> None:
+    pane = Pane("any")
+    pane.on_due(0.0)
+    pane.on_token(1000 * share, "a")
+    pane.on_due(1000.0)
+    text = shown([pane, pane], 1000.0, columns=columns)
+    assert text.count(f" {100 * share:3.0f} %") == 2
+    assert text.count("█") >= 2
+    assert ("░" in text) is (share < 1)
+
+
 @pytest.mark.parametrize(("columns", "lines"), [(20, 5), (40, 10), (200, 60)])
 def test_the_end_of_a_long_answer_is_seen_at_any_size(columns: int, lines: int) -> None:
     pane = Pane("any")
@@ -176,7 +192,9 @@ def test_a_network_that_never_comes_back_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize("outage", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 2.0, 3.0)])
+@pytest.mark.parametrize(
+    "outage", [(1.0,), (2.0, 1.0), (-1.0, 1.0), (1.0, 2.0, 3.0), (0.0, math.inf)]
+)
 def test_an_outage_has_a_beginning_and_an_end(outage: tuple[float, ...]) -> None:
     with pytest.raises(ConfigurationError, match="--outage takes two numbers"):
         make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=outage)
@@ -205,14 +223,15 @@ def test_the_live_feed_tells_the_whole_answer_over_real_sockets() -> None:
 @pytest.mark.usefixtures("namespaces")
 def test_a_program_that_dies_ends_its_pane_and_is_told() -> None:
     place = make_place(rtt_ms=20, loss=0.0, burst_ms=None, outage=())
-    with over_tun(place, SOURCE, 1) as feed:
+    source = Recording(None, 60)
+    with over_tun(place, source, 1) as feed:
         assert isinstance(feed, _Live)
-        feed.pairs[1].programs["server"].kill()
-        left, right = played(feed)
-        assert (left.text, left.note) == (TEXT, "")
-        assert right.text != TEXT
-        assert "The server's program failed" in right.note
-    assert right.note in " ".join(shown([left, right], time.monotonic(), columns=200).split())
+        server = feed.pairs[1].programs["server"]
+        left, right = played(feed, lambda panes: server.kill() if panes[1].came_s else None)
+        assert (len(left.came_s), left.note) == (60, "")
+        assert 0 < len(right.came_s) < 60
+        assert "The server's program in its namespace failed (exit code -9)" in right.note
+    assert "exit code -9" in shown([left, right], time.monotonic())
 
 
 def test_without_a_terminal_the_command_ends_with_the_figures(

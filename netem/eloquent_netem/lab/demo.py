@@ -1,6 +1,7 @@
 """`eloquent lab demo`: one answer, streamed live over TCP and over Eloquent, side by side."""
 
 import contextlib
+import math
 import queue
 import time
 from abc import ABC, abstractmethod
@@ -69,7 +70,7 @@ def make_place(
     (place,) = make_places(NetworkOptions(loss=loss, burst_ms=burst_ms, rtt_ms=rtt_ms))
     if not outage:
         return place
-    if len(outage) != 2 or not 0 <= outage[0] < outage[1]:
+    if len(outage) != 2 or not 0 <= outage[0] < outage[1] < math.inf:
         raise ConfigurationError(
             "--outage takes two numbers, when the network goes and when it is back, in seconds "
             "after the beginning: --outage 3 5."

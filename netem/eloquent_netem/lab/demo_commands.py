@@ -59,6 +59,7 @@ def demo(
 
     from eloquent_netem.lab.demo import make_place
     from eloquent_netem.lab.sources import Recording
+    from eloquent_netem.run import sigterm_as_exit
 
     if tokens is not None and tokens < 1:
         raise ConfigurationError("--tokens must be at least 1.")
@@ -66,6 +67,7 @@ def demo(
     console = Console()
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(sigterm_as_exit())
             feed = _feed(stack, place, Recording(None, tokens), seed, is_virtual=virtual)
             _show(feed, console, place.name)
     except NetemError as error:  # At its end the router tells that it was late.

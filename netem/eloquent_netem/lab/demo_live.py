@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -13,17 +12,17 @@ from pathlib import Path
 
 import msgspec
 
-from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.demo import OURS, Feed, News
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.sources import Recording
 from eloquent_netem.lab.tun_ends import SETUP, Go, Hello, Setup
+from eloquent_netem.lab.tun_run import SIDES, await_ready, close_pipes, failed, say_go, start_end
 from eloquent_netem.namespaces import Side
 from eloquent_netem.tun import TunNetwork, tun_network
 
 TCP = "tcp-sse"
 KINDS = {TCP: "sse", OURS: "quic"}
-SIDES: tuple[Side, ...] = ("server", "client")
+ENDS = "eloquent_netem.lab.demo_end"
 
 LEAD_S = 0.3
 "From the start of the networks' clocks to the clients' beginning."
@@ -70,74 +69,35 @@ class _Pair:
 
     def __init__(self, network: TunNetwork, folder: Path, kind: str) -> None:
         self.network = network
+        self.programs = {
+            side: start_end(network, side, kind, folder, module=ENDS) for side in SIDES
+        }
         self._folder = folder
-        self.programs = {side: self._start(side, kind) for side in SIDES}
-        self.hello = Hello()
+        self._hello = Hello()
 
     def await_ready(self) -> None:
         """Wait until both programs are ready."""
-        said = {side: self._first_line(side) for side in SIDES}
-        self.hello = msgspec.json.decode(said["server"], type=Hello)
+        self._hello = await_ready(self.programs, self._folder)
 
-    def say(self, go: Go) -> None:
+    def begin(self, start_s: float) -> None:
         """Tell the client when to begin."""
-        pipe = self.programs["client"].stdin
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # Its end is noticed at once.
-            pipe.write(msgspec.json.encode(go).decode() + "\n")
-            pipe.flush()
+        say_go(self.programs["client"], Go(start_s, self._hello))
 
     def failure(self) -> str:
         """Return how a program failed, or nothing; the client fails where the server has."""
-        failed = [side for side in SIDES if self.programs[side].poll()]
-        return f"The {failed[0]}'s program failed: {self._complaint(failed[0])}" if failed else ""
+        for side in SIDES:
+            code = self.programs[side].poll()
+            if code:
+                return str(failed(self._folder, side, code))
+        return ""
 
-    def end_server(self) -> None:
-        """Let the server end."""
+    def end(self) -> None:
+        """Let the server end; the client ends with its answer, or with the network."""
         server = self.programs["server"]
         assert server.stdin is not None
         server.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(END_S)
-
-    def close(self) -> None:
-        """Close the pipes to what has ended."""
-        for process in self.programs.values():
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-    def _start(self, side: Side, kind: str) -> "subprocess.Popen[str]":
-        with (self._folder / f"{side}.err").open("w") as complaints:
-            return self.network.popen(
-                side,
-                [
-                    sys.executable,
-                    "-m",
-                    "eloquent_netem.lab.demo_end",
-                    kind,
-                    side,
-                    str(self._folder),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for us, who end it.
-            )
-
-    def _first_line(self, side: Side) -> str:
-        pipe = self.programs[side].stdout
-        assert pipe is not None
-        line = pipe.readline()
-        if not line:
-            raise NetemError(f"The demo's {side} did not start: {self._complaint(side)}")
-        return line
-
-    def _complaint(self, side: Side) -> str:
-        text = (self._folder / f"{side}.err").read_text(encoding="utf-8", errors="replace")
-        return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 class _Live(Feed):
@@ -162,7 +122,7 @@ class _Live(Feed):
             pair.network.start()
         start_s = time.monotonic() + LEAD_S
         for pane, pair in enumerate(self.pairs):
-            pair.say(Go(start_s, pair.hello))
+            pair.begin(start_s)
             for side in SIDES:
                 thread = threading.Thread(target=self._listen, args=(pane, side), daemon=True)
                 thread.start()
@@ -175,16 +135,17 @@ class _Live(Feed):
         return self.pairs[pane].failure()
 
     def stop(self) -> None:
-        """End the servers; the clients end with their answers, or with the networks."""
+        """Let all programs end."""
         for pair in self.pairs:
-            pair.end_server()
+            pair.end()
 
     def close(self) -> None:
         """Wait for what listens, and close the pipes to what has ended."""
         for thread in self._listeners.values():
             thread.join()
         for pair in self.pairs:
-            pair.close()
+            for process in pair.programs.values():
+                close_pipes(process)
 
     def _is_over(self, pane: int) -> bool:
         """Return whether the client has ended and all its news are told, or the server is gone."""

@@ -10,6 +10,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 BAR_COLUMNS = 24
+"Of the bar of waiting, in a pane that is wide enough."
+FIGURES_COLUMNS = 24
+"What stands on the bar's line beside it takes less."
 FRAME_LINES = 7
 "Of a screen: header, footer, a pane's border, and what stands below its text."
 LONG_WAIT_S = 0.2
@@ -119,13 +122,14 @@ def _figures(pane: Pane, now: float, width: int, *, is_waiting: bool, is_over: b
     if pane.note:
         return [Text(pane.note, style="red"), Text("")]
     share = pane.share(now, is_over=is_over)
-    filled = min(round(share * BAR_COLUMNS), BAR_COLUMNS) or (1 if share > 0 else 0)
+    bar = min(BAR_COLUMNS, max(width - FIGURES_COLUMNS, 4))
+    filled = round(share * bar) or (1 if share > 0 else 0)
     waited = Text.assemble(
         "waited ",
         (f"{pane.waited_s(now):5.1f} s", "bold"),
         " ",
         ("█" * filled, "red"),
-        ("░" * (min(BAR_COLUMNS, max(width - 24, 4)) - filled), "dim"),
+        ("░" * (bar - filled), "dim"),
         f" {100 * share:3.0f} %",
         no_wrap=True,
     )

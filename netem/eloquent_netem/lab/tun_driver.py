@@ -117,9 +117,9 @@ class TunDriver:
                 raise ConfigurationError(
                     f"The driver tun needs the package {name}: install eloquent-stream[lab]."
                 )
-        check_congestion(self.congestion)
-        with tun_network(_no_links, rootless=self.rootless):
+        with tun_network(_no_links, rootless=self.rootless):  # It knows systems that are not Linux.
             pass
+        check_congestion(self.congestion)
 
     def run(self, place: Place, scheme: str, seed: int, source: Source) -> Arrivals:
         """See `Driver.run`.

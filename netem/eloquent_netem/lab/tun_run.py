@@ -5,10 +5,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
@@ -26,6 +26,11 @@ from eloquent_netem.realtime import (
     no_cross_traffic,
 )
 from eloquent_netem.tun import TunNetwork, tun_network
+
+ENDS = "eloquent_netem.lab.tun_ends"
+"The module of the programs."
+
+SIDES: tuple[Side, ...] = ("server", "client")
 
 LEAD_S = 0.1
 "From the start of the router's clock to the instant at which the client begins."
@@ -98,12 +103,12 @@ def play(run: Play) -> Played:
             rootless=run.rootless,
         ) as network:
             sides: dict[Side, subprocess.Popen[str]] = {}
-            for side in ("server", "client"):
-                sides[side] = _start(network, side, run.kind, folder, end)
-            hello = msgspec.json.decode(_ready(sides["server"], folder, "server"), type=Hello)
-            _ready(sides["client"], folder, "client")
+            for side in SIDES:
+                sides[side] = start_end(network, side, run.kind, folder)
+                end.callback(close_pipes, sides[side])
+            hello = await_ready(sides, folder)
             started_s = _start_clock(network)
-            _say(sides["client"], msgspec.json.encode(Go(started_s + LEAD_S, hello)).decode())
+            say_go(sides["client"], Go(started_s + LEAD_S, hello))
             _await_end(run, sides, folder)
         reports = {
             side: msgspec.json.decode((folder / f"{side}.json").read_bytes(), type=Report)
@@ -164,38 +169,52 @@ def _start_clock(network: TunNetwork) -> float:
     return min(readings)[1]
 
 
-def _start(
-    network: TunNetwork, side: Side, kind: str, folder: Path, end: contextlib.ExitStack
+def start_end(
+    network: TunNetwork, side: Side, kind: str, folder: Path, *, module: str = ENDS
 ) -> "subprocess.Popen[str]":
-    complaints = end.enter_context((folder / f"{side}.err").open("w"))
-    process = network.popen(
-        side,
-        [sys.executable, "-m", "eloquent_netem.lab.tun_ends", kind, side, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=complaints,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for us, who end it.
-    )
-    for pipe in (process.stdin, process.stdout):
-        end.callback(_close, pipe)
-    return process
+    """Start one end of an answer, whose setup is in `folder`; `module` is like `ENDS`."""
+    with (folder / f"{side}.err").open("w") as complaints:
+        return network.popen(
+            side,
+            [sys.executable, "-m", module, kind, side, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us, who end it.
+        )
 
 
-def _ready(process: "subprocess.Popen[str]", folder: Path, side: Side) -> str:
-    """Wait until a program is ready; return what it says."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise _failed(folder, side, process.wait())
-    return line
+def await_ready(sides: "Mapping[Side, subprocess.Popen[str]]", folder: Path) -> Hello:
+    """Wait until both ends are ready; return the server's word.
+
+    Raises:
+        TunRunError: one of them failed.
+    """
+    said = {}
+    for side in SIDES:
+        pipe = sides[side].stdout
+        assert pipe is not None
+        said[side] = pipe.readline()
+        if not said[side]:
+            raise failed(folder, side, sides[side].wait())
+    return msgspec.json.decode(said["server"], type=Hello)
 
 
-def _say(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdin is not None
+def say_go(client: "subprocess.Popen[str]", go: Go) -> None:
+    """Tell a client when to begin."""
+    assert client.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # Its end is noticed at once.
-        process.stdin.write(f"{line}\n")
-        process.stdin.flush()
+        client.stdin.write(f"{msgspec.json.encode(go).decode()}\n")
+        client.stdin.flush()
+
+
+def close_pipes(process: "subprocess.Popen[str]") -> None:
+    """Close the pipes to an end, whether it is there or not; a server then ends."""
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def _await_end(run: Play, sides: "dict[Side, subprocess.Popen[str]]", folder: Path) -> None:
@@ -204,7 +223,9 @@ def _await_end(run: Play, sides: "dict[Side, subprocess.Popen[str]]", folder: Pa
     length_s = plan[-1].time_s if live is None else live.max_tokens * LIVE_TOKEN_S
     deadline_s = time.monotonic() + length_s + PATIENCE_S
     _await(sides, "client", folder, deadline_s)
-    _close(sides["server"].stdin)
+    server = sides["server"].stdin
+    assert server is not None
+    server.close()  # That tells it to end.
     _await(sides, "server", folder, deadline_s)
 
 
@@ -221,12 +242,13 @@ def _await(
         time.sleep(LOOK_EVERY_S)
     server_code, code = sides["server"].poll(), sides[side].poll()
     if server_code or code is None:  # If both failed, the client did because the server had.
-        raise _failed(folder, "server", server_code or 0)
+        raise failed(folder, "server", server_code or 0)
     if code:
-        raise _failed(folder, side, code)
+        raise failed(folder, side, code)
 
 
-def _failed(folder: Path, side: Side, code: int) -> TunRunError:
+def failed(folder: Path, side: Side, code: int) -> TunRunError:
+    """Return the error that tells of a failed end, in its own last words."""
     complaint = (folder / f"{side}.err").read_text(encoding="utf-8", errors="replace")
     reason = complaint.strip().splitlines()[-1:] or [f"exit code {code}"]
     return TunRunError(
@@ -244,9 +266,3 @@ def _refuse_starved(played: Played, bound_s: float) -> None:
             "figures would show the machine and not the network: run fewer at a time, or use a "
             "less busy machine."
         )
-
-
-def _close(pipe: IO[str] | None) -> None:
-    if pipe is not None:
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
