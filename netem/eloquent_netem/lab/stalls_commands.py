@@ -254,6 +254,11 @@ def _source(
         return ConstantRate(30.0 if rate is None else rate, 400 if tokens is None else tokens)
     if name == "live":
         return _live(prompt, model, 400 if tokens is None else tokens)
+    if name != "recorded" and not Path(name).exists():
+        raise ConfigurationError(
+            f"There is no source {name!r}: choose constant, recorded, live, or the path of a "
+            "recording, as `eloquent lab record` makes them."
+        )
     recording = Recording(None if name == "recorded" else Path(name), tokens)
     _ = recording.content  # A file that is none is found out here.
     return recording
