@@ -1,5 +1,14 @@
 """A light bottleneck with DualPI2 for tests: bursts fill L, and C is empty but for the subject."""
 
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
+from eloquent.swiftqueue.inference import tensor_shapes
+from eloquent.swiftqueue.shape import LEVELS, Shape
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.scenario import Scenario, parse_scenario
 
@@ -32,3 +41,28 @@ def light() -> Scenario:
 def light_place() -> Place:
     """Return it as a place of a comparison."""
     return Place(name="light", scenario=light(), begins_s=0.0)
+
+
+def random_weights(folder: Path) -> Path:
+    """Write the weights of a small model that has learnt nothing; return their path."""
+    shape = Shape(
+        event_features=EVENT_FEATURES,
+        query_features=QUERY_FEATURES,
+        width=8,
+        layers=1,
+        heads=2,
+        feed=8,
+        hidden=8,
+        middle=8,
+        window=8,
+    )
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: rng.normal(0, 0.1, size).astype(np.float32)
+        for name, size in tensor_shapes(shape).items()
+    }
+    path = folder / "random.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    described = {"shape": shape.as_dict(), "levels": LEVELS}
+    path.with_suffix(".json").write_text(json.dumps(described))
+    return path

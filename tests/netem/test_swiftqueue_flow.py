@@ -7,7 +7,7 @@ import pytest
 from swiftqueue_light import light
 
 from eloquent.quic.ecn import Ecn
-from eloquent.quic.marking import EachAlone, PlainMarking, SentPacket, all_c, all_l
+from eloquent.quic.marking import EachAlone, PlainMarking, SentPacket, all_l
 from eloquent.swiftqueue.records import Queue
 from eloquent_netem.dualpi2_watch import Passage
 from eloquent_netem.lab.swiftqueue_flow import FlowRun, latencies, run_crowd, run_flow

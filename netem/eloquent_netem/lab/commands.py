@@ -13,6 +13,7 @@ from eloquent_netem.lab.doctor_commands import doctor
 from eloquent_netem.lab.leak_commands import leak, pace
 from eloquent_netem.lab.paper_commands import paper
 from eloquent_netem.lab.stalls_commands import check_writable, record, stalls
+from eloquent_netem.lab.swiftqueue_commands import lab_swiftqueue
 
 lab = App(name="lab", help="Measure the transport on emulated networks.")
 lab.command(stalls)
@@ -22,6 +23,7 @@ lab.command(doctor)
 lab.command(demo)
 lab.command(leak)
 lab.command(pace)
+lab.command(lab_swiftqueue, name="swiftqueue")
 
 
 @lab.command

@@ -1,0 +1,127 @@
+"""`eloquent swiftqueue` and `eloquent lab swiftqueue`: options, files, exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from swiftqueue_light import random_weights
+
+from eloquent.errors import ConfigurationError
+from eloquent_netem.lab import swiftqueue_study
+from eloquent_netem.lab.swiftqueue_commands import collect, lab_swiftqueue, train
+from eloquent_netem.lab.swiftqueue_report import write_report
+from eloquent_netem.lab.swiftqueue_study import Found, dumps
+
+SCENARIO = """
+length_s = 3
+[up]
+delay_ms = 10
+[down]
+delay_ms = 10
+rate = { kind = "fixed", mbit_s = 10 }
+queue = { kind = "dualpi2" }
+[[cross]]
+kind = "bursts"
+direction = "down"
+mbit_s = 20
+burst_ms = 60
+pause_ms = 300
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> str:
+    path = tmp_path / "mine.toml"
+    path.write_text(SCENARIO)
+    return str(path)
+
+
+def test_the_policies_of_a_scenario_go_to_the_terminal_a_file_and_a_page(
+    scenario: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab_swiftqueue(
+        scenario=(scenario,),
+        part=("policies",),
+        seeds=2,
+        schedulers=("wrr",),
+        policies=("all-l", "swiftqueue", "oracle"),
+        weights=random_weights(tmp_path),
+        json=tmp_path / "out.json",
+        report=tmp_path / "report",
+        workers=2,
+    )
+    out = capsys.readouterr().out
+    assert "mine, wrr: 2 seeds" in out
+    assert "P99 above that of all-l" in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert list(content) == ["meta", "prediction", "policies", "many_flows", "findings"]
+    assert content["prediction"] == content["many_flows"] == []
+    assert [(row["policy"], row["seed"]) for row in content["policies"]] == [
+        ("all-l", 0),
+        ("swiftqueue", 0),
+        ("oracle", 0),
+        ("all-l", 1),
+        ("swiftqueue", 1),
+        ("oracle", 1),
+    ]
+    assert content["meta"]["is_complete"]
+    assert {"python", "aioquic", "numpy", "eloquent-stream"} <= set(content["meta"]["versions"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "SwiftQueue" in page
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == {"p99.png", "latency.png", "timeline-1.png"}
+
+
+def test_a_page_without_runs_has_no_figures(tmp_path: Path) -> None:
+    path = write_report(Found(), tmp_path)
+    assert path.read_text().startswith("<!doctype html>")
+    assert not list(tmp_path.glob("*.png"))
+    assert json.loads(dumps(Found()))["policies"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"part": ("all",)}, "no part 'all': choose prediction or policies"),
+        ({"policies": ("all",)}, "no marking policy 'all'"),
+        ({"schedulers": ("fifo",)}, "no scheduler 'fifo'"),
+        ({"seeds": 0}, "must be at least 1"),
+        ({"scenario": ("nowhere",)}, "no scenario 'nowhere'"),
+        ({"scenario": ("clean",), "part": ("policies",)}, "clean has no DualPI2"),
+        ({"up_trace": Path("x.up")}, "--up-trace goes with --down-trace"),
+        ({"down_trace": Path("none.down")}, "none.down"),
+        ({"json": Path("/none/x.json")}, "Cannot write"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_work(
+    options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiftqueue_study, "run_jobs", None)  # whoever runs one fails
+    monkeypatch.setattr(swiftqueue_study, "collect", None)
+    with pytest.raises(ConfigurationError, match=says):
+        lab_swiftqueue(**options)
+
+
+def test_collecting_says_where_and_refuses_nonsense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect(families=("idle",), flows=1, out=tmp_path / "data", length_s=1.0, workers=1)
+    assert f"1 flows: {tmp_path / 'data'}" in capsys.readouterr().err
+    assert len(list((tmp_path / "data").glob("idle-1-*.npz"))) == 1
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        collect(flows=0)
+    with pytest.raises(ConfigurationError, match="no scenario family"):
+        collect(families=("x",))
+
+
+def test_training_needs_data_that_was_collected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="eloquent swiftqueue collect"):
+        train(data=tmp_path, out=tmp_path / "w.safetensors", minutes=1)
+    with pytest.raises(ConfigurationError, match="--minutes"):
+        train(data=tmp_path, minutes=0)
