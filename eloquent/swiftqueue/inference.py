@@ -5,8 +5,8 @@ and values of each layer, so an event costs one row of each product, whatever ca
 does not depend on events is prepared once: norms and scales are folded into the weights that
 follow them, and the bias by distance is a table with a row for each state of a ring.
 
-Products are small on purpose: OpenBLAS wakes its threads for those above `ONE_THREAD`, which costs
-more than it brings here and takes the cores from others.
+Products are small on purpose: OpenBLAS wakes its threads for those from `TWO_THREADS` on, which
+costs more than it brings here and takes the cores from others.
 """
 
 import heapq
@@ -32,8 +32,8 @@ __all__ = ["SHIPPED", "Head", "Model", "Predictor", "tensor_shapes"]
 
 BATCH = 32
 "Rows that one step takes at most."
-ONE_THREAD = 1 << 18
-"Multiplications of a product that OpenBLAS never shares among threads (interface/gemm.c)."
+TWO_THREADS = 1 << 19
+"Multiplications from which on OpenBLAS shares a product among threads (interface/gemm.c)."
 FIRST_SLOTS = 8
 "Slots that a pool begins with; it doubles."
 
@@ -94,7 +94,7 @@ class Head:
 
 def _product(rows: Floats, weights: Floats) -> Floats:
     """Return rows @ weights, by parts that are small enough for one thread."""
-    most = ONE_THREAD // weights.size
+    most = (TWO_THREADS - 1) // weights.size
     if len(rows) <= most:
         whole: Floats = rows.dot(weights)
         return whole
