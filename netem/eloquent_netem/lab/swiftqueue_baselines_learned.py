@@ -25,7 +25,7 @@ LAGS = 12
 OTHER_LAGS = 4
 SLOPE_SPANS_S = (0.05, 0.2, 1.0)
 
-MOST_ROWS = 400_000
+MOST_ROWS = 250_000
 "A forest grows from no more questions than this, drawn at random."
 
 
@@ -71,9 +71,8 @@ class Boosting(Baseline):
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         return HistGradientBoostingRegressor(
-            learning_rate=0.06,
+            learning_rate=0.08,
             max_iter=self._most_trees,
-            max_leaf_nodes=63,
             min_samples_leaf=40,
             early_stopping=True,
             n_iter_no_change=25,

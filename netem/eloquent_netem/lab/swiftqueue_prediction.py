@@ -31,6 +31,7 @@ from eloquent_netem.lab.swiftqueue_measures import (
     row_of,
     tally,
 )
+from eloquent_netem.lab.swiftqueue_places import FAMILIES
 
 MEDIAN = f"{OURS}-median"
 "The same weights, with the median in the place of the point, which weighs changes."
@@ -93,8 +94,6 @@ def evaluate(
         for name, forecasts in _forecasts(flows, fitted, ours):
             if name in tallies:
                 tallies[name] += map(tally, flows, forecasts)
-    from eloquent_netem.lab.swiftqueue_places import FAMILIES
-
     groups = [
         (entry.family, "families" if entry.family in FAMILIES else "traces") for entry in judged
     ]
