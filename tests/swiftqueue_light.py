@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
+from eloquent.swiftqueue.features import EVENT_FEATURES, EVENT_NAMES, QUERY_FEATURES, QUERY_NAMES
 from eloquent.swiftqueue.inference import tensor_shapes
 from eloquent.swiftqueue.shape import LEVELS, Shape
 from eloquent_netem.lab.rows import Place
@@ -63,6 +63,11 @@ def random_weights(folder: Path) -> Path:
     }
     path = folder / "random.safetensors"
     safetensors.numpy.save_file(tensors, path)
-    described = {"shape": shape.as_dict(), "levels": LEVELS}
+    described = {
+        "shape": shape.as_dict(),
+        "event_names": EVENT_NAMES,
+        "query_names": QUERY_NAMES,
+        "levels": LEVELS,
+    }
     path.with_suffix(".json").write_text(json.dumps(described))
     return path

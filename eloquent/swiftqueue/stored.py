@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from eloquent.errors import ConfigurationError
-from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
+from eloquent.swiftqueue.features import EVENT_FEATURES, EVENT_NAMES, QUERY_FEATURES, QUERY_NAMES
 from eloquent.swiftqueue.records import Queue
 from eloquent.swiftqueue.shape import LEVELS, QUEUE_OUTPUTS, Shape
 
@@ -120,12 +120,14 @@ def _described_shape(path: Path, description: Any) -> Shape:
             f"{', '.join(sorted(names))}. Train the model anew, or use the shipped one."
         )
     shape = Shape(**sizes)
-    wants = {
-        "event features": (shape.event_features, EVENT_FEATURES),
-        "query features": (shape.query_features, QUERY_FEATURES),
-        "levels": (description.get("levels"), list(LEVELS)),
-    }
-    for name, (theirs, ours) in wants.items():
+    wants = (
+        ("event features", shape.event_features, EVENT_FEATURES),
+        ("event features", description.get("event_names"), list(EVENT_NAMES)),
+        ("query features", shape.query_features, QUERY_FEATURES),
+        ("query features", description.get("query_names"), list(QUERY_NAMES)),
+        ("levels", description.get("levels"), list(LEVELS)),
+    )
+    for name, theirs, ours in wants:
         if theirs != ours:
             raise ConfigurationError(
                 f"The model {path} was made for {name} {theirs}, and this version has {ours}: it "

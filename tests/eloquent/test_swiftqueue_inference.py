@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from eloquent.errors import ConfigurationError
 from eloquent.swiftqueue import model as in_torch
-from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
+from eloquent.swiftqueue.features import EVENT_FEATURES, EVENT_NAMES, QUERY_FEATURES, QUERY_NAMES
 from eloquent.swiftqueue.inference import BATCH, FIRST_SLOTS, Predictor
 from eloquent.swiftqueue.shape import DELAY_UNIT_S, LEVELS, Shape
 from eloquent.swiftqueue.stored import Model, tensor_shapes
@@ -265,8 +265,13 @@ def test_a_connection_takes_less_than_a_megabyte() -> None:
 def write(folder: Path, model: Model, **description: object) -> Path:
     path = folder / "some.safetensors"
     safetensors.numpy.save_file(dict(model.tensors), path)
-    described = {"shape": model.shape.as_dict(), "levels": LEVELS} | description
-    path.with_suffix(".json").write_text(json.dumps(described))
+    described = {
+        "shape": model.shape.as_dict(),
+        "event_names": EVENT_NAMES,
+        "query_names": QUERY_NAMES,
+        "levels": LEVELS,
+    }
+    path.with_suffix(".json").write_text(json.dumps(described | description))
     return path
 
 
@@ -293,6 +298,8 @@ def test_a_model_that_torch_wrote_is_read(tmp_path: Path) -> None:
         ({"shape": FULL.as_dict() | {"query_features": 3}}, "made for query features 3"),
         ({"shape": FULL.as_dict() | {"layers": 3}}, r"layers\.2\.\S+ is missing"),
         ({"shape": FULL.as_dict() | {"window": 8}}, r"distance_bias is float32 \(4, 64\)"),
+        ({"event_names": EVENT_NAMES[::-1]}, "made for event features .'c_skipped'"),
+        ({"query_names": None}, "made for query features None"),
         ({"levels": [0.5, 0.9]}, r"made for levels \[0\.5, 0\.9\]"),
     ],
 )
