@@ -75,6 +75,21 @@ def test_the_acknowledgement_travels_with_the_report() -> None:
     assert all(acked_s[packet] == now for now, packet, _ in policy.arrivals)
 
 
+@pytest.mark.parametrize(
+    ("tokens_per_s", "wants_times", "bytes_up"),
+    [(30, False, 36), (30, True, 80), (100, False, 13), (100, True, 80)],
+)
+def test_what_times_cost(tokens_per_s: int, wants_times: bool, bytes_up: int) -> None:
+    up = Link(delay_s=0.05, seed=0, name="up")
+    world = MarkingWorld(Noting(wants_times=wants_times), down=Queues(l_s=0.05), up=up)
+    gap_s = 1 / tokens_per_s
+    world.talk(100, gap_s)
+    before = up.bytes_sent
+    world.talk(300, gap_s)
+    cost = (up.bytes_sent - before) / 300
+    assert cost == pytest.approx(bytes_up, abs=1.5)
+
+
 def test_reports_of_times_bring_no_packets_of_their_own_down() -> None:
     policy = Noting()
     world = MarkingWorld(policy)
