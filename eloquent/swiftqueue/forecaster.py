@@ -140,7 +140,9 @@ class Forecaster:
         # A quantile that is no number makes the higher ones so.
         finite = np.isfinite(delay_s[..., -1] + point_s + drop).all(axis=-1).tolist()
         for row, outlook in enumerate(outlooks):
-            outlook.found = _Found(delay_s[row], point_s[row], drop[row], finite[row], now)
+            # Copies: a connection that falls silent is not to keep what all others were told.
+            mine = delay_s[row].copy(), point_s[row].copy(), drop[row].copy()
+            outlook.found = _Found(*mine, finite[row], now)
 
     def _push(self, outlooks: list[Outlook]) -> None:
         slots, events, sent_s = [], [], []

@@ -201,6 +201,17 @@ def test_a_closed_connection_hears_nothing_and_its_slot_is_used_again() -> None:
     assert heard(again, 3.0, 0.0) == pytest.approx(alone(seen, 3.0)[0], abs=1e-4)
 
 
+def test_a_silent_connection_does_not_keep_what_the_others_were_told() -> None:
+    forecaster = Forecaster(Predictor(MODEL))
+    outlooks = [forecaster.open() for _ in range(50)]
+    for outlook in outlooks:
+        tell(outlook, next(observations(8, 1)))
+    forecaster.settle(1.0)
+    found = outlooks[0].found
+    assert found is not None
+    assert all(each.base is None for each in (found.delay_s, found.point_s, found.drop))
+
+
 class Spoilt(Head):
     """Answers the third silence of the first connection with one that is no number."""
 
