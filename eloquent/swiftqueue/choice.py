@@ -6,14 +6,15 @@ from typing import NamedTuple
 from eloquent.swiftqueue.forecaster import Forecast
 from eloquent.swiftqueue.queues import other
 from eloquent.swiftqueue.records import Queue
+from eloquent.swiftqueue.shape import LEVELS
 
 LEVEL_WEIGHTS = (0.1, 0.3, 0.6)
 """A queue's cost is the mean of its quantiles (at `LEVELS`) with these weights. What readers feel
 is the 99th percentile, so a queue where bursts come unforeseen costs much even while it is empty,
 and a short reliable one is left for it only when it is about to be worse at its worst."""
-DROP_S = 3.0
-"""What a certain drop costs. One packet in a hundred counts 30 ms: about the time until a later
-bundle brings what was lost, which is then the flow's 99th percentile."""
+LOSS_S = 0.05
+"""What a drop costs: about the time until a later bundle brings what was lost. A quantile takes all
+of it where drops are as likely as what lies beyond the quantile."""
 MARGIN_S = 0.001
 MARGIN_SHARE = 0.15
 "The other queue is better if it costs less by this time and by this share."
@@ -21,6 +22,7 @@ DWELL_S = 0.1
 "A queue is kept for so long at the least."
 
 _MEDIAN_WEIGHT, _UPPER_WEIGHT, _HIGHEST_WEIGHT = LEVEL_WEIGHTS
+_MEDIAN_CHANCE, _UPPER_CHANCE, _HIGHEST_CHANCE = (1 - level for level in LEVELS)
 
 
 class Prospect(NamedTuple):
@@ -34,6 +36,8 @@ class Prospect(NamedTuple):
     "Of all that may happen to a packet: the better queue is the one that costs less."
     risk_s: float
     "Of the worst that may."
+    drop: float
+    "The probability of a drop."
 
 
 def prospects(forecast: Forecast) -> tuple[Prospect, Prospect] | None:
@@ -46,9 +50,14 @@ def prospects(forecast: Forecast) -> tuple[Prospect, Prospect] | None:
 
 def _prospect(quantiles_s: list[float], drop: float) -> Prospect:
     median_s, upper_s, highest_s = quantiles_s
-    risk_s = highest_s + DROP_S * drop
-    cost_s = _MEDIAN_WEIGHT * median_s + _UPPER_WEIGHT * upper_s + _HIGHEST_WEIGHT * highest_s
-    return Prospect(median_s, upper_s, highest_s, cost_s + DROP_S * drop, risk_s)
+    # Written out, since it is on the send path.
+    risk_s = highest_s + LOSS_S * min(drop / _HIGHEST_CHANCE, 1.0)
+    cost_s = (
+        _MEDIAN_WEIGHT * (median_s + LOSS_S * min(drop / _MEDIAN_CHANCE, 1.0))
+        + _UPPER_WEIGHT * (upper_s + LOSS_S * min(drop / _UPPER_CHANCE, 1.0))
+        + _HIGHEST_WEIGHT * risk_s
+    )
+    return Prospect(median_s, upper_s, highest_s, cost_s, risk_s, drop)
 
 
 class QueueChoice:

@@ -8,10 +8,11 @@
     UNMARKED  L, which the connection    validation takes the mark off       LEARNING, when a mark
               turns into Not-ECT         (see `eloquent.quic.ecn`)           leaves again
 
-Copies go into the other queue, in every state but UNMARKED: that takes no forecast. Those that the
-policy asks for itself (`wants_copy`) are *probes*, since the queue not in use is not seen, and
-*hedges*, where a packet may be slow in whichever queue is chosen, or has no feedback when it is
-due: both queues at once, and the earlier one renders.
+Copies go into the other queue, which takes no forecast, in every state but UNMARKED; into the same
+one only if the other is foretold to be of no use. Those that the policy asks for itself
+(`wants_copy`) are *probes*, since the queue not in use is not seen, and *hedges*, where a packet
+may be slow in whichever queue is chosen, or has no feedback when it is due: both queues at once,
+and the earlier one renders.
 """
 
 import logging
@@ -51,12 +52,14 @@ HEDGE_MIN_S = 0.005
 HEDGE_STEP = 0.05
 "Nor one that is not among the riskiest `HEDGE_SHARE`; by this step the bound follows the risks."
 
-MUCH_WORSE = 4.0
-MUCH_WORSE_S = 0.1
-"A queue that costs so many times and so much more is no place for copies."
+TOO_LATE_S = 0.02
+"""A copy that takes so much longer, as a rule, than the packet does at its worst saves nobody from
+a delay: it only helps where the packet is dropped, and there one in the same queue is as good."""
+DROPPING = 0.3
+"Nor does one help that is dropped so often, and more often than the packet."
 
 COPY_WITHIN_S = 0.002
-"A copy that was asked for leaves within this time."
+"A probe that was asked for leaves within this time."
 
 MAX_OUT = 1024
 "Packets whose fate is waited for, at most; then the oldest is forgotten."
@@ -149,8 +152,8 @@ class SwiftQueueMarking:
         self._probes = CopyBudget(PROBE_SHARE, PROBE_BURST) if has_probes else CopyBudget(0.0, 0.0)
         self._hedges = CopyBudget(HEDGE_SHARE, HEDGE_BURST) if has_copies else CopyBudget(0.0, 0.0)
         self._hedge_above_s = HEDGE_MIN_S
-        self._wanted_s = -math.inf
-        "When a copy was last asked for."
+        self._probed_s = -math.inf
+        "When a probe was last asked for."
         self._decided_s = math.nan
         self._asked = self._last = Queue.L
         "Where the newest packet was to go, and the newest that is no copy."
@@ -195,13 +198,13 @@ class SwiftQueueMarking:
         if self._hedges.has_copy and self._is_risky(now, queue):
             self._hedges.spend()
             self.counters.hedges += 1
-        elif self._probes.has_copy and self._is_unseen(now, unused):
+            return True
+        if self._probes.has_copy and self._is_unseen(now, unused):
             self._probes.spend()
             self.counters.probes += 1
-        else:
-            return False
-        self._wanted_s = now
-        return True
+            self._probed_s = now
+            return True
+        return False
 
     def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
         """See `MarkingPolicy`."""
@@ -285,31 +288,38 @@ class SwiftQueueMarking:
             return True
         if self._prospects is None:
             return False
-        risk_s = self._prospects[queue].risk_s
-        return risk_s > self._hedge_above_s and self._prospects[other(queue)].median_s < risk_s
+        prospect = self._prospects[queue]
+        if prospect.risk_s <= self._hedge_above_s:
+            return False
+        return (
+            self._best_beside(queue) is not queue
+            or prospect.risk_s > prospect.highest_s + HEDGE_MIN_S
+        )
+
+    def _best_beside(self, queue: Queue) -> Queue:
+        """Return where a copy of a packet in a queue is worth most."""
+        there = other(queue)
+        if self._prospects is not None:
+            its, copys = self._prospects[queue], self._prospects[there]
+            if copys.median_s > its.highest_s + TOO_LATE_S or copys.drop > max(DROPPING, its.drop):
+                return queue
+        return there
 
     def _is_unseen(self, now: float, queue: Queue) -> bool:
         """Return whether it is time to look after the queue not in use."""
         is_busy = self._prospects is None or any(
             prospect.cost_s > BUSY_S for prospect in self._prospects
         )
-        seen_s = max(self._sent_s[queue], self._wanted_s)
+        seen_s = max(self._sent_s[queue], self._probed_s)
         return now - seen_s > (PROBE_BUSY_S if is_busy else PROBE_CALM_S)
 
     def _queue_of_copy(self, now: float) -> Queue:
-        """Return the queue for a copy of the last packet.
-
-        What the transport repeats by itself is not to be wasted on a queue that is no good.
-        """
+        """Return the queue for a copy of the last packet."""
         if self.state is State.UNMARKED:
             return self._last
-        there = other(self._last)
-        is_own = now - self._wanted_s <= COPY_WITHIN_S
-        if not is_own and self._prospects is not None:
-            here_s, there_s = self._prospects[self._last].cost_s, self._prospects[there].cost_s
-            if there_s > max(MUCH_WORSE * here_s, here_s + MUCH_WORSE_S):
-                return self._last
-        return there
+        if now - self._probed_s <= COPY_WITHIN_S:
+            return other(self._last)
+        return self._best_beside(self._last)
 
     def _check_mark(self, queue: Queue) -> None:
         """Notice when the connection takes marks off, and when it leaves them on again."""

@@ -321,10 +321,11 @@ def test_a_packet_whose_feedback_is_overdue_makes_the_next_ones_hedged() -> None
         (Foretold(CALM, STANDING), C),
         (Foretold(CALM, (300, 400, 500)), L),
         (Foretold(CALM, CALM, drop=(0.0, 0.9)), L),
-        (Foretold(BURST, CALM), L),
+        (Foretold(BURST, CALM), C),
+        (Foretold((10, 45, 60), CALM), L),
     ],
 )
-def test_the_transports_copies_go_into_the_other_queue_unless_it_is_no_good(
+def test_the_transports_copies_go_into_the_other_queue_unless_it_is_of_no_use(
     foretold: Foretold, there: Ecn
 ) -> None:
     policy, _ = steered(lambda now: foretold)
