@@ -14,6 +14,7 @@ from eloquent_netem.lab.report_tables import (
     OURS,
     cell_sheet,
     comparisons,
+    excess_cells,
     percent,
     percent_range,
 )
@@ -201,11 +202,7 @@ def _excesses(rows: Sequence[Row]) -> Sheet:
         is_met = NOTHING if least is None else "yes" if excess.share.figure >= least else "NO"
         lines.append(
             (
-                style_of(excess.against).label,
-                found.measure,
-                percent(excess.ours, excess.seeds, unit=""),
-                percent(excess.theirs, excess.seeds, unit=""),
-                percent_range(excess.share, excess.seeds),
+                *excess_cells(found),
                 NOTHING if least is None else f"{100 * least:.0f} %",
                 is_met,
                 percent_range(found.plain.share, found.plain.seeds),

@@ -70,7 +70,7 @@ def write_report(study: Study, directory: Path) -> Path:
         cards=_cards(study.rows),
         pictures=pictures,
         sheets=sheets(study.rows),
-        meta={str(key): _told(value) for key, value in study.meta.items()} | {"intervals": HOW},
+        meta={**study.meta, "intervals": HOW},
     )
     path = directory / PAGE
     path.write_text(page, encoding="utf-8")
@@ -348,11 +348,3 @@ def _mean_wire(rows: Iterable[Row]) -> float:
 
 def _mean_stall(rows: Iterable[Row]) -> float:
     return fmean(row.stall_ratio for row in rows)
-
-
-def _told(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(map(_told, value))
-    return str(value)

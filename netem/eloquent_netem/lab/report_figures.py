@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from eloquent_netem.lab.report_style import Theme, colour_of, in_order, style_of
+from eloquent_netem.lab.report_style import Theme, colour_of, draw_legend, in_order, style_of
 from eloquent_netem.lab.statistics import Interval
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL_INCHES = 3.1
-LEGEND_INCHES = 1.45
-"Roughly what an entry of a legend takes."
 CDF_TICKS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 SHORTEST_DELAY_MS = 1.0
 "The delay axis is logarithmic; what comes sooner is drawn here."
@@ -80,7 +78,7 @@ def stalls_by_network(
         grid[row][0].set_ylim(bottom=0, top=min(grid[row][0].get_ylim()[1], 101))
     grid[0][0].set_xlim(left=0)
     schemes = in_order(curve.scheme for curves in panels.values() for curve in curves)
-    _legend(figure, schemes, theme)
+    draw_legend(figure, map(style_of, schemes), theme)
     return figure
 
 
@@ -105,7 +103,7 @@ def stalls_by_place(
     axes.set_xlim(left=0, right=min(axes.get_xlim()[1], 101))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"stall ratio, {measure} (%)")
-    _legend(figure, schemes, theme, has_lines=False)
+    draw_legend(figure, map(style_of, schemes), theme, has_lines=False)
     return figure
 
 
@@ -141,7 +139,7 @@ def delay_cdf(panels: Mapping[str, Mapping[str, Sequence[float]]], theme: Theme)
         axes.set_xlabel("token delay beyond the path's own")
     grid[0][0].set_ylabel("tokens that have come")
     schemes = in_order(scheme for by_scheme in panels.values() for scheme in by_scheme)
-    _legend(figure, schemes, theme, has_markers=False)
+    draw_legend(figure, map(style_of, schemes), theme, has_markers=False)
     return figure
 
 
@@ -326,35 +324,3 @@ def _shade(axes: "Axes", run: Stairs, colour: str) -> None:
 
 def _count_until(times: Sequence[float], until: float) -> int:
     return sum(time <= until for time in times)
-
-
-def _legend(
-    figure: "Figure",
-    schemes: Sequence[str],
-    theme: Theme,
-    *,
-    has_markers: bool = True,
-    has_lines: bool = True,
-) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour_of(scheme, theme),
-            marker=style_of(scheme).marker if has_markers else "",
-            linestyle=style_of(scheme).dash if has_lines else "none",
-            markeredgewidth=1.6 if style_of(scheme).marker == "_" else 0,
-            label=style_of(scheme).label,
-        )
-        for scheme in schemes
-    ]
-    columns = max(2, int(figure.get_figwidth() / LEGEND_INCHES))
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=min(len(handles), columns),
-        columnspacing=1.4,
-        handletextpad=0.5,
-    )

@@ -65,7 +65,7 @@ def html_page(
     cards: Sequence[Card],
     pictures: Sequence[Picture],
     sheets: Sequence[Sheet],
-    meta: Mapping[str, str],
+    meta: Mapping[str, object],
 ) -> str:
     """Return the page; `summary` is a paragraph, `meta` says how it was made."""
     parts = [
@@ -75,7 +75,7 @@ def html_page(
         *map(_picture, pictures),
         *map(_table, sheets),
         '<section><h2>How it was made</h2><dl class="meta">',
-        *(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in meta.items()),
+        *(f"<dt>{escape(key)}</dt><dd>{escape(_told(value))}</dd>" for key, value in meta.items()),
         "</dl></section>",
     ]
     return (
@@ -118,6 +118,14 @@ def _table(sheet: Sheet) -> str:
         f'<section><h2>{escape(sheet.title)}</h2><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_told(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(_told, value))
+    return str(value)
 
 
 def _png(figure: "Figure") -> bytes:

@@ -9,13 +9,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eloquent.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DPI = 150
 
+LEGEND_INCHES = 1.45
+"Roughly what an entry of a legend takes."
+
 Dash = Literal["-", "--", "-.", ":"]
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """The colours of a figure but those of the schemes."""
+
+    background: str
+    ink: str
+    muted: str
+    grid: str
+
+
+LIGHT = Theme("#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
+DARK = Theme("#16181c", "#e8eaed", "#a0a7b0", "#30353c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +47,10 @@ class Style:
     dark: str
     marker: str
     dash: Dash = "-"
+
+    def colour(self, theme: Theme) -> str:
+        """Return the colour in this theme."""
+        return self.dark if theme is DARK else self.light
 
 
 STYLES = {
@@ -44,20 +68,6 @@ STYLES = {
 "In the order of every legend and table."
 
 UNKNOWN = Style("", "#767676", "#9a9a9a", "*", ":")
-
-
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """The colours of a figure but those of the schemes."""
-
-    background: str
-    ink: str
-    muted: str
-    grid: str
-
-
-LIGHT = Theme("#ffffff", "#1c1e21", "#5d636b", "#e3e6ea")
-DARK = Theme("#16181c", "#e8eaed", "#a0a7b0", "#30353c")
 
 
 def check_can_draw() -> None:
@@ -80,8 +90,40 @@ def style_of(scheme: str) -> Style:
 
 def colour_of(scheme: str, theme: Theme) -> str:
     """Return the scheme's colour in this theme."""
-    style = style_of(scheme)
-    return style.dark if theme is DARK else style.light
+    return style_of(scheme).colour(theme)
+
+
+def draw_legend(
+    figure: "Figure",
+    styles: Iterable[Style],
+    theme: Theme,
+    *,
+    has_markers: bool = True,
+    has_lines: bool = True,
+) -> None:
+    """Draw a legend above a figure, in as many columns as it has room for."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=style.colour(theme),
+            marker=style.marker if has_markers else "",
+            linestyle=style.dash if has_lines else "none",
+            markeredgewidth=1.6 if style.marker == "_" else 0,
+            label=style.label,
+        )
+        for style in styles
+    ]
+    columns = max(2, int(figure.get_figwidth() / LEGEND_INCHES))
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(len(handles), columns),
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
 
 def in_order(schemes: Iterable[str]) -> list[str]:

@@ -94,11 +94,7 @@ def comparison_sheet(title: str, rows: Sequence[Row]) -> Sheet:
         excess, plain = found.excess, found.plain
         lines.append(
             (
-                style_of(excess.against).label,
-                found.measure,
-                percent(excess.ours, excess.seeds, unit=""),
-                percent(excess.theirs, excess.seeds, unit=""),
-                percent_range(excess.share, excess.seeds),
+                *excess_cells(found),
                 percent(plain.ours, plain.seeds),
                 percent(plain.theirs, plain.seeds),
                 percent_range(plain.share, plain.seeds),
@@ -107,6 +103,18 @@ def comparison_sheet(title: str, rows: Sequence[Row]) -> Sheet:
             )
         )
     return Sheet(title, COMPARISON_HEADER, tuple(lines))
+
+
+def excess_cells(found: Compared) -> tuple[str, ...]:
+    """Return a comparison's first cells: against whom, the measure, both excesses, less by."""
+    excess = found.excess
+    return (
+        style_of(excess.against).label,
+        found.measure,
+        percent(excess.ours, excess.seeds, unit=""),
+        percent(excess.theirs, excess.seeds, unit=""),
+        percent_range(excess.share, excess.seeds),
+    )
 
 
 def cell_sheet(title: str, rows: Sequence[Row]) -> Sheet:
