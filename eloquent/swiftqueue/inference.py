@@ -158,6 +158,7 @@ class _Work:
         self.normal = np.empty_like(self.x)
         self.change = np.empty_like(self.x)
         self.square = np.empty((k, 1), np.float32)
+        self.square_list = self.square[:, 0]
         self.qkv = np.empty((k, 3 * shape.width), np.float32)
         split = self.qkv.reshape(k, 3, heads, depth)
         self.query = split[:, 0, :, np.newaxis]
@@ -349,7 +350,7 @@ class Predictor:
     def _normal(self, work: _Work) -> Floats:
         """Return x / |x|, nearly: the root of the width is in the weights that follow."""
         square = work.square
-        np.vecdot(work.x, work.x, out=square[:, 0])
+        np.vecdot(work.x, work.x, out=work.square_list)
         square += self._epsilon
         np.sqrt(square, out=square)
         return np.divide(work.x, square, out=work.normal)
