@@ -29,6 +29,15 @@ from eloquent_netem.lab.swiftqueue_prediction import ours_forecasts
 
 NAN = float("nan")
 
+SEEING = (
+    *(name for name in PLAIN if name != "state"),
+    "gradient-boosting",
+    "state-lagged-learned",
+    "lstm",
+    OURS,
+)
+"All that may not see the future: the state at a packet's entry is no sender's knowledge."
+
 
 @pytest.mark.parametrize("seed", range(6))
 def test_knowledge_is_what_brute_force_finds(seed: int) -> None:
@@ -141,7 +150,7 @@ def test_slopes_are_those_of_least_squares() -> None:
     found = slopes(series, 0.25)
     for place in rng.integers(0, len(found), 50):
         window = (series.sent_s >= series.sent_s[place] - 0.25) & (np.arange(len(found)) <= place)
-        if window.sum() < 3:
+        if window.sum() < 2:
             assert found[place] == 0
             continue
         fit = np.polyfit(series.sent_s[window], series.delay_s[window], 1)
@@ -152,7 +161,7 @@ def test_physics_follows_a_queue_that_fills_as_long_as_it_is_told_to() -> None:
     sent_s = np.arange(0, 1, 0.01)
     known = knowledge_of(flow_of(sent_s, BASE_S + 0.2 * sent_s))
     physics = Physics()
-    physics.constants |= {"hold_s": 1e6, "back_s": 1e12, "share": 0.0}
+    physics.constants |= {"rise_s": 1e6, "back_s": 1e12, "share": 0.0}
     said = physics.point(known)[40:, 0]
     assert said == pytest.approx(BASE_S + 0.2 * sent_s[40:], abs=1e-5)
 
@@ -162,7 +171,7 @@ def test_physics_lets_a_wait_drain_no_faster_than_time_passes() -> None:
     sent_s, delay_s = [0, 1.0, 1.01, 1.02, 1.04], [0.02, 0.09, 0.08, 0.07, 0.5]
     flow = flow_of(sent_s, delay_s, known_s=[0.1, 1.03, 1.03, 1.03, 9])
     physics = Physics()
-    physics.constants |= {"hold_s": 0.0, "back_s": 1e-9, "share": 0.0}
+    physics.constants |= {"fall_s": 1e-9, "back_s": 1e-9, "share": 0.0}
     assert physics.point(knowledge_of(flow))[4, Queue.L] == pytest.approx(0.05)
 
 
@@ -173,7 +182,7 @@ def test_a_packet_that_is_out_for_too_long_tells_of_a_queue() -> None:
     known = knowledge_of(flow)
     assert overdue_s(known, Queue.L) == pytest.approx([0, 0, 0, 0, 0, 0.15])
     physics = Physics()
-    physics.constants |= {"share": 1.0, "hold_s": 0.0}
+    physics.constants |= {"share": 1.0}
     said = physics.point(known)[:, 0]
     assert said[4] == pytest.approx(BASE_S)
     assert said[5] == pytest.approx(BASE_S + 0.15)
@@ -197,6 +206,7 @@ def fitted() -> dict[str, Baseline]:
     validation = [knowledge_of(busy_flow(seed)) for seed in range(200, 202)]
     models: dict[str, Baseline] = {name: make() for name, make in PLAIN.items()}
     models["gradient-boosting"] = Boosting(1, most_trees=20)
+    models["state-lagged-learned"] = Boosting(1, most_trees=20, state="lagged")
     models["lstm"] = AggregatedLstm(1, steps=10)
     for model in models.values():
         model.fit(train, validation)
@@ -247,9 +257,7 @@ def _with_another_future(flow: Flow, now: float, rng: np.random.Generator) -> Fl
     )
 
 
-@pytest.mark.parametrize(
-    "name", [*(name for name in PLAIN if name != "state"), "gradient-boosting", "lstm", OURS]
-)
+@pytest.mark.parametrize("name", SEEING)
 def test_nothing_sees_the_future(name: str, fitted: dict[str, Baseline]) -> None:
     for seed in range(3):
         flow = busy_flow(seed, 200)
@@ -267,7 +275,7 @@ def test_nothing_sees_a_queue_that_it_was_not_in(fitted: dict[str, Baseline]) ->
     flow = busy_flow(7)
     other_s = flow.delay_s.copy()
     other_s[np.arange(len(other_s)), 1 - flow.queue] += 1.0
-    for name in (*(name for name in PLAIN if name != "state"), "gradient-boosting", "lstm", OURS):
+    for name in SEEING:
         before = _says(name, fitted, knowledge_of(flow))
         after = _says(name, fitted, knowledge_of(replace(flow, delay_s=other_s)))
         np.testing.assert_array_equal(before, after)
@@ -278,7 +286,7 @@ def test_a_clock_that_is_set_otherwise_changes_only_the_clock(fitted: dict[str, 
     ahead = replace(
         flow, delay_s=flow.delay_s + np.float32(4), state_s=flow.state_s + np.float32(4)
     )
-    for name in (*PLAIN, "gradient-boosting", "lstm", OURS):
+    for name in ("state", *SEEING):
         before = _says(name, fitted, knowledge_of(flow))
         after = _says(name, fitted, knowledge_of(ahead)) - 4
         # Delays are stored as 32-bit numbers.

@@ -27,6 +27,7 @@ from eloquent_netem.lab.swiftqueue_measures import (
     spike_threshold_s,
     tally,
 )
+from eloquent_netem.lab.swiftqueue_places import FAMILIES, TEST
 from eloquent_netem.lab.swiftqueue_prediction import (
     MEDIAN,
     MODELS,
@@ -202,8 +203,8 @@ def test_weights_are_not_judged_by_families_that_they_saw(
 
 
 def test_the_shipped_weights_saw_no_test_family() -> None:
-    from eloquent_netem.lab.swiftqueue_places import FAMILIES, TEST
-
+    if not SHIPPED.exists():
+        pytest.skip("no weights are shipped yet")
     test = [
         Entry(Path("none"), name, TEST, "", {})
         for name, one in FAMILIES.items()
@@ -270,4 +271,4 @@ def test_the_bars_tell_a_good_model_from_one_that_learnt_shuffled_labels(
 
 
 def test_all_models_have_a_name_of_their_own() -> None:
-    assert len(set(MODELS)) == len(MODELS) == 11
+    assert len(set(MODELS)) == len(MODELS) == 13

@@ -154,10 +154,10 @@ class Physics(PointBaseline):
     """A fluid queue, from what FIFO and a server that never rests tell.
 
     At the newest known packet's sending s the wait was w, and grew by g seconds a second. Since
-    then it has gone on for a while, and returns to what it mostly is:
+    then it has gone on for a while, rising or falling, and returns to what it mostly is:
 
-        grown = w + g * hold * (1 - exp(-(now - s) / hold))
-        w(now) = mean + (grown - mean) * exp(-(now - s) / back)
+        grown = w + g * hold * (1 - exp(-(now - s) / hold))    hold is rise_s or fall_s
+        w(now) = mean + (grown - mean) * exp(-(now - s) / back_s)
 
     no lower than what a queue that nothing more enters would be: w - (now - s), and 0. If the
     oldest packet in flight has been out for longer than the least delay and a report take, the
@@ -167,11 +167,12 @@ class Physics(PointBaseline):
 
     name = "physics"
     GRID: ClassVar[dict[str, tuple[float, ...]]] = {
-        "span_s": (0.03, 0.06, 0.12, 0.25, 0.5),
-        "hold_s": (0.0, 0.01, 0.02, 0.04, 0.08, 0.16),
-        "back_s": (0.1, 0.3, 1.0, 3.0, 1e9),
+        "span_s": (0.06, 0.12, 0.25, 0.5, 1.0),
+        "rise_s": (1e-4, 0.01, 0.02, 0.04, 0.08),
+        "fall_s": (1e-4, 0.02, 0.05, 0.1, 0.3, 1.0),
+        "back_s": (0.05, 0.1, 0.3, 1.0, 1e9),
         "share": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-        "mean_weight": (0.003, 0.01, 0.03, 0.1),
+        "mean_weight": (0.001, 0.003, 0.01, 0.03, 0.1),
     }
     MAX_GROWTH = 4.0
     "Seconds a second: as much as five times what the link carries."
@@ -180,7 +181,8 @@ class Physics(PointBaseline):
         super().__init__()
         self.constants = {
             "span_s": 0.12,
-            "hold_s": 0.02,
+            "rise_s": 0.02,
+            "fall_s": 0.1,
             "back_s": 1e9,
             "share": 1.0,
             "mean_weight": 0.01,
@@ -211,15 +213,16 @@ class Physics(PointBaseline):
     def _of(self, known: Knowledge, queue: Queue) -> Floats:
         constants = self.constants
         series = known.series[queue]
-        growth = slopes(series, constants["span_s"]).clip(-1.0, self.MAX_GROWTH)
+        growth = known.newest(queue, slopes(series, constants["span_s"]))
+        growth = growth.clip(-1.0, self.MAX_GROWTH)
         gone_s = known.now_s - known.last_sent_s[:, queue]
         base_s = known.base_s
         wait_s = known.newest(queue, series.delay_s) - base_s
         mean_s = known.newest(queue, _ewma(series.waited_s, constants["mean_weight"]))
-        hold_s = constants["hold_s"]
-        went_on_s = hold_s * -np.expm1(-gone_s / hold_s) if hold_s > 0 else np.zeros_like(gone_s)
+        hold_s = np.where(growth > 0, constants["rise_s"], constants["fall_s"])
+        went_on_s = growth * hold_s * -np.expm1(-gone_s / hold_s)
         drained_s = np.maximum(wait_s - gone_s, 0.0)
-        wait_s = wait_s + known.newest(queue, growth) * went_on_s
+        wait_s = wait_s + went_on_s
         wait_s = mean_s + (wait_s - mean_s) * np.exp(-gone_s / constants["back_s"])
         wait_s = np.maximum(wait_s, drained_s)
         out_s = overdue_s(known, queue)
@@ -266,17 +269,11 @@ class LaggedStateFloor(PointBaseline):
         return self._at(known, self.drain)
 
     def _at(self, known: Knowledge, drain: float) -> Floats:
-        newest = np.stack(
-            [known.newest(queue, known.series[queue].index.astype(np.float64)) for queue in Queue],
-            axis=1,
-        )
-        newest = np.fmax(newest[:, 0], newest[:, 1])
-        row = np.where(np.isnan(newest), 0, newest).astype(np.int64)
+        state_s, gone_s = lagged_state_s(known)
         base_s = known.base_s[:, None]
-        wait_s = known.flow.state_s[row] - base_s
-        gone_s = (known.now_s - known.now_s[row])[:, None]
-        wait_s = np.maximum(wait_s - drain * gone_s, np.minimum(wait_s, 0.0))
-        return known.filled(np.where(np.isnan(newest)[:, None], np.nan, base_s + wait_s))
+        wait_s = state_s - base_s
+        wait_s = np.maximum(wait_s - drain * gone_s[:, None], np.minimum(wait_s, 0.0))
+        return known.filled(base_s + wait_s)
 
 
 PLAIN: dict[str, Callable[[], PointBaseline]] = {
@@ -291,6 +288,19 @@ PLAIN: dict[str, Callable[[], PointBaseline]] = {
 "By name; the noise floors last."
 
 
+def lagged_state_s(known: Knowledge) -> tuple[Floats, Floats]:
+    """Return what the true state at the newest known packet foretold, and how long ago that was.
+
+    (n, 2) and (n,), in seconds; NaN: none is known.
+    """
+    rows = [known.newest(queue, known.series[queue].index.astype(np.float64)) for queue in Queue]
+    newest = np.fmax(*rows)
+    row = np.where(np.isnan(newest), 0, newest).astype(np.int64)
+    gone_s = np.where(np.isnan(newest), np.nan, known.now_s - known.now_s[row])
+    state_s = np.where(np.isnan(newest)[:, None], np.nan, known.flow.state_s[row])
+    return state_s, gone_s
+
+
 def overdue_s(known: Knowledge, queue: Queue) -> Floats:
     """Return (n,): by how much the oldest packet in flight has been out too long; 0: it has not.
 
@@ -303,7 +313,7 @@ def overdue_s(known: Knowledge, queue: Queue) -> Floats:
 def slopes(series: Series, span_s: float) -> Floats:
     """Return (m,): how fast the delay grew over the `span_s` before each packet, in s/s.
 
-    By least squares; 0 where fewer than three packets were sent in that time.
+    By least squares; 0 where fewer than two packets were sent in that time.
     """
     if not len(series.index):
         return np.zeros(0)
@@ -320,7 +330,7 @@ def slopes(series: Series, span_s: float) -> Floats:
     sum_t, sum_d = windowed(time_s), windowed(delay_s)
     scatter = windowed(time_s**2) - sum_t**2 / count
     joint = windowed(time_s * delay_s) - sum_t * sum_d / count
-    fit = (count >= 3) & (scatter > 1e-9)
+    fit = (count >= 2) & (scatter > 1e-9)
     return np.where(fit, joint / np.where(fit, scatter, 1.0), 0.0)
 
 

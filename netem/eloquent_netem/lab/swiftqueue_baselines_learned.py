@@ -5,7 +5,7 @@ change weighs as much for it. Needs scikit-learn.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from eloquent_netem.lab.swiftqueue_baselines import (
     CHANGE_WEIGHT,
     Baseline,
     Physics,
+    lagged_state_s,
     overdue_s,
     slopes,
 )
@@ -34,12 +35,22 @@ class Boosting(Baseline):
 
     One forest says the point, by absolute error, and one the 0.99 quantile, both as a difference
     from the last delay known. They grow until the validation families gain no more.
+
+    `state` gives them the router's true state too, when the packet enters (`"entry"`) or when the
+    newest known one did (`"lagged"`): a noise floor that has learnt what mostly comes of a state.
     """
 
     name = "gradient-boosting"
 
-    def __init__(self, seed: int, *, most_trees: int = 500) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        most_trees: int = 500,
+        state: Literal["none", "lagged", "entry"] = "none",
+    ) -> None:
         self._seed = seed
+        self._state = state
         self._most_trees = most_trees
         self._physics = Physics()
         self._point: Any = None
@@ -62,10 +73,26 @@ class Boosting(Baseline):
         physics_s = self._physics.point(known)
         point_s, upper_s = known.last_s.copy(), known.last_s.copy()
         for queue in Queue:
-            x = features(known, queue, physics_s)
+            x = self._features(known, queue, physics_s)
             point_s[:, queue] += self._point.predict(x)
             upper_s[:, queue] += self._upper.predict(x)
         return Forecasts(np.maximum(point_s, known.base_s[:, None]), np.maximum(point_s, upper_s))
+
+    def _features(self, known: Knowledge, queue: Queue, physics_s: Floats) -> NDArray[np.float32]:
+        found = features(known, queue, physics_s)
+        if self._state == "none":
+            return found
+        state_s: NDArray[np.floating[Any]] = known.flow.state_s
+        gone_s = np.zeros(len(found))
+        if self._state == "lagged":
+            state_s, gone_s = lagged_state_s(known)
+        told = (
+            state_s[:, queue] - known.base_s,
+            state_s[:, 1 - queue] - known.base_s,
+            state_s[:, queue] - known.last_s[:, queue],
+            gone_s,
+        )
+        return np.concatenate((found, np.stack(told, axis=1).astype(np.float32)), axis=1)
 
     def _forest(self, **settings: Any) -> Any:
         from sklearn.ensemble import HistGradientBoostingRegressor
@@ -93,7 +120,7 @@ class Boosting(Baseline):
             for queue in Queue:
                 kept = known.is_scored[:, queue] & (rng.random(len(known.now_s)) < share)
                 over_s = known.flow.delay_s[:, queue] - known.last_s[:, queue]
-                x = features(known, queue, physics_s)
+                x = self._features(known, queue, physics_s)
                 parts.append((x[kept], over_s[kept], weights[kept, queue]))
         x, y, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
         return x, y, weights

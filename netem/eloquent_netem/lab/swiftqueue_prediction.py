@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from eloquent_netem.lab.swiftqueue_baselines import PLAIN, Baseline
 from eloquent_netem.lab.swiftqueue_baselines_learned import Boosting
 from eloquent_netem.lab.swiftqueue_knowledge import Knowledge, knowledge_of
 from eloquent_netem.lab.swiftqueue_measures import (
+    FLOOR,
     OURS,
     UPPER_LEVEL,
     Forecasts,
@@ -38,7 +40,14 @@ MEDIAN = f"{OURS}-median"
 
 LSTM = "lstm"
 
-MODELS = (OURS, MEDIAN, LSTM, Boosting.name, *PLAIN)
+FORESTS: dict[str, Callable[[int], Boosting]] = {
+    Boosting.name: Boosting,
+    f"{FLOOR}-learned": partial(Boosting, state="entry"),
+    f"{FLOOR}-lagged-learned": partial(Boosting, state="lagged"),
+}
+"They take a seed."
+
+MODELS = (OURS, MEDIAN, LSTM, *PLAIN, *FORESTS)
 
 FOLDER = "baselines"
 "Beside the data: what was fitted."
@@ -135,7 +144,7 @@ def check_models(models: Iterable[str]) -> None:
             raise ConfigurationError(
                 f"There is no model '{name}' to judge: choose of {', '.join(MODELS)}."
             )
-    needed = {"scipy": PLAIN, "sklearn": (Boosting.name,), "torch": (LSTM,)}
+    needed: dict[str, Iterable[str]] = {"scipy": PLAIN, "sklearn": FORESTS, "torch": (LSTM,)}
     for package, users in needed.items():
         if set(models) & set(users) and find_spec(package) is None:
             raise ConfigurationError(
@@ -190,7 +199,7 @@ def fit_baseline(
 
         model: Baseline = AggregatedLstm(seed, steps=lstm_steps or STEPS, progress=progress)
     else:
-        model = Boosting(seed) if name == Boosting.name else PLAIN[name]()
+        model = FORESTS[name](seed) if name in FORESTS else PLAIN[name]()
     model.fit(train, validation)
     return model
 
