@@ -1,5 +1,6 @@
 """What `eloquent lab paper` runs: the parts of the results' page, and the code they depend on."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,10 @@ def grid() -> tuple[Place, ...]:
 
 
 def recordings(folder: Path) -> tuple[Place, ...]:
-    """Return those of `RECORDINGS` that are in `folder`."""
-    there = {path.stem for path in folder.glob("*.down")}  # Where it may not look, there is none.
+    """Return those of `RECORDINGS` that are in `folder`, as far as it may be read."""
+    there = set()
+    with contextlib.suppress(PermissionError):
+        there = {path.stem for path in folder.glob("*.down")}
     return tuple(named_recording(folder, name) for name in RECORDINGS if name in there)
 
 

@@ -254,13 +254,16 @@ def _source(
         return ConstantRate(30.0 if rate is None else rate, 400 if tokens is None else tokens)
     if name == "live":
         return _live(prompt, model, 400 if tokens is None else tokens)
-    if name != "recorded" and not Path(name).exists():
+    recording = Recording(None if name == "recorded" else Path(name), tokens)
+    try:
+        _ = recording.content  # A file that is none is found out here.
+    except ConfigurationError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise ConfigurationError(
             f"There is no source {name!r}: choose constant, recorded, live, or the path of a "
             "recording, as `eloquent lab record` makes them."
-        )
-    recording = Recording(None if name == "recorded" else Path(name), tokens)
-    _ = recording.content  # A file that is none is found out here.
+        ) from error
     return recording
 
 
