@@ -64,15 +64,15 @@ class Path:
         "Whether the reader is to say when bundles arrive."
         self.has_two_queues = False
         "Whether the packets' marks choose between two queues, so that a copy may overtake."
+        self.is_classic = False
+        "Whether the bundle whose fate is being told was meant for the slower of them."
         self.wants_copy: Callable[[float], bool] | None = None
         "Whether a bundle that leaves at a time should be repeated at once; None: never."
         self.blocked_at = float("-inf")
         "When a bundle that was due last had to wait for the congestion window or the pacer."
-        self._bundles = 0
-        self._lossy_until = 0
+        self._bundles = self._lossy_until = self._copies = 0
         self._losses = 0
         "Of those that make the path lossy, how many have not proved wrong."
-        self._copies = 0
 
     @property
     def is_lossy(self) -> bool:
@@ -110,14 +110,15 @@ class Path:
         """Take the fate of one bundle into the loss estimate.
 
         A loss while a queue stands is congestion: it must not make us send more, and says that the
-        losses before it may have been congestion too.
+        losses before it may have been congestion too. One in the classic queue says nothing either
+        way: there a router drops for congestion, and round trips by the other queue show none.
         """
         self._bundles += 1
         if not lost:
             self.loss -= LOSS_WEIGHT * self.loss
         elif self.has_queue:
             self._lossy_until = self._bundles
-        else:
+        elif not self.is_classic:
             self.loss += LOSS_WEIGHT * (1 - self.loss)
             self._note_loss()
 
@@ -138,6 +139,8 @@ class Path:
 
     def on_late(self) -> None:
         """Take back a loss: the bundle has come after all."""
+        if self.is_classic:
+            return
         self.loss = max(0.0, self.loss - LOSS_WEIGHT)
         self._losses -= 1
         if self._losses <= 0:

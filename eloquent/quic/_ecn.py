@@ -214,6 +214,13 @@ class EcnConnection(LateBoundConnection):
                 validation.on_lost()
             self._marking.on_lost(self._recovery.lost_at, packet)
 
+    def _on_datagram_delivery(self, delivery: QuicDeliveryState, token: Any, is_copy: bool) -> None:
+        if self._path.has_two_queues:
+            sent = self._timed.get(token)
+            self._path.is_classic = sent is not None and sent.codepoint is Ecn.NOT_ECT
+        super()._on_datagram_delivery(delivery, token, is_copy)
+        self._path.is_classic = False
+
     def _on_late_ack(self, packet: QuicSentPacket) -> None:
         super()._on_late_ack(packet)
         for handler, arguments in packet.delivery_handlers:

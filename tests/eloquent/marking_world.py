@@ -17,6 +17,7 @@ from eloquent_netem.link import Link
 from eloquent_netem.packet import Ecn as NetemEcn
 from eloquent_netem.packet import Packet
 from eloquent_netem.sim import Actor, simulate
+from tests.eloquent.ecn_pair import Alarm
 
 START_S = 5.0
 "When the client connects: its clock begins there, so it is off by this."
@@ -146,18 +147,6 @@ class Left(NamedTuple):
     at_s: float
     bundle: Bundle
     is_copy: bool
-
-
-class Alarm:
-    def __init__(self, at: float) -> None:
-        self._at: float | None = at
-        self.rang = False
-
-    def next_time(self) -> float | None:
-        return self._at
-
-    def act(self, now: float) -> None:
-        self.rang, self._at = True, None
 
 
 class MarkingWorld:

@@ -20,7 +20,15 @@ from eloquent.quic.ecn import Ecn, EcnState
 from eloquent_netem.link import Link
 from eloquent_netem.loss import NoLoss, Outages
 from eloquent_netem.packet import Ecn as NetemEcn
-from tests.eloquent.marking_world import Left, MarkingWorld, Noting, Queues, copies_in_c
+from eloquent_netem.packet import Packet
+from tests.eloquent.marking_world import (
+    Left,
+    MarkingWorld,
+    Noting,
+    Queues,
+    by_turns,
+    copies_in_c,
+)
 
 ROOM = 1150
 
@@ -160,6 +168,40 @@ def test_copies_for_loss_are_copies_and_there_is_no_third() -> None:
     assert [left.is_copy for left in world.left] == [False, True] * 20
     assert {packet.codepoint for packet in policy.copies} == {Ecn.NOT_ECT}
     assert len(policy.copies) == 20
+
+
+class DropsEvery(Queues):
+    """Loses the tenth packet of a codepoint, the twentieth, and so on."""
+
+    def __init__(self, codepoint: NetemEcn) -> None:
+        super().__init__()
+        self._codepoint = codepoint
+        self._count = 0
+        self.dropped = 0
+
+    def send(self, now: float, packet: Packet) -> None:
+        self._count += packet.ecn is self._codepoint
+        if packet.ecn is self._codepoint and self._count % 10 == 0:
+            self.dropped += 1
+        else:
+            super().send(now, packet)
+
+
+@pytest.mark.parametrize(
+    ("codepoint", "is_lossy"), [(NetemEcn.ECT_1, True), (NetemEcn.NOT_ECT, False)]
+)
+def test_drops_in_the_classic_queue_are_congestion_and_bring_no_copies(
+    codepoint: NetemEcn, is_lossy: bool
+) -> None:
+    policy = Noting(by_turns)
+    world = seasoned(policy)
+    world.pair._server_end._outbound = down = DropsEvery(codepoint)
+    world.pair._client_end._inbound = down
+    world.talk(60)
+    assert down.dropped >= 3
+    assert len(policy.lost) >= 2
+    assert world.pair.server.path.is_lossy is is_lossy
+    assert (len(policy.copies) > 10) is is_lossy
 
 
 # The sender by itself.
