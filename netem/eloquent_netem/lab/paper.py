@@ -19,7 +19,7 @@ from eloquent_netem.lab.paper_page import (
     part_text,
     split,
 )
-from eloquent_netem.lab.paper_parts import TITLES, Part, make_parts
+from eloquent_netem.lab.paper_parts import TITLES, Part, code_of_part, make_parts
 from eloquent_netem.lab.report import Study, figures
 from eloquent_netem.lab.report_page import Picture
 from eloquent_netem.lab.rows import Row
@@ -96,23 +96,22 @@ def paper(parts: Sequence[Part], options: Options) -> int:
     return EXIT_FAILED if failures else 0
 
 
-def check(output: Path, traces: Path) -> list[str]:
+def check(output: Path) -> list[str]:
     """Return a line for each part of the page that is missing or out of date.
 
     Raises:
         ConfigurationError: the page cannot be read.
     """
     texts = split(_read(output))
-    codes = {part.name: part.code for part in make_parts(traces)}
     lines = []
     for name, title in TITLES.items():
-        mark = mark_of(texts.get(name, ""))
+        mark, code = mark_of(texts.get(name, "")), code_of_part(name)
         if mark is None:
             lines.append(f"{name} ({title}): was never made.")
-        elif name in codes and mark.code != codes[name]:
+        elif mark.code != code:
             lines.append(
                 f"{name} ({title}): made on {mark.date} at commit {mark.commit} from code "
-                f"{mark.code}; the code now is {codes[name]}."
+                f"{mark.code}; the code now is {code}."
             )
     return lines
 
@@ -149,7 +148,7 @@ def _pictured(part: Part, found: Found) -> Study:
 
 def _mark(part: Part, options: Options) -> Mark:
     return Mark(
-        code=part.code,
+        code=code_of_part(part.name),
         commit=commit_of(Path(__file__).parent),
         date=datetime.now(UTC).date().isoformat(),
         seeds=options.seeds[part.driver],

@@ -57,7 +57,7 @@ def paper(
     from eloquent_netem.lab.stalls_commands import check_writable, make_folder
 
     if check:
-        lines = stale_parts(output, traces)
+        lines = stale_parts(output)
         for line in lines:
             print(line)  # noqa: T201
         if lines:

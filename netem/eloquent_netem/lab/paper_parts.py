@@ -8,7 +8,6 @@ from pathlib import Path
 from eloquent_netem.lab.cases import code_of
 from eloquent_netem.lab.places import RECORDINGS, named_recording, synthetic
 from eloquent_netem.lab.rows import ORACLE, Place
-from eloquent_netem.lab.simulated import SimDriver
 from eloquent_netem.lab.sources import ConstantRate, Source
 from eloquent_netem.lab.stalls import Comparison, find_driver
 
@@ -36,6 +35,9 @@ TITLES = {
 }
 "All parts, in the page's order."
 
+DRIVERS = {"sim": "sim", "traces": "sim", "tun": "tun"}
+"What makes them."
+
 LEAST = {
     "duplicate": 0.60,
     "retransmit": 0.90,
@@ -56,7 +58,6 @@ class Part:
 
     name: str
     "One of `TITLES`."
-    driver: str
     schemes: tuple[str, ...]
     places: tuple[Place, ...]
     source: Source = SOURCE
@@ -69,9 +70,14 @@ class Part:
         return TITLES[self.name]
 
     @property
-    def code(self) -> str:
-        """A hash of the code that its figures depend on."""
-        return code_of(Comparison(self.places[0], self.source, find_driver(self.driver)))
+    def driver(self) -> str:
+        """What makes it."""
+        return DRIVERS[self.name]
+
+
+def code_of_part(name: str) -> str:
+    """Return a hash of the code that a part's figures depend on, whether it can be made or not."""
+    return code_of(Comparison(grid()[0], SOURCE, find_driver(DRIVERS[name])))
 
 
 def grid() -> tuple[Place, ...]:
@@ -99,10 +105,9 @@ def make_parts(traces: Path, *, has_tun: bool = True) -> Sequence[Part]:
         synthetic(rtt_ms=100, loss=loss, burst_ms=burst_ms).name
         for loss, burst_ms in ((0.10, 150), (0.10, None), (0.05, None))
     )
-    sim, tun = SimDriver().name, "tun"
-    made = {
-        "sim": Part(name="sim", driver=sim, schemes=SIM_SCHEMES, places=places, pictured=pictured),
-        "traces": Part(name="traces", driver=sim, schemes=SIM_SCHEMES, places=recordings(traces)),
-        "tun": Part(name="tun", driver=tun, schemes=TUN_SCHEMES, places=places, pictured=pictured),
-    }
-    return [made[name] for name in TITLES if made[name].places and (has_tun or name != "tun")]
+    made = [
+        Part(name="sim", schemes=SIM_SCHEMES, places=places, pictured=pictured),
+        Part(name="traces", schemes=SIM_SCHEMES, places=recordings(traces)),
+        Part(name="tun", schemes=TUN_SCHEMES, places=places, pictured=pictured),
+    ]
+    return [part for part in made if part.places and (has_tun or part.name != "tun")]
