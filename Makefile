@@ -6,9 +6,10 @@ INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
 CASES ?= 3000
 SEED ?= $(shell date +%Y%m%d)
+TRACES ?= ../shared/traces
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables
 
-.PHONY: chat test check soak format paper bench-netem bench-transport bench-engine clean help
+.PHONY: chat test check soak format paper bench-netem bench-transport bench-engine bench-swiftqueue clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -54,6 +55,13 @@ bench-engine: $(INSTALLED_USER) ## Measure the engine beside transformers and ll
 	@mkdir -p build
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/eloquent bench engine --json build/engine.json
+
+bench-swiftqueue: $(INSTALLED) ## Judge SwiftQueue's predictions and policies, figures and page in build/ (two hours on two cores; goes on where it was stopped).
+	@mkdir -p build
+	$(BIN)/eloquent swiftqueue collect --flows 24 --out build/swiftqueue \
+		$(if $(wildcard $(TRACES)),--traces $(TRACES))
+	$(BIN)/eloquent lab swiftqueue --seeds 5 --traces $(TRACES) --data build/swiftqueue \
+		--cache build/swiftqueue.jsonl --json build/swiftqueue.json --report build/swiftqueue-report
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
