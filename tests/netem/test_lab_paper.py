@@ -1,6 +1,7 @@
 """The page of results: parts made one by one, marked with their code, kept where not made."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from lab_rows import row
 
 from eloquent.errors import ConfigurationError
+from eloquent_netem.lab import cases
 from eloquent_netem.lab.commands import lab
 from eloquent_netem.lab.paper import Options, check, commit_of, paper
 from eloquent_netem.lab.paper_page import (
@@ -217,6 +219,30 @@ def test_tcp_over_the_router_is_named_by_its_congestion_control() -> None:
     tun = replace(TINY, name="tun")
     text = part_text(tun, MARK, rows(0.01, 0.09), [], meta={"driver": TunDriver().meta()})
     assert "TCP, which is the kernel's, cubic, over TLS 1.3 (Linux " in text
+
+
+@pytest.mark.parametrize(
+    ("file", "is_older"),
+    [
+        ("link.py", True),
+        ("lab/measures.py", True),
+        ("lab/statistics.py", True),
+        ("lab/paper_parts.py", True),
+        ("lab/places.py", True),
+        ("lab/report_style.py", False),
+        ("lab/demo.py", False),
+    ],
+)
+def test_a_part_is_as_old_as_the_code_of_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, is_older: bool
+) -> None:
+    package = tmp_path / "eloquent_netem"
+    shutil.copytree(cases.FOLDER.parent, package)
+    monkeypatch.setattr(cases, "FOLDER", package / "lab")
+    before = code_of_part("sim")
+    with (package / file).open("a") as code:
+        code.write("# changed\n")
+    assert (code_of_part("sim") != before) is is_older
 
 
 def test_the_command_says_whether_the_page_is_up_to_date(

@@ -138,9 +138,9 @@ def _remembered(path: Path) -> dict[str, Figures]:
     return known
 
 
-def code_of(case: Case, *, is_tcp: bool = False) -> str:
-    """Return a hash of the code that the runs of a case depend on."""
-    return _code_hash(modules_of(case), is_tcp)
+def code_of(case: Case, more: Iterable[str] = ()) -> str:
+    """Return a hash of the code that a case's runs depend on, and of `more` modules of the lab."""
+    return _code_hash(modules_of(case) | set(more), False)
 
 
 def modules_of(case: Case) -> frozenset[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eloquent_netem.lab.cases import code_of
+from eloquent_netem.lab.cases import LAB, code_of
 from eloquent_netem.lab.places import RECORDINGS, named_recording, synthetic
 from eloquent_netem.lab.rows import ORACLE, Place
 from eloquent_netem.lab.sources import ConstantRate, Source
@@ -76,8 +76,12 @@ class Part:
 
 
 def code_of_part(name: str) -> str:
-    """Return a hash of the code that a part's figures depend on, whether it can be made or not."""
-    return code_of(Comparison(grid()[0], SOURCE, find_driver(DRIVERS[name])))
+    """Return a hash of the code that a part's figures depend on, whether it can be made or not.
+
+    That is the code of its runs, of what is compared, and of the statistics.
+    """
+    case = Comparison(grid()[0], SOURCE, find_driver(DRIVERS[name]))
+    return code_of(case, (__name__, f"{LAB}statistics"))
 
 
 def grid() -> tuple[Place, ...]:
