@@ -15,6 +15,7 @@ from eloquent.swiftqueue.dataset import Entry, Manifest, Replay, SplitError, pre
 from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
 from eloquent.swiftqueue.inference import SHIPPED
 from eloquent.swiftqueue.shape import Shape
+from eloquent_netem.lab.swiftqueue_collect import collect, family_jobs
 from eloquent_netem.lab.swiftqueue_knowledge import knowledge_of
 from eloquent_netem.lab.swiftqueue_measures import (
     MEASURES,
@@ -200,6 +201,17 @@ def test_weights_are_not_judged_by_families_that_they_saw(
     described.write_text("{}")
     with pytest.raises(ConfigurationError, match="does not say"):
         check_families(weights, judged)
+
+
+def test_what_is_collected_is_judged_by_families_that_nothing_learnt_from(tmp_path: Path) -> None:
+    splits = {"idle": "train", "mixed": "validation", "flash": "test"}
+    jobs = family_jobs(splits, tmp_path, flows=1, seed=1, length_s=2.0)
+    assert collect(jobs, tmp_path, workers=1, command="collect").is_complete
+    manifest = Manifest.load(tmp_path)
+    assert {entry.family: entry.split for entry in manifest.entries} == splits
+    rows = evaluate(tmp_path, models=("last-value", "physics"))
+    assert {row.split for row in rows} == {"test", "test-families", "test/flash"}
+    assert rows[0].packets > 0
 
 
 def test_the_shipped_weights_saw_no_test_family() -> None:

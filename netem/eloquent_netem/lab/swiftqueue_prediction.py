@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,7 +51,7 @@ FORESTS: dict[str, Callable[[int], Boosting]] = {
 MODELS = (OURS, MEDIAN, LSTM, *PLAIN, *FORESTS)
 
 FOLDER = "baselines"
-"Beside the data: what was fitted."
+"Beside the flows: what was fitted on them."
 
 CHUNK = 32
 "So many flows are judged together."
@@ -70,7 +71,7 @@ def evaluate(
 ) -> list[PredictionRow]:
     """Judge models on a split of the flows that `eloquent swiftqueue collect` wrote.
 
-    Baselines are fitted on the training families once, and kept beside the data. `lstm_steps`
+    Baselines are fitted on the training families once, and kept beside these. `lstm_steps`
     is the LSTM's budget, for a quick look; None is what its fair comparison takes.
 
     Returns:
@@ -95,7 +96,7 @@ def evaluate(
         ours = Model.load(weights)
         check_families(weights, judged)
     baselines = [name for name in models if name not in (OURS, MEDIAN)]
-    fitted = _fitted(data, baselines, seed, lstm_steps, progress)
+    fitted = _fitted(manifest, baselines, seed, lstm_steps, progress)
     tallies: dict[str, list[Tally]] = {name: [] for name in models}
     for start in range(0, len(judged), CHUNK):
         progress(f"judging flow {start + 1} of {len(judged)}")
@@ -205,18 +206,26 @@ def fit_baseline(
 
 
 def _fitted(
-    folder: Path, names: Sequence[str], seed: int, lstm_steps: int | None, progress: Say
+    manifest: Manifest, names: Sequence[str], seed: int, lstm_steps: int | None, progress: Say
 ) -> dict[str, Baseline]:
-    """Return baselines, from beside the data where they are there."""
+    """Return baselines, from beside the flows that they learn from where they are there.
+
+    Raises:
+        ConfigurationError: there is nothing to learn from.
+    """
+    if names and not (manifest.of("train") and manifest.of("validation")):
+        raise ConfigurationError(
+            "The baselines have nothing to learn from: the data need flows of the splits train and "
+            "validation. Collect some, with `eloquent swiftqueue collect`."
+        )
     fitted: dict[str, Baseline] = {}
     flows: dict[str, list[Knowledge]] = {}
-    manifest = Manifest.load(folder)
     used = [entry for split in ("train", "validation") for entry in manifest.of(split)]
     for name in names:
         key = hashlib.sha256(f"{name} {seed} {lstm_steps} {_code_digest()}".encode())
         for entry in used:
             key.update(f" {entry.split} {entry.digest}".encode())
-        path = folder / FOLDER / f"{name}-{key.hexdigest()[:32]}.pickle"
+        path = used[0].path.parent / FOLDER / f"{name}-{key.hexdigest()[:32]}.pickle"
         if path.exists():
             # Of our own making, in the user's own folder.
             fitted[name] = pickle.loads(path.read_bytes())  # noqa: S301
@@ -248,6 +257,8 @@ def _code_digest() -> str:
     files = [Path(__file__).with_name(f"swiftqueue_{name}.py") for name in names]
     for file in (*files, Path(features.__file__), Path(dataset.__file__)):
         digest.update(file.read_bytes())
+    if find_spec("sklearn"):
+        digest.update(version("scikit-learn").encode())  # Forests are read by what wrote them.
     return digest.hexdigest()
 
 
