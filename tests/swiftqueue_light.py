@@ -12,7 +12,7 @@ from eloquent.swiftqueue.shape import LEVELS, Shape
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.scenario import Scenario, parse_scenario
 
-_TEXT = """
+LIGHT = """
 length_s = 6
 [up]
 delay_ms = 10
@@ -35,7 +35,7 @@ direction = "up"
 
 def light() -> Scenario:
     """Return the scenario: 6 s, 10 Mbit/s, 20 ms round trip."""
-    return parse_scenario(_TEXT, name="light")
+    return parse_scenario(LIGHT, name="light")
 
 
 def light_place() -> Place:

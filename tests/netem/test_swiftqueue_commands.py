@@ -5,29 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from swiftqueue_light import random_weights
+from swiftqueue_light import LIGHT, random_weights
 
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab import swiftqueue_study
 from eloquent_netem.lab.swiftqueue_commands import collect, lab_swiftqueue, train
 from eloquent_netem.lab.swiftqueue_report import write_report
 from eloquent_netem.lab.swiftqueue_study import Found, dumps
-
-SCENARIO = """
-length_s = 3
-[up]
-delay_ms = 10
-[down]
-delay_ms = 10
-rate = { kind = "fixed", mbit_s = 10 }
-queue = { kind = "dualpi2" }
-[[cross]]
-kind = "bursts"
-direction = "down"
-mbit_s = 20
-burst_ms = 60
-pause_ms = 300
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +22,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scenario(tmp_path: Path) -> str:
     path = tmp_path / "mine.toml"
-    path.write_text(SCENARIO)
+    path.write_text(LIGHT.replace("length_s = 6", "length_s = 3"))
     return str(path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from eloquent_netem.lab.findings import SUMMARY_HEADER, Finding, Sheet, summary_rows
 from eloquent_netem.lab.report_page import Card, Picture, html_page
-from eloquent_netem.lab.report_style import DARK, Style, Theme
+from eloquent_netem.lab.report_style import Style, Theme, draw_legend
 from eloquent_netem.lab.statistics import Interval, mean_interval
 from eloquent_netem.lab.swiftqueue_markings import ALL_L, ORACLE, SWIFTQUEUE
 from eloquent_netem.lab.swiftqueue_page import LEGEND, cells_of, share_of_oracle, sheets
@@ -37,7 +37,8 @@ STYLES = {
 }
 "In the order of every legend; as in `report_style`, none hangs on its colour."
 
-QUEUE_COLOURS = {"L": ("#c44700", "#ff8652"), "C": ("#0063a6", "#5ab4ff")}
+QUEUES = {"L": STYLES[ALL_L], "C": STYLES[SWIFTQUEUE]}
+"Whose colours the queues have."
 
 
 def write_report(found: Found, directory: Path) -> Path:
@@ -61,7 +62,7 @@ def write_report(found: Found, directory: Path) -> Path:
         cards=_cards(found),
         pictures=pictures,
         sheets=shown,
-        meta={key: _told(value) for key, value in found.meta.items()},
+        meta=found.meta,
     )
     path = directory / PAGE
     path.write_text(page, encoding="utf-8")
@@ -106,7 +107,8 @@ def figures(study: PolicyStudy) -> list[Picture]:
                 f"timeline-{index + 1}",
                 f"Both queues, and where SwiftQueue sent its packets: {', '.join(cell)}",
                 "Seed 0, around the longest delay in L. Lines: what each packet met, or would have "
-                "met, in either queue; below: the queue that it was marked for, copies hollow.",
+                "met, in either queue, a gap being a loss; below: the queue that it was marked for, "
+                "copies hollow.",
                 partial(timeline_of, timeline),
             )
         )
@@ -131,17 +133,20 @@ def p99_by_cell(cells: Mapping[str, Mapping[str, Interval]], theme: Theme) -> "F
                 [interval.figure],
                 [row + shift],
                 xerr=[[below], [interval.high - interval.figure]],
-                color=_colour(policy, theme),
+                color=STYLES[policy].colour(theme),
                 linestyle="none",
                 **_marker(policy),
             )
     axes.set_yticks(range(len(cells)), list(cells))
-    axes.invert_yaxis()
+    axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xscale("log")
+    # Two or three seeds make intervals that would hide all else.
+    shown = [one.figure for by_policy in cells.values() for one in by_policy.values()]
+    axes.set_xlim(0.8 * min(shown), 1.6 * max(shown))
     _plain_numbers(axes)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("P99 latency (ms)")
-    _legend(figure, policies, theme, has_lines=False)
+    draw_legend(figure, map(STYLES.__getitem__, policies), theme, has_lines=False)
     return figure
 
 
@@ -157,7 +162,7 @@ def latency_cdf(panels: Mapping[str, Mapping[str, Sequence[float]]], theme: Them
                 by_policy[policy],
                 [1 - share for share in CURVE_SHARES],
                 where="post",
-                color=_colour(policy, theme),
+                color=STYLES[policy].colour(theme),
                 linestyle=STYLES[policy].dash,
             )
         axes.set_yscale("log")
@@ -172,7 +177,7 @@ def latency_cdf(panels: Mapping[str, Mapping[str, Sequence[float]]], theme: Them
         axes.set_xlabel("latency (ms)")
     grid[0][0].set_ylabel("packets that have come")
     policies = _in_order(policy for by_policy in panels.values() for policy in by_policy)
-    _legend(figure, policies, theme, has_markers=False)
+    draw_legend(figure, map(STYLES.__getitem__, policies), theme, has_markers=False)
     return figure
 
 
@@ -185,7 +190,7 @@ def timeline_of(timeline: Timeline, theme: Theme) -> "Figure":
     above, below = grid
     for name, delays_ms in (("L", timeline.l_ms), ("C", timeline.c_ms)):
         shown = [float("nan") if one is None else one for one in delays_ms]
-        above.plot(timeline.time_s, shown, color=_of_queue(name, theme), label=f"in {name}")
+        above.plot(timeline.time_s, shown, color=QUEUES[name].colour(theme), label=f"in {name}")
     above.set_ylabel("delay (ms)")
     above.set_ylim(bottom=0)
     above.legend(loc="upper right")
@@ -198,7 +203,7 @@ def timeline_of(timeline: Timeline, theme: Theme) -> "Figure":
                 )
                 if queue == number and copied == is_copy
             ]
-            colour = _of_queue(name, theme)
+            colour = QUEUES[name].colour(theme)
             below.plot(
                 times,
                 [number + 0.25 * is_copy] * len(times),
@@ -247,16 +252,6 @@ def _in_order(policies: Any) -> list[str]:
     return sorted(set(policies), key=names.index)
 
 
-def _colour(policy: str, theme: Theme) -> str:
-    style = STYLES[policy]
-    return style.dark if theme is DARK else style.light
-
-
-def _of_queue(name: str, theme: Theme) -> str:
-    light, dark = QUEUE_COLOURS[name]
-    return dark if theme is DARK else light
-
-
 def _marker(policy: str) -> dict[str, Any]:
     marker = STYLES[policy].marker
     return {"marker": marker, "markeredgewidth": 1.8 if marker == "_" else 0, "elinewidth": 1.4}
@@ -268,35 +263,3 @@ def _plain_numbers(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(
-    figure: "Figure",
-    policies: Sequence[str],
-    theme: Theme,
-    *,
-    has_markers: bool = True,
-    has_lines: bool = True,
-) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=_colour(policy, theme),
-            marker=STYLES[policy].marker if has_markers else "",
-            linestyle=STYLES[policy].dash if has_lines else "none",
-            label=STYLES[policy].label,
-        )
-        for policy in policies
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4)
-
-
-def _told(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_told, value))
-    return str(value)
