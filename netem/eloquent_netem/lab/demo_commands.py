@@ -27,7 +27,9 @@ def demo(
     loss: float = 0.10,
     burst_ms: float | None = None,
     rtt_ms: float = 100.0,
-    outage: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (),
+    outage: Annotated[
+        tuple[float, ...], Parameter(consume_multiple=True, negative=(), show_default=False)
+    ] = (),
     seed: int = 0,
     tokens: int | None = None,
     virtual: bool = False,

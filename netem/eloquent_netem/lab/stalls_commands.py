@@ -25,7 +25,9 @@ CACHE_MOST_BYTES = 100_000_000
 
 FAILURES_SHOWN = 8
 
-Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+Names = Annotated[
+    tuple[str, ...], Parameter(consume_multiple=True, negative=(), show_default=False)
+]
 
 
 def stalls(
@@ -54,7 +56,8 @@ def stalls(
 
     Without a network it prints the standard table: 100 ms with 5 % and 10 % loss and with 10 % in
     bursts of 150 ms, 300 ms with 10 % and 50 tokens a second. Ctrl-C ends it and keeps what is
-    done. The exit code is 1 if a run lost, doubled or changed a byte, or could not be made.
+    done. The exit code is 1 if a run lost, doubled or changed a byte, or could not be made, and 130
+    after Ctrl-C.
 
     Parameters
     ----------
