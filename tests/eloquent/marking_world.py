@@ -160,6 +160,7 @@ class MarkingWorld:
         up: Link | None = None,
         make_sender: SenderFactory = EloquentSender,
         turns: int = 1,
+        has_datagrams: bool = True,
     ) -> None:
         self.policy = policy
         self.marking = None if policy is None else Settling(policy)
@@ -178,6 +179,7 @@ class MarkingWorld:
             on_client_event=self._on_client_event,
             on_server_event=self._on_server_event,
             marking=self.marking,
+            has_datagrams=has_datagrams,
         )
         next_datagram = self.pair.server.next_datagram
 

@@ -16,7 +16,8 @@ from eloquent.core.events import End, Event, TextDelta
 from eloquent.core.log import TokenLog
 from eloquent.core.path import Path
 from eloquent.core.receiver import Receiver
-from eloquent.core.schemes import EloquentSender, RetransmitSender, SenderFactory
+from eloquent.core.retransmit import RetransmitSender
+from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.sender import Sender
 from eloquent.core.windows import ReaderWindows
 from eloquent.core.wire import (

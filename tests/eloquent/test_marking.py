@@ -287,6 +287,15 @@ def test_an_old_client_that_tells_no_times_gets_its_answer_and_the_policy_no_arr
     assert len(policy.acked) > 50
 
 
+def test_on_a_stream_nothing_is_timed_and_the_policy_still_marks() -> None:
+    policy = Noting()
+    world = talked(policy, has_datagrams=False)
+    assert policy.arrivals == []
+    assert not any(packet.is_timed for packet in policy.sent)
+    assert world.pair.server.quic.ecn_state is EcnState.CAPABLE
+    assert len(policy.acked) > 50
+
+
 def test_an_unknown_turn_or_an_untimed_bundle_tells_nothing() -> None:
     policy = Noting()
     world = MarkingWorld(policy)

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from eloquent.core import schemes
-from eloquent.core.schemes import RetransmitSender
+from eloquent.core.retransmit import RetransmitSender
 from eloquent.core.wire import Bundle
 from eloquent.errors import ConfigurationError
 from eloquent_netem.errors import NetemError
