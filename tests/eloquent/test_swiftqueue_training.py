@@ -185,6 +185,15 @@ def test_a_prepared_flow_is_cached_and_varied_ones_are_others(tmp_path: Path) ->
         np.testing.assert_array_equal(again.events, first.events)
 
 
+def test_processes_prepare_the_same_in_the_same_order(tmp_path: Path) -> None:
+    entries = Manifest.load(made_data(tmp_path, {"train": 3}, packets=100)).entries
+    alone = list(prepare(entries, tmp_path / "a", 1, 1))
+    together = list(prepare(entries, tmp_path / "b", 1, 2))
+    assert len(alone) == len(together) == 6
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.queries, other.queries)
+
+
 def test_pieces_ask_each_query_once_about_its_own_newest_event() -> None:
     replays = [replay(made_flow(seed, packets)) for seed, packets in ((1, 1300), (2, 90))]
     pieces = Pieces(replays, before=32)
