@@ -20,9 +20,9 @@ from eloquent_netem.lab.swiftqueue_collect import (
     check_families,
     collect,
     family_jobs,
+    held_out_jobs,
     judged_data,
-    place_jobs,
-    recorded_places,
+    recorded_networks,
     write_manifest,
 )
 from eloquent_netem.lab.swiftqueue_markings import EXPLORING
@@ -34,7 +34,7 @@ def place(name: str = "light") -> Place:
 
 
 def jobs_in(folder: Path, flows: int = 2, name: str = "light") -> list[Job]:
-    return place_jobs([place(name)], folder, flows=flows, seed=3, length_s=2.0)
+    return held_out_jobs({name: [place(name)]}, folder, flows=flows, seed=3, length_s=2.0)
 
 
 def collected(folder: Path, flows: int = 2, name: str = "light") -> Results:
@@ -123,19 +123,28 @@ def test_recordings_are_for_testing_whatever_else_is_collected(tmp_path: Path) -
     (tmp_path / "a.down").write_text("1\n2\n")
     (tmp_path / "b.down").write_text("1\n")
     (tmp_path / "b.up").write_text("1\n")
-    places = recorded_places([tmp_path, tmp_path / "a.down"])
-    assert [one.name for one in places] == ["a", "b", "a"]
-    jobs = place_jobs(places[:2], tmp_path, flows=2, seed=1)
-    assert {job.case.split for job in jobs} == {"test"}  # type: ignore[attr-defined]
+    networks = recorded_networks([tmp_path, tmp_path / "a.down"])
+    assert list(networks) == ["a", "b"]
+    jobs = held_out_jobs(networks, tmp_path, flows=6, seed=1)
+    cases = [job.case for job in jobs if isinstance(job.case, CollectCase)]
+    assert {case.split for case in cases} == {"test"}
+    assert [case.family for case in cases] == ["a"] * 6 + ["b"] * 6
+    assert len({(case.place.name, case.scheduler) for case in cases}) == 12
 
 
 def test_what_is_no_family_or_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no scenario family 'burst': choose from bursts"):
         check_families(["burst"])
     with pytest.raises(ConfigurationError, match="is no recording"):
-        recorded_places([tmp_path])
+        recorded_networks([tmp_path])
     with pytest.raises(ConfigurationError, match="is no recording"):
-        recorded_places([tmp_path / "none.down"])
+        recorded_networks([tmp_path / "none.down"])
+
+
+def test_any_name_of_a_network_makes_a_file(tmp_path: Path) -> None:
+    (job,) = held_out_jobs({"C1, 20 Mbit/s": [place()]}, tmp_path, flows=1, seed=0)
+    assert isinstance(job.case, CollectCase)
+    assert job.case.path("all-l", 0) == tmp_path / "C1-20-Mbit-s-0-wrr-all-l.npz"
 
 
 def test_networks_of_ones_own_are_judged_beside_what_was_learnt(data: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +24,13 @@ from eloquent_netem.lab.paper import commit_of
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.swiftqueue_flow import run_flow
 from eloquent_netem.lab.swiftqueue_markings import EXPLORING, exploring
-from eloquent_netem.lab.swiftqueue_places import FAMILIES, TEST, family_place, recorded_place
+from eloquent_netem.lab.swiftqueue_places import (
+    BESIDE,
+    FAMILIES,
+    TEST,
+    family_place,
+    recorded_place,
+)
 from eloquent_netem.lab.swiftqueue_policies import SCHEDULERS, scheduler_of, with_scheduler
 from eloquent_netem.link import stage_rng
 
@@ -94,7 +101,8 @@ class CollectCase:
 
     def path(self, scheme: str, seed: int) -> Path:
         """Return where the flow's file is."""
-        return self.folder / f"{self.family}-{seed}-{self.scheduler}-{scheme}.npz"
+        family = re.sub(r"[^\w.-]+", "-", self.family)
+        return self.folder / f"{family}-{seed}-{self.scheduler}-{scheme}.npz"
 
 
 TOKEN_RATES = (LEAST_TOKENS_PER_S, MOST_TOKENS_PER_S)
@@ -125,38 +133,63 @@ def family_jobs(
     """Return the jobs of `flows` flows of each family, schedulers and policies by turns."""
     jobs = []
     for name in families:
-        first = list(FAMILIES).index(name)
-        for index in range(flows):
-            number = seed + index
-            scheduler, policy = _turn(first + index)
-            case = CollectCase(
-                place=with_scheduler(family_place(name, number), scheduler),
-                family=name,
-                split=FAMILIES[name].split,
-                folder=folder,
-                length_s=length_s,
+        turn = list(FAMILIES).index(name)
+        for number in range(seed, seed + flows):
+            place = family_place(name, number)
+            jobs.append(
+                _job(
+                    place,
+                    folder,
+                    turn,
+                    family=name,
+                    split=FAMILIES[name].split,
+                    seed=number,
+                    length_s=length_s,
+                )
             )
-            jobs.append(Job(case, policy, number))
+            turn += 1
     return jobs
 
 
-def place_jobs(
-    places: Sequence[Place], folder: Path, *, flows: int, seed: int, length_s: float = LENGTH_S
+def held_out_jobs(
+    networks: Mapping[str, Sequence[Place]],
+    folder: Path,
+    *,
+    flows: int,
+    seed: int,
+    length_s: float = LENGTH_S,
 ) -> list[Job]:
-    """Return the like for single places, which are families of their own, for testing alone."""
+    """Return the like for networks that are for testing alone; by name, a few places each."""
     jobs = []
-    for first, place in enumerate(places):
-        for index in range(flows):
-            scheduler, policy = _turn(first + index)
-            case = CollectCase(
-                place=with_scheduler(place, scheduler),
-                family=place.name,
-                split=TEST,
-                folder=folder,
-                length_s=length_s,
+    for first, (name, places) in enumerate(networks.items()):
+        for turn in range(flows):
+            place = places[turn // len(SCHEDULERS) % len(places)]
+            jobs.append(
+                _job(
+                    place,
+                    folder,
+                    first + turn,
+                    family=name,
+                    split=TEST,
+                    seed=seed + turn,
+                    length_s=length_s,
+                )
             )
-            jobs.append(Job(case, policy, seed + index))
     return jobs
+
+
+def _job(
+    place: Place, folder: Path, turn: int, *, family: str, split: str, seed: int, length_s: float
+) -> Job:
+    """Return a flow's job; 2 schedulers and 9 policies come by turns, so that all pairs do."""
+    case = CollectCase(
+        place=with_scheduler(place, SCHEDULERS[turn % len(SCHEDULERS)]),
+        family=family,
+        split=split,
+        folder=folder,
+        length_s=length_s,
+    )
+    return Job(case, tuple(EXPLORING)[turn % len(EXPLORING)], seed)
 
 
 def check_families(names: Sequence[str]) -> Sequence[str]:
@@ -173,27 +206,25 @@ def check_families(names: Sequence[str]) -> Sequence[str]:
     return names or tuple(FAMILIES)
 
 
-def recorded_places(paths: Sequence[Path]) -> list[Place]:
-    """Return the recorded links of files in mahimahi's format, or of folders with NAME.down.
+def recorded_networks(paths: Sequence[Path]) -> dict[str, list[Place]]:
+    """Return the recordings of files in mahimahi's format, or of folders with NAME.down, by name.
+
+    Each is there with every kind of cross traffic.
 
     Raises:
         ConfigurationError: one cannot be read, or there is none.
     """
-    found = []
+    found = {}
     for path in paths:
         files = sorted(path.glob(f"*{DOWN_SUFFIX}")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise ConfigurationError(
                 f"{path} is no recording, nor a folder with NAME{DOWN_SUFFIX} in it."
             )
-        found += [recorded_place(one.parent, one.name.removesuffix(DOWN_SUFFIX)) for one in files]
+        for file in files:
+            name = file.name.removesuffix(DOWN_SUFFIX)
+            found[name] = [recorded_place(file.parent, name, beside) for beside in BESIDE]
     return found
-
-
-def _turn(index: int) -> tuple[str, str]:
-    """Return scheduler and policy of a flow: 2 and 9 of them, so that all pairs come."""
-    policies = tuple(EXPLORING)
-    return SCHEDULERS[index % len(SCHEDULERS)], policies[index % len(policies)]
 
 
 def collect(jobs: Sequence[Job], folder: Path, *, workers: int | None, command: str) -> Results:
@@ -239,7 +270,8 @@ def judged_data(
     """
     folder = data / OWN
     folder.mkdir(exist_ok=True)
-    jobs = place_jobs(places, folder, flows=flows, seed=0, length_s=length_s)
+    networks = {place.name: [place] for place in places}
+    jobs = held_out_jobs(networks, folder, flows=flows, seed=0, length_s=length_s)
     results = collect(jobs, folder, workers=workers, command=command)
     told = json.loads((data / MANIFEST).read_text(encoding="utf-8"))
     learnt = [

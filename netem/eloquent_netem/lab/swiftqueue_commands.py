@@ -76,8 +76,8 @@ def collect(
     from eloquent_netem.lab.swiftqueue_collect import (
         check_families,
         family_jobs,
-        place_jobs,
-        recorded_places,
+        held_out_jobs,
+        recorded_networks,
     )
     from eloquent_netem.lab.swiftqueue_collect import collect as run
 
@@ -86,7 +86,7 @@ def collect(
     folder = _made(_default(DATA) if out is None else out)
     jobs = family_jobs(
         check_families(families), folder, flows=flows, seed=seed, length_s=length_s
-    ) + place_jobs(recorded_places(traces), folder, flows=flows, seed=seed, length_s=length_s)
+    ) + held_out_jobs(recorded_networks(traces), folder, flows=flows, seed=seed, length_s=length_s)
     results = run(jobs, folder, workers=workers, command=_command())
     _say(f"{len(results.figures)} flows: {folder}")
     _end(results.is_complete, list(results.failures.values()))

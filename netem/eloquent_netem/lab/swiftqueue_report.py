@@ -107,7 +107,7 @@ def figures(study: PolicyStudy) -> list[Picture]:
                 f"timeline-{index + 1}",
                 f"Both queues, and where SwiftQueue sent its packets: {', '.join(cell)}",
                 "Seed 0, around the longest delay in L. Lines: what each packet met, or would have "
-                "met, in either queue, a gap being a loss; below: the queue that it was marked for, "
+                "met, in either queue, gaps being losses; below: the queue that it was marked for, "
                 "copies hollow.",
                 partial(timeline_of, timeline),
             )

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,10 +43,10 @@ from eloquent_netem.lab.swiftqueue_measures import PredictionRow, accuracy_bars
 from eloquent_netem.lab.swiftqueue_page import LEGEND, findings, sheets
 from eloquent_netem.lab.swiftqueue_places import (
     CROWDED,
-    OTHERS,
     TEST,
     congested_places,
     named_place,
+    other_places,
     traced_place,
 )
 from eloquent_netem.lab.swiftqueue_policies import (
@@ -57,6 +57,7 @@ from eloquent_netem.lab.swiftqueue_policies import (
     scheduler_of,
     study_of,
 )
+from eloquent_netem.scenario_parts import TraceRateSpec
 
 FEW_FLOWS = 6
 "Of each family, where nothing has been collected."
@@ -141,7 +142,7 @@ def evaluate(options: Options) -> Found:
         study = study_of(jobs, results)
         failures += results.failures.values()
         is_complete = results.is_complete
-        found += findings(study, {place.name for place in congested_places(options.traces)})
+        found += findings(study, {place.name for place in congested(options.traces)})
     return Found(
         prediction=tuple(prediction),
         policies=study,
@@ -170,6 +171,21 @@ def own_places(options: Options) -> list[Place]:
         except NetemError as error:
             raise ConfigurationError(str(error)) from error
     return places
+
+
+def congested(recordings: Path | None) -> list[Place]:
+    """Return the networks where there is something to win, with the recordings that are there."""
+    return _present(congested_places(recordings))
+
+
+def _present(places: Iterable[Place]) -> list[Place]:
+    """Leave out the recordings that a folder does not have."""
+    rates = [(place, place.scenario.down.rate) for place in places]
+    return [
+        place
+        for place, rate in rates
+        if not isinstance(rate, TraceRateSpec) or Path(rate.file).exists()
+    ]
 
 
 def show(found: Found) -> None:
@@ -238,7 +254,7 @@ def _plan(options: Options, own: Sequence[Place]) -> PolicyPlan:
     check_policies(options.policies)
     check_schedulers(options.schedulers)
     plan = PolicyPlan(
-        places=own or (*congested_places(options.traces), *OTHERS),
+        places=own or (*congested(options.traces), *_present(other_places(options.traces))),
         schedulers=options.schedulers or SCHEDULERS,
         policies=options.policies or (*POLICIES, *ABLATIONS),
         seeds=options.seeds,
@@ -294,7 +310,7 @@ def _meta(
         "processors": os.cpu_count(),
         "parts": list(options.parts),
         "scenarios": [place.name for place in plan.places],
-        "congested": [place.name for place in congested_places(options.traces)],
+        "congested": [place.name for place in congested(options.traces)],
         "schedulers": list(plan.schedulers),
         "policies": list(plan.policies),
         "seeds": list(options.seeds),
