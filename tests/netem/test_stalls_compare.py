@@ -255,7 +255,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plan = replace(PLAN, cache=tmp_path / "cache.jsonl")
     found = compare(plan)
     assert not found.is_complete
-    assert 5 <= len(found.rows) < 12
+    assert len(found.rows) >= 5
     assert len(remembered(tmp_path / "cache.jsonl")) == len(found.rows)
     assert json.loads(dumps(found))["meta"]["is_complete"] is False
     monkeypatch.undo()
