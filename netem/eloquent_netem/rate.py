@@ -225,12 +225,16 @@ class PausedRate:
         """See `Rate.serve`."""
         for index in range(bisect_right(self._spans_s, (start, math.inf)), len(self._spans_s)):
             pause_s, resume_s = self._spans_s[index]
+            if pause_s < start:
+                continue  # The rate within has pauses of its own, which were over after this one.
             if until <= pause_s:
                 break
             left, size = self._rate.serve(start, size, pause_s)
             if left < pause_s:
                 return left, size
             start = self.ready_from(resume_s)
+            if until <= start:
+                return until, size
         return self._rate.serve(start, size, until)
 
     def bits_per_s(self, now: float) -> float:

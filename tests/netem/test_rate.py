@@ -1,5 +1,6 @@
 """Each rate serves what it says, when it says, through a link too."""
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import accumulate, count, takewhile
@@ -13,9 +14,11 @@ from eloquent_netem.errors import NetemError
 from eloquent_netem.link import Link
 from eloquent_netem.packet import Packet
 from eloquent_netem.rate import (
+    OPPORTUNITY_BYTES,
     FixedRate,
     PausedRate,
     Rate,
+    SteppedRate,
     TraceRate,
     UnlimitedRate,
     load_trace,
@@ -214,6 +217,10 @@ def test_what_a_pause_interrupts_goes_on_after_it() -> None:
     # At 5 the first and half of the second pass, at 20 its other half and the third.
     split = PausedRate(TraceRate([5, 9, 20]), [(0.006, 0.010)])
     assert in_ms(served(split, backlog(3, size=1000))) == [5, 20, 20]
+    outer = PausedRate(PausedRate(FixedRate(12_000), [(1.0, 3.0)]), [(2.0, 3.0)])
+    assert served(outer, backlog(1, start_s=0.25)) == pytest.approx([3.25])
+    both = PausedRate(PausedRate(FixedRate(12_000), [(1.0, 3.0)]), [(1.0, 2.0), (3.0, 4.0)])
+    assert served(both, backlog(1, start_s=0.5)) == pytest.approx([4.5])
     nested = PausedRate(PausedRate(FixedRate(12_000), [(2.5, 3.0)]), [(0.5, 1.0)])
     assert served(nested, backlog(2)) == pytest.approx([1.5, 2.5 + 0.5])
 
@@ -227,6 +234,49 @@ def test_a_packet_that_takes_longer_than_the_time_between_pauses_gets_through() 
     pauses = [(0.03 * k - 0.001, 0.03 * k + 0.001) for k in range(1, 1000)]
     trace = PausedRate(TraceRate([10]), pauses)
     assert in_ms(served(trace, backlog(2, size=7500))) == [70, 140]
+
+
+def test_a_rate_of_steps_serves_each_part_of_a_packet_at_its_rate() -> None:
+    # 1500 bytes take 1 s, from 1.5 s on 2 s, and from 4.5 s on 0.5 s.
+    rate = SteppedRate([(0.0, 12_000), (1.5, 6_000), (4.5, 24_000)])
+    assert served(rate, backlog(5)) == pytest.approx([1.0, 2.5, 4.5, 5.0, 5.5])
+    assert served(rate, [(1.0, 1500), (10.0, 3000)]) == pytest.approx([2.5, 11.0])
+    long = SteppedRate([(0.0, 12_000), (1.0, 6_000), (2.0, 12_000)])
+    assert served(long, backlog(1, size=4500)) == pytest.approx([3.5])
+    assert [rate.bits_per_s(now) for now in (0, 1.4, 1.5, 4.4, 4.5, 99)] == pytest.approx(
+        [12_000, 12_000, 6_000, 6_000, 24_000, 24_000]
+    )
+    assert rate.greatest_bits_per_s == 24_000
+
+
+def test_a_rate_of_steps_may_be_interrupted() -> None:
+    rate = PausedRate(SteppedRate([(0.0, 12_000), (1.5, 6_000)]), [(1.25, 2.0)])
+    # The second packet: a quarter by 1.25, nothing at the better rate after, the rest from 2 on.
+    assert served(rate, backlog(2)) == pytest.approx([1.0, 3.5])
+    assert SteppedRate([(0.0, 12_000)]).serve(0.0, 1500, 0.25) == (0.25, 1125)
+
+
+@pytest.mark.parametrize("steps", [[], [(0.0, 1.0), (0.0, 2.0)], [(0.0, 0.0)]])
+def test_steps_without_order_or_rate_are_refused(steps: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="rate"):
+        SteppedRate(steps)
+
+
+def test_the_present_rate_of_a_trace_is_that_of_the_last_200_ms() -> None:
+    rate = TraceRate([100, 150, 200, 200, 1000])
+    packet = OPPORTUNITY_BYTES * 8 / 0.2
+    # At 0.305 s that at 100 ms is over; at 0.5 all are: one is the least. At 1.155 s there are
+    # those at 1000, 1100 and 1150 ms.
+    for now, passed in ((0.0, 4), (0.2, 4), (0.305, 3), (0.395, 2), (0.5, 1), (1.0, 1), (1.155, 3)):
+        assert rate.bits_per_s(now) == pytest.approx(passed * packet), now
+    assert rate.mean_bits_per_s == pytest.approx(5 * OPPORTUNITY_BYTES * 8)
+    assert rate.ready_from(0.0) == 0.1  # To ask changes nothing.
+
+
+def test_the_present_rate_of_others() -> None:
+    assert FixedRate(3e6).bits_per_s(7.0) == pytest.approx(3e6)
+    assert PausedRate(FixedRate(3e6), [(1.0, 2.0)]).bits_per_s(1.5) == pytest.approx(3e6)
+    assert UnlimitedRate().bits_per_s(0.0) == math.inf
 
 
 def test_a_pause_that_ends_before_it_begins_is_refused() -> None:
