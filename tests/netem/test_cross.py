@@ -13,6 +13,8 @@ from eloquent_netem.cross import (
     CubicEcnFlow,
     CubicFlow,
     PragueFlow,
+    PragueWebFlows,
+    Transfers,
     UnresponsiveBursts,
     WebFlows,
 )
@@ -411,10 +413,15 @@ class Heavy(random.Random):
         return 1e9
 
 
-def web_transfers(count: int, rng: random.Random, *, lose_each: int = 0) -> list[int]:
+WEBS: list[type[Transfers]] = [WebFlows, PragueWebFlows]
+
+
+def web_transfers(
+    kind: type[Transfers], count: int, rng: random.Random, *, lose_each: int = 0
+) -> list[int]:
     """Return the sizes in bytes that arrived of each of some transfers, 20 ms away."""
     sent: list[Packet] = []
-    web = WebFlows(5, lambda now, packet: sent.append(packet), 0.02, rng)
+    web = kind(5, lambda now, packet: sent.append(packet), 0.02, rng)
     begins_at: list[int] = []
     now, serial = 0.0, 0
     while len(begins_at) <= count:
@@ -424,26 +431,60 @@ def web_transfers(count: int, rng: random.Random, *, lose_each: int = 0) -> list
         if web.transfers > begun:
             begins_at.append(before)
             assert web.window == 10
-            assert len(sent) == 10
+            assert len(sent) == (10 if kind is WebFlows else 1)  # Prague is paced.
         for packet in sent:
             serial += 1
+            assert packet.ecn is kind.ecn
             if not lose_each or serial % lose_each:
                 web.on_delivered(now + 0.01, packet)
         sent.clear()
     return [later - earlier for earlier, later in pairwise(begins_at)]
 
 
-def test_web_transfers_have_heavy_tailed_sizes_within_their_bounds() -> None:
-    sizes = web_transfers(300, random.Random(3))
+@pytest.mark.parametrize("kind", WEBS)
+def test_web_transfers_have_heavy_tailed_sizes_within_their_bounds(kind: type[Transfers]) -> None:
+    sizes = web_transfers(kind, 300, random.Random(3))
     assert min(sizes) >= 30_000
     assert 40_000 < median(sizes) < 70_000  # 30 kB * 2^(1 / 1.2) = 53 kB
     assert max(sizes) > 1_000_000
-    assert web_transfers(1, Heavy(1)) == [20_001_000]  # 20 MB in whole packets
+    assert web_transfers(kind, 1, Heavy(1)) == [20_001_000]  # 20 MB in whole packets
 
 
-def test_web_transfers_make_good_for_what_is_lost() -> None:
-    lossless = web_transfers(40, random.Random(3))
-    assert web_transfers(40, random.Random(3), lose_each=20) == lossless
+@pytest.mark.parametrize("kind", WEBS)
+def test_web_transfers_make_good_for_what_is_lost(kind: type[Transfers]) -> None:
+    lossless = web_transfers(kind, 40, random.Random(3))
+    assert web_transfers(kind, 40, random.Random(3), lose_each=20) == lossless
+
+
+def test_prague_transfers_go_through_l_and_forget_each_other() -> None:
+    queue = DualPi2(rng=stage_rng(1, "down", "queue"), bits_per_s=RATE_BITS_PER_S)
+    path = run([PragueWebFlows] * 4, queue, 60.0)
+    flow = path.flows[1]
+    assert isinstance(flow, PragueWebFlows)
+    assert flow.transfers > 20
+    assert queue.l_marks > 100
+    assert (queue.c_marks, queue.drops) == (0, 0)
+    flow._alpha, flow._has_seen_marks = 0.1, True
+    flow._begin()
+    assert (flow._alpha, flow._has_seen_marks, flow.window) == (1.0, False, 10)
+
+
+@pytest.mark.parametrize("kind", WEBS)
+def test_transfers_may_begin_together_at_multiples_of_a_time(kind: type[Transfers]) -> None:
+    def build(flow: int, send: Send, rtt_s: float, rng: random.Random) -> CrossFlow:
+        return kind(flow, send, rtt_s, rng, start_s=1.0, every_s=2.5)
+
+    path = run([build] * 3, DropTail(limit_packets=1000), 60.0)
+    begins_s = [
+        round(now - waited_s - DELAY_S - size * 8 / RATE_BITS_PER_S, 6)
+        for flow in path.flows
+        for (before, *_), (now, _, waited_s, size) in pairwise(
+            [(0.0, 0, 0.0, 0), *(one for one in path.out if one[1] == flow)]
+        )
+        if now - before > 0.3
+    ]
+    assert len(begins_s) > 40
+    assert {(begin_s - 1.0) % 2.5 for begin_s in begins_s} == {0.0}
 
 
 @pytest.mark.parametrize(

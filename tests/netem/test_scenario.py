@@ -87,6 +87,19 @@ def lost(content: str, head: str = "length_s = 10\n", seed: int = 1) -> list[boo
         ),
         ('[up]\nrate = {kind="fixed", mbit_s=0}', "up.rate.mbit_s", "must be at least 0.001"),
         ('[up]\nrate = {kind="trace", file="no.up"}', "up.rate", "no.up"),
+        ('[up]\nrate = {kind="steps", steps=[]}', "up.rate.steps", "names no step"),
+        ('[up]\nrate = {kind="steps", steps=[[1, 2]]}', "up.rate.steps[0]", "must be from 0 on"),
+        ('[up]\nrate = {kind="steps", steps=[[0]]}', "up.rate.steps[0]", "must be [from, value]"),
+        (
+            '[up]\nrate = {kind="steps", steps=[[0, 1], [0, 2]]}',
+            "up.rate.steps[1]",
+            "must start after the step in front of it",
+        ),
+        (
+            '[up]\nrate = {kind="steps", steps=[[0, 1], [1, 0]]}',
+            "up.rate.steps[1]",
+            "must be at least 0.001, not 0",
+        ),
         (
             '[up]\nqueue = {kind="codel"}',
             "up.queue",
