@@ -187,7 +187,8 @@ class WatchedDualPi2(DualPi2):
     def _serve_shadows(self, now: float, queue: int) -> _Shadow | None:
         """Serve the shadows that go before the head of `queue`, which is next.
 
-        In a race, return the first of them instead.
+        In a race, return the first of them instead; where a packet could leave by either queue, it
+        leaves by its own.
         """
         due: list[_Shadow] = []
         for of in (L, C):
@@ -197,7 +198,9 @@ class WatchedDualPi2(DualPi2):
                 if of == queue or self._goes_before(shadow, queue):
                     due.append(shadow)
         if self._is_race:
-            return due[0] if due else None
+            head = self._queues[queue][0]
+            is_tie = any(shadow.passage.packet is head for shadow in due)
+            return due[0] if due and not is_tie else None
         for shadow in due:
             self._serve(now, shadow)
         return None

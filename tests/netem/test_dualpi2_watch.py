@@ -441,23 +441,6 @@ def test_a_shadow_meets_what_its_packet_would_have_met(
     assert errors_s[len(errors_s) * 7 // 10] < 0.0025
 
 
-def test_drops_of_shadows_are_as_frequent_as_those_of_packets() -> None:
-    network = scenario(TRAFFIC["both"], length_s=40)
-    dropped = {L4S: [0, 0], CLASSIC: [0, 0]}
-    count = {L4S: 0, CLASSIC: 0}
-    for ecn in (L4S, CLASSIC):
-        for seed in range(2):
-            passages: list[Passage] = []
-            for _ in departures(network, seed, [ecn], watch=Watch(report=passages.append)):
-                pass
-            count[ecn] += len(passages)
-            for queue in (L, C):
-                dropped[ecn][queue] += sum(one.wait_s[queue] == inf for one in passages)
-    for queue in (L, C):
-        shares = [dropped[ecn][queue] / count[ecn] for ecn in (L4S, CLASSIC)]
-        assert 0.5 < shares[0] / shares[1] < 2
-
-
 # Races.
 
 
@@ -470,6 +453,16 @@ def test_in_a_race_a_packet_leaves_from_whichever_queue_is_first() -> None:
             [passage] = world.end()
             assert passage.wait_s[queue] == pytest.approx(wait_s)
             assert isnan(passage.wait_s[1 - queue])
+
+
+@pytest.mark.parametrize("ecn", [L4S, CLASSIC])
+def test_a_tie_is_its_own_queue_s(ecn: Ecn) -> None:
+    world = World(is_race=True)
+    world.ask(0.0, ecn, 150)
+    world.send(1.0, L4S)
+    world.ask(1.0, ecn, 150)
+    for passage in world.end():
+        assert isnan(passage.wait_s[1 - passage.queue])
 
 
 def test_who_wins_in_c_pays_for_it_there() -> None:
