@@ -166,11 +166,14 @@ class _Layer(nn.Module):
         q = _blocks(self._heads(q), self.window).transpose(2, 3)
         k = _with_before(self._heads(k), self.window).transpose(2, 3)
         v = _with_before(self._heads(v), self.window).transpose(2, 3)
-        scores = q @ k.transpose(-1, -2) * (width // self.heads) ** -0.5
-        scores = scores + self.distance_bias[:, distance]
-        scores = scores + self.time_slope[:, None, None] * log_gap.unsqueeze(2)
-        scores = scores.masked_fill(~seen.unsqueeze(2), -torch.inf)
-        heard = (scores.softmax(-1) @ v).transpose(2, 3)
+        bias = torch.addcmul(
+            self.distance_bias[:, distance], self.time_slope[:, None, None], log_gap.unsqueeze(2)
+        ).masked_fill(~seen.unsqueeze(2), -torch.inf)
+        q = q * (width // self.heads) ** -0.5
+        scores = torch.baddbmm(
+            bias.flatten(0, 2), q.flatten(0, 2), k.flatten(0, 2).transpose(1, 2)
+        ).softmax(-1)
+        heard = (scores @ v.flatten(0, 2)).reshape(q.shape).transpose(2, 3)
         return self.out(heard.reshape(batch, length, width))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:
