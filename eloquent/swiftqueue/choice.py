@@ -12,9 +12,6 @@ LEVEL_WEIGHTS = (0.1, 0.3, 0.6)
 """A queue's cost is the mean of its quantiles (at `LEVELS`) with these weights. What readers feel
 is the 99th percentile, so a queue where bursts come unforeseen costs much even while it is empty,
 and a short reliable one is left for it only when it is about to be worse at its worst."""
-LOSS_S = 0.05
-"""What a drop costs: about the time until a later bundle brings what was lost. A quantile takes all
-of it where drops are as likely as what lies beyond the quantile."""
 MARGIN_S = 0.001
 MARGIN_SHARE = 0.15
 "The other queue is better if it costs less by this time and by this share."
@@ -40,21 +37,26 @@ class Prospect(NamedTuple):
     "The probability of a drop."
 
 
-def prospects(forecast: Forecast) -> tuple[Prospect, Prospect] | None:
-    """Return what a forecast means for each queue, or None if it is no number."""
+def prospects(forecast: Forecast, loss_s: float) -> tuple[Prospect, Prospect] | None:
+    """Return what a forecast means for each queue, or None if it is no number.
+
+    `loss_s` is what a drop costs: the time until another bundle brings what was lost. A quantile
+    takes all of it where drops are as likely as what lies beyond the quantile.
+    """
     low_s, classic_s = forecast.delay_s.tolist()
     low_drop, classic_drop = forecast.drop.tolist()
-    low, classic = _prospect(low_s, low_drop), _prospect(classic_s, classic_drop)
+    low = _prospect(low_s, low_drop, loss_s)
+    classic = _prospect(classic_s, classic_drop, loss_s)
     return (low, classic) if isfinite(low.cost_s + classic.cost_s) else None
 
 
-def _prospect(quantiles_s: list[float], drop: float) -> Prospect:
+def _prospect(quantiles_s: list[float], drop: float, loss_s: float) -> Prospect:
     median_s, upper_s, highest_s = quantiles_s
     # Written out, since it is on the send path.
-    risk_s = highest_s + LOSS_S * min(drop / _HIGHEST_CHANCE, 1.0)
+    risk_s = highest_s + loss_s * min(drop / _HIGHEST_CHANCE, 1.0)
     cost_s = (
-        _MEDIAN_WEIGHT * (median_s + LOSS_S * min(drop / _MEDIAN_CHANCE, 1.0))
-        + _UPPER_WEIGHT * (upper_s + LOSS_S * min(drop / _UPPER_CHANCE, 1.0))
+        _MEDIAN_WEIGHT * (median_s + loss_s * min(drop / _MEDIAN_CHANCE, 1.0))
+        + _UPPER_WEIGHT * (upper_s + loss_s * min(drop / _UPPER_CHANCE, 1.0))
         + _HIGHEST_WEIGHT * risk_s
     )
     return Prospect(median_s, upper_s, highest_s, cost_s, risk_s, drop)

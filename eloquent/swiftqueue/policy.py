@@ -37,6 +37,12 @@ LEARN_OBSERVATIONS = 8
 FORECAST_MAX_AGE_S = 1.0
 "What was heard longer ago foretells nothing."
 
+LOSS_MIN_S = 0.005
+LOSS_MAX_S = 0.05
+GAP_WEIGHT = 1 / 16
+"""A drop costs the usual gap between bundles (a mean in which the newest gap has this weight),
+within these bounds: then the next bundle brings what was lost."""
+
 PROBE_SHARE = 0.03
 PROBE_BURST = 3.0
 PROBE_CALM_S = 5.0
@@ -158,6 +164,7 @@ class SwiftQueueMarking:
         self._asked = self._last = Queue.L
         "Where the newest packet was to go, and the newest that is no copy."
         self._size = 0
+        self._gap_s = LOSS_MAX_S
         self._sent_s = [-math.inf, -math.inf]
         "By queue: when the newest packet left."
         self._out: dict[int, _Out] = {}
@@ -232,6 +239,10 @@ class SwiftQueueMarking:
         self._classic.on_sent(sent_s, self._size, queue)
         if not packet.is_timed:
             return  # A bare acknowledgement, say: nobody will tell what became of it.
+        gap_s = sent_s - max(self._sent_s)
+        if gap_s > 0:  # Else it is a copy.
+            gap_s = min(max(gap_s, LOSS_MIN_S), LOSS_MAX_S)
+            self._gap_s += GAP_WEIGHT * (gap_s - self._gap_s)
         self._sent_s[queue] = sent_s
         self._clock.on_sent(packet)
         if self._outlook is None:
@@ -270,7 +281,7 @@ class SwiftQueueMarking:
         forecast = self._outlook.forecast(now)
         if forecast is None or now - forecast.made_s > FORECAST_MAX_AGE_S:
             return None
-        return prospects(forecast)
+        return prospects(forecast, self._gap_s)
 
     def _count_packet(self, queue: Queue) -> None:
         """Fill the budgets for a packet that is no copy, and follow what packets risk."""

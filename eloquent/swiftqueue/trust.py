@@ -5,11 +5,11 @@ from collections import deque
 
 CALIBRATION_WINDOW = 256
 "Forecasts that are remembered with what became of them,"
-CALIBRATION_MIN = 50
+CALIBRATION_MIN = 100
 "and how many there must be for a verdict."
 DEVIATIONS = 4.0
 "A share of misses is too high beyond so many standard deviations of a binomial one."
-RUN_LENGTH = 5
+RUN_LENGTH = 10
 "Misses come in runs, as packets of one burst: so many observations count as one."
 MISS_SHARE = 0.1
 MISS_S = 0.002

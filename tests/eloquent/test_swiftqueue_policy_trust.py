@@ -179,15 +179,15 @@ def test_misses_of_the_highest_level_are_judged_by_how_many_there_may_be(
 
 
 def test_a_few_observations_are_no_verdict() -> None:
-    assert misses(Calibration((0.9, 0.99)), 1.0, 49) == ""
-    assert misses(Calibration((0.9, 0.99)), 1.0, 50) == (
-        "50 of 50 packets took longer than 90% of them should"
+    assert misses(Calibration((0.9, 0.99)), 1.0, 99) == ""
+    assert misses(Calibration((0.9, 0.99)), 1.0, 100) == (
+        "100 of 100 packets took longer than 90% of them should"
     )
 
 
 def test_misses_that_are_long_past_do_not_count() -> None:
     calibration = Calibration((0.9, 0.99))
-    misses(calibration, 1.0, 100)
+    misses(calibration, 1.0, 200)
     assert misses(calibration, 0.001, 260) == ""
 
 
