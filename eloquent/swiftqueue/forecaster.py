@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from eloquent.swiftqueue.features import QUERY_FEATURES, SANE_S, History
 from eloquent.swiftqueue.inference import Predictor
 from eloquent.swiftqueue.records import Observation, Queue
+from eloquent.swiftqueue.tuning import Tuning, TuningBudget, corrected
 
 SILENCES_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 "Times after a settle that forecasts are made for, as if nothing had been heard till then."
@@ -50,6 +51,8 @@ class _Found(NamedTuple):
     """What one settle foretold a connection, for each of `SILENCES_S`."""
 
     delay_s: NDArray[np.float32]
+    frozen_s: NDArray[np.float32]
+    "The like without the connection's correction."
     point_s: NDArray[np.float32]
     drop: NDArray[np.float32]
     is_finite: list[bool]
@@ -59,9 +62,11 @@ class _Found(NamedTuple):
 class Outlook:
     """One connection's forecasts. Times in seconds by the sender's clock."""
 
-    def __init__(self, forecaster: "Forecaster", slot: int) -> None:
+    def __init__(self, forecaster: "Forecaster", slot: int, tuning: Tuning | None) -> None:
         self.history = History()
         self.slot = slot
+        self.tuning = tuning
+        "What corrects the forecasts by what became of packets; None: they are the model's."
         self.size = USUAL_BYTES
         "Of the packet that is asked about: as the last one."
         self.waiting: deque[tuple[NDArray[np.float32], float]] = deque(maxlen=MAX_WAITING)
@@ -74,6 +79,9 @@ class Outlook:
     def on_sent(self, number: int, sent_s: float, size: int, queue: Queue) -> None:
         """Take note of a packet that left, of `size` bytes, whose fate will be learnt."""
         self.size = size
+        if self.tuning is not None and self.found is not None:
+            foretold_s = self.found.frozen_s[self._nearest(self.found, sent_s), queue]
+            self.tuning.on_sent(number, sent_s, queue, self.history.base_s, foretold_s)
         self.history.on_sent(number, sent_s, size, queue)
 
     def on_observation(self, seen: Observation) -> None:
@@ -81,7 +89,12 @@ class Outlook:
 
         One that was sent at an absurd time is left out.
         """
+        jumps = self.history.jumps
         event = self.history.on_observation(seen)
+        if self.tuning is not None:
+            if self.history.jumps > jumps:
+                self.tuning.forget_waiting()
+            self.tuning.on_observation(seen)
         if self._forecaster is None or not abs(seen.sent_s) <= SANE_S:  # NaN is absurd too
             return
         self.is_behind |= len(self.waiting) == MAX_WAITING
@@ -93,7 +106,7 @@ class Outlook:
         found = self.found
         if found is None:
             return None
-        nearest = bisect(_BETWEEN_S, now - found.made_s)
+        nearest = self._nearest(found, now)
         if not found.is_finite[nearest]:
             return None
         return Forecast(
@@ -105,19 +118,27 @@ class Outlook:
         if self._forecaster is not None:
             self._forecaster.release(self)
             self._forecaster = self.found = None
+            if self.tuning is not None:
+                self.tuning.close()
+
+    @staticmethod
+    def _nearest(found: _Found, now: float) -> int:
+        return bisect(_BETWEEN_S, now - found.made_s)
 
 
 class Forecaster:
-    """The forecasts of all connections."""
+    """The forecasts of all connections; with a budget for `tuning`, each corrects its own."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, tuning: TuningBudget | None = None) -> None:
         self._predictor = predictor
+        self._tuning = tuning
         self.due: dict[int, Outlook] = {}
         "Those to which events have come since the last settle, by slot."
 
     def open(self) -> Outlook:
         """Return the outlook of a new connection."""
-        return Outlook(self, self._predictor.open())
+        tuning = None if self._tuning is None else Tuning(self._tuning)
+        return Outlook(self, self._predictor.open(), tuning)
 
     def release(self, outlook: Outlook) -> None:
         """Give an outlook's slot back: `Outlook.close`."""
@@ -136,12 +157,16 @@ class Forecaster:
         for row, outlook in enumerate(outlooks):
             for column, silence_s in enumerate(SILENCES_S):
                 queries[row, column] = outlook.history.query(now, outlook.size, silence_s)
-        delay_s, point_s, drop = self._predictor.forecast(slots, queries)
+        frozen_s, point_s, drop = self._predictor.forecast(slots, queries)
+        delay_s = frozen_s
+        if self._tuning is not None:
+            tunings = [outlook.tuning for outlook in outlooks]
+            delay_s = corrected(frozen_s, [one and one.offsets() for one in tunings])
         # A quantile that is no number makes the higher ones so.
         finite = np.isfinite(delay_s[..., -1] + point_s + drop).all(axis=-1).tolist()
         for row, outlook in enumerate(outlooks):
             # Copies: a connection that falls silent is not to keep what all others were told.
-            mine = delay_s[row].copy(), point_s[row].copy(), drop[row].copy()
+            mine = delay_s[row].copy(), frozen_s[row].copy(), point_s[row].copy(), drop[row].copy()
             outlook.found = _Found(*mine, finite[row], now)
 
     def _push(self, outlooks: list[Outlook]) -> None:
