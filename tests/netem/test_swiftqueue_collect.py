@@ -9,7 +9,7 @@ import pytest
 from swiftqueue_light import light_place
 
 from eloquent.errors import ConfigurationError
-from eloquent.swiftqueue.dataset import Manifest, file_digest, replay
+from eloquent.swiftqueue.dataset import Manifest, SplitError, file_digest, replay
 from eloquent_netem.lab.cases import Job, Results
 from eloquent_netem.lab.rows import Place
 from eloquent_netem.lab.swiftqueue_collect import (
@@ -166,3 +166,12 @@ def test_networks_of_ones_own_are_judged_beside_what_was_learnt(data: Path, tmp_
     for entry in found:
         entry.load()
     assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+def test_a_network_of_a_family_that_is_learnt_of_is_found_out(data: Path, tmp_path: Path) -> None:
+    row = json.loads((data / "manifest.json").read_text())["flows"][0]
+    write_manifest(tmp_path, {}, [row | {"split": "train", "family": "bursts"}])
+    drawn = replace(place("bursts-7"), scenario=light_place().scenario)
+    folder = judged_data(tmp_path, [drawn], flows=1, workers=1, command="x", length_s=1.0)
+    with pytest.raises(SplitError, match="'bursts' is both in train and in test"):
+        Manifest.load(folder)

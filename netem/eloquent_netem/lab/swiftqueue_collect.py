@@ -266,11 +266,12 @@ def judged_data(
 ) -> Path:
     """Collect flows of single places for testing; return a folder with them and what is learnt of.
 
-    Its manifest names the training and validation flows of `data`, and beside them only these.
+    Its manifest names the training and validation flows of `data`, and beside them only these: who
+    reads it finds out whether one is of a family that is learnt of.
     """
     folder = data / OWN
     folder.mkdir(exist_ok=True)
-    networks = {place.name: [place] for place in places}
+    networks = {_family_of(place.name): [place] for place in places}
     jobs = held_out_jobs(networks, folder, flows=flows, seed=0, length_s=length_s)
     results = collect(jobs, folder, workers=workers, command=command)
     told = json.loads((data / MANIFEST).read_text(encoding="utf-8"))
@@ -281,6 +282,12 @@ def judged_data(
     ]
     write_manifest(folder, told["meta"], [*learnt, *results.figures.values()])
     return folder
+
+
+def _family_of(name: str) -> str:
+    """Return the family that drew a network, so that one that was learnt of is found out."""
+    family, _, seed = name.rpartition("-")
+    return family if family in FAMILIES and seed.isdecimal() else name
 
 
 def write_manifest(folder: Path, meta: dict[str, Any], flows: Sequence[Figures]) -> None:

@@ -249,7 +249,7 @@ def _line(rows: Sequence[PolicyRow], policy: str) -> tuple[str, ...]:
         policy,
         _mean(mine, "latency_p50_ms"),
         _mean(mine, "latency_p99_ms"),
-        _mean(mine, "latency_p999_ms"),
+        f"{fmean(row.latency_p999_ms for row in mine):.1f}",
         _range(gain(rows, policy)) if is_other else "",
         _range(share_of_oracle(rows, policy)) if is_other and policy != ORACLE else "",
         _mean(mine, "token_delay_p99_ms"),
@@ -268,5 +268,6 @@ def _mean(rows: Sequence[PolicyRow], field: str) -> str:
 def _range(interval: Interval | None) -> str:
     if interval is None:
         return "—"
-    spread = f" ({interval.low:.0f} to {interval.high:.0f})" if interval.half > 0 else ""
-    return f"{interval.figure:.1f}{spread}"
+    low, high = round(interval.low), round(interval.high)
+    # Adding zero takes the sign off one that rounds to it.
+    return f"{round(interval.figure, 1) + 0.0:.1f}" + (f" ({low}..{high})" if low < high else "")

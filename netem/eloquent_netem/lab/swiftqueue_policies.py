@@ -58,7 +58,7 @@ class PolicyRow:
     token_delay_p99_ms: float
     "Rendered less generated less the path's base delay."
     c_share: float
-    "Of the packets, copies included, that went into the classic queue."
+    "Of the packets, copies included, that left by the classic queue."
     copies_share: float
     lost_share: float
     packets_per_token: float
