@@ -146,7 +146,7 @@ class WatchedDualPi2(DualPi2):
             winner = self._serve_shadows(now, queue)
             packet = self._take_head(now, queue) if winner is None else self._let_win(now, winner)
         if not self._l and not self._c:
-            self._empty(now, is_serving=packet is not None)
+            self._empty()
         return packet
 
     def _foretell(self, now: float) -> tuple[float, float]:
@@ -326,22 +326,16 @@ class WatchedDualPi2(DualPi2):
             for shadow in shadows:
                 shadow.extra_credit += by
 
-    def _empty(self, now: float, *, is_serving: bool) -> None:
+    def _empty(self) -> None:
         """Start the credit anew, since no packet waits; shadows, if there are any, keep theirs."""
         self._shift_extra(self._credit - self._first_credit)
         self._credit = self._first_credit
         self._is_alone = bool(self._shadows[L] or self._shadows[C])
-        if not is_serving:
-            self._serve_all(now)
 
     def _serve_alone(self, now: float) -> None:
         """Serve the shadows if the link was free for them before a packet comes now."""
         self._is_alone = False
         ready_s = self._ready_s()
         if ready_s <= now:
-            self._serve_all(ready_s)
-
-    def _serve_all(self, now: float) -> None:
-        self._is_alone = False
-        for shadow in [*self._shadows[L], *self._shadows[C]]:
-            self._serve(now, shadow)
+            for shadow in [*self._shadows[L], *self._shadows[C]]:
+                self._serve(ready_s, shadow)

@@ -3,104 +3,21 @@
 import hashlib
 import random
 from collections.abc import Iterator
-from math import inf, isnan
+from math import inf
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from watched_link import BITS_PER_S, CLASSIC, L4S, MS, OTHERS, Always, World, foretold_ms, waits_ms
 
 from eloquent_netem.dualpi2 import DualPi2
 from eloquent_netem.dualpi2_watch import C, L, Passage, Watch, WatchedDualPi2
 from eloquent_netem.link import Link
-from eloquent_netem.packet import SUBJECT, Ecn, Packet
-from eloquent_netem.rate import FixedRate, PausedRate, Rate, TraceRate
+from eloquent_netem.packet import Ecn, Packet
+from eloquent_netem.rate import FixedRate, PausedRate, TraceRate
 from eloquent_netem.scenario import Scenario, parse_scenario
 from eloquent_netem.scenario_build import build_cross, build_link
 from eloquent_netem.scenario_parts import DOWN, UP
 from eloquent_netem.scenario_schema import ScenarioError
 from eloquent_netem.sim import Actor
-
-CLASSIC, L4S = Ecn.NOT_ECT, Ecn.ECT_1
-BITS_PER_S = 12e6
-MS = 0.001
-"What a full packet takes at that rate."
-
-OTHERS = 1
-"The flow of what is not the subject's."
-
-
-class Always(random.Random):
-    """Draws the same each time."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def random(self) -> float:
-        return self.value
-
-
-class World:
-    """A link with a watched queue whose draws mark and drop nothing, unless told to."""
-
-    def __init__(
-        self,
-        *,
-        scheduler: str = "wrr",
-        is_race: bool = False,
-        rate: Rate | None = None,
-        limit_packets: int = 10_000,
-        draw: float = 0.999,
-        shadow_draw: float = 0.999,
-    ) -> None:
-        self.passages: list[Passage] = []
-        self.out: list[tuple[float, Packet]] = []
-        rate = FixedRate(BITS_PER_S) if rate is None else rate
-        self.queue = WatchedDualPi2(
-            rng=Always(draw),
-            shadow_rng=Always(shadow_draw),
-            watch=Watch(report=self.passages.append, is_race=is_race),
-            ready_s=lambda: self.link.ready_s(),  # noqa: PLW0108  (it is made below)
-            rate_at=rate.bits_per_s,
-            scheduler=scheduler,  # type: ignore[arg-type]
-            limit_packets=limit_packets,
-        )
-        self.link = Link(delay_s=0.0, seed=1, name="down", rate=rate, queue=self.queue)
-
-    def send(
-        self, now: float, ecn: Ecn, *, size: int = 1500, flow: int = OTHERS, count: int = 1
-    ) -> Packet:
-        """Send packets; return the last."""
-        self.run(now)
-        for _ in range(count):
-            packet = Packet(b"", size, ecn, flow)
-            self.link.send(now, packet)
-        return packet
-
-    def ask(self, now: float, ecn: Ecn = L4S, size: int = 0) -> Packet:
-        """Send a packet of the subject."""
-        return self.send(now, ecn, size=size, flow=SUBJECT)
-
-    def run(self, until_s: float = inf) -> None:
-        while (time := self.link.next_time()) is not None and time < until_s:
-            self.out += [(time, packet) for packet in self.link.poll(time)]
-
-    def end(self) -> list[Passage]:
-        """Let all come out; one more packet, much later, ends the last waits."""
-        self.run()
-        now = max([time for time, _ in self.out], default=0.0) + 10
-        self.send(now, CLASSIC)
-        self.run()
-        return self.passages
-
-
-def waits_ms(passage: Passage) -> tuple[float, float]:
-    return round(1000 * passage.wait_s[L], 6), round(1000 * passage.wait_s[C], 6)
-
-
-def foretold_ms(passage: Passage) -> tuple[float, float]:
-    return round(1000 * passage.foretold_s[L], 6), round(1000 * passage.foretold_s[C], 6)
-
 
 # Cases by hand. A full packet takes 1 ms; the one that is being served when the subject's comes is
 # the first of those that were sent at 0.
@@ -250,6 +167,64 @@ def test_a_shadow_alone_meets_packets_that_come_before_the_link_is_free() -> Non
     world.send(1.7 * MS, L4S, count=2)  # while C's packet is being served
     [passage] = world.end()
     assert waits_ms(passage) == (0.5, 3.5)
+
+
+# The credit that a shadow goes by: its own packet, of full size here, is not there.
+
+
+def test_what_its_own_packet_pays_is_not_a_shadow_s() -> None:
+    world = World()
+    world.send(0.0, L4S)
+    world.ask(0.0, L4S, 1500)
+    world.send(0.0, L4S, count=40)
+    [passage] = world.end()
+    # The packet in service, its own, and nine others.
+    assert waits_ms(passage) == (1, 11)
+
+
+def test_what_its_own_packet_pays_beside_others_is_not_a_shadow_s() -> None:
+    world = World()
+    world.send(0.0, L4S)
+    world.send(0.0, CLASSIC)
+    world.ask(0.0, L4S, 1500)
+    world.send(0.0, L4S, count=40)
+    [passage] = world.end()
+    # Its own and eight others, C's packet; from then on ten others, since it had nine but for one.
+    assert waits_ms(passage) == (1, 21)
+
+
+def test_its_own_packet_does_not_make_others_pay() -> None:
+    world = World()
+    world.send(0.0, L4S, count=10)
+    world.ask(0.0, CLASSIC)
+    world.send(0.1 * MS, L4S, count=20)
+    world.send(9.5 * MS, CLASSIC)
+    [passage] = world.end()
+    # Its own packet has waited for nine, so it is C's turn: not so if C's other came first.
+    assert waits_ms(passage) == (10, 10)
+
+
+def test_its_own_packet_s_age_does_not_hold_a_shadow_back() -> None:
+    world = World(scheduler="time-shifted")
+    world.send(0.0, CLASSIC, count=131)
+    world.ask(55 * MS, L4S, 1500)
+    world.send(110 * MS, L4S)
+    [passage] = world.end()
+    # Before what came to L 55 ms later, though not before what came at the same time.
+    assert waits_ms(passage) == (76, 76)
+
+
+def test_a_shadow_s_credit_outlasts_the_others() -> None:
+    world = World()
+    world.send(0.0, L4S)
+    world.send(0.0, CLASSIC, size=500)
+    world.ask(0.0)
+    world.send(0.0, L4S, count=11)
+    world.send(12 * MS, L4S, count=20)
+    [passage] = world.end()
+    # Nine of L, C's 500 bytes: -30,000. Two of L, and the last is being served when others come:
+    # 0, so one more.
+    assert waits_ms(passage) == (1, 13.333333)
 
 
 def test_what_finds_the_queues_full_is_dropped_in_both() -> None:
@@ -439,128 +414,6 @@ def test_a_shadow_meets_what_its_packet_would_have_met(
     # The packet's own 0.1 ms, and in a few a full packet or, after other draws, some of them.
     assert errors_s[len(errors_s) * 6 // 10] < 0.00011
     assert errors_s[len(errors_s) * 7 // 10] < 0.0025
-
-
-# Races.
-
-
-def test_in_a_race_a_packet_leaves_from_whichever_queue_is_first() -> None:
-    for ecn in (L4S, CLASSIC):
-        for waiting, queue, wait_s in ((L4S, C, 10 * MS), (CLASSIC, L, MS)):
-            world = World(is_race=True)
-            world.send(0.0, waiting, count=51)
-            world.ask(0.0, ecn)
-            [passage] = world.end()
-            assert passage.wait_s[queue] == pytest.approx(wait_s)
-            assert isnan(passage.wait_s[1 - queue])
-
-
-@pytest.mark.parametrize("ecn", [L4S, CLASSIC])
-def test_a_tie_is_its_own_queue_s(ecn: Ecn) -> None:
-    world = World(is_race=True)
-    world.ask(0.0, ecn, 150)
-    world.send(1.0, L4S)
-    world.ask(1.0, ecn, 150)
-    for passage in world.end():
-        assert isnan(passage.wait_s[1 - passage.queue])
-
-
-def test_who_wins_in_c_pays_for_it_there() -> None:
-    world = World(is_race=True)
-    world.send(0.0, L4S, count=61)
-    for _ in range(3):
-        world.ask(0.0, size=150)
-    passages = world.end()
-    # 15,000 of credit after nine of L, the first takes 13,500 of it, and the next goes at once; it
-    # leaves -12,000, so the third waits for one more of L.
-    waits = [round(1000 * one.wait_s[C], 3) for one in passages]
-    assert waits == [10, 10.1, 11.2]
-
-
-def test_who_loses_in_c_has_changed_nothing_there() -> None:
-    def classic_at(*, is_race: bool) -> float:
-        world = World(is_race=is_race)
-        for number in range(8):
-            world.send(10 * number * MS, L4S, count=4)
-            world.ask(10 * number * MS)
-        world.send(100 * MS, L4S, count=40)
-        packet = world.send(100 * MS, CLASSIC)
-        world.end()
-        return next(time for time, one in world.out if one is packet)
-
-    assert classic_at(is_race=True) == classic_at(is_race=False) == pytest.approx(0.111)
-
-
-@pytest.mark.parametrize(
-    ("draw", "shadow_draw", "in_front", "dropped_in"),
-    [
-        (0.0, 0.999, CLASSIC, L),
-        (0.999, 0.0, CLASSIC, None),
-        (0.0, 0.999, L4S, None),
-        (0.999, 0.0, L4S, C),
-    ],
-)
-def test_a_packet_is_dropped_by_the_queue_that_is_first_alone(
-    draw: float, shadow_draw: float, in_front: Ecn, dropped_in: int | None
-) -> None:
-    world = World(is_race=True, draw=draw, shadow_draw=shadow_draw)
-    queue = world.queue
-    queue._p, queue._next_update_s = 0.9, inf
-    world.send(0.0, CLASSIC)
-    world.send(0.1 * MS, in_front, count=2)
-    asked = world.ask(0.2 * MS, L4S, 150)
-    if in_front is L4S:
-        queue._credit = 1  # A lone packet of C goes first.
-    world.send(0.3 * MS, CLASSIC, count=4)
-    [passage] = world.end()
-    first = L if in_front is CLASSIC else C
-    assert passage.wait_s[first] == (inf if dropped_in == first else pytest.approx(0.8 * MS))
-    assert isnan(passage.wait_s[1 - first])
-    assert (asked in [packet for _, packet in world.out]) == (dropped_in is None)
-
-
-STEPS = st.lists(
-    st.tuples(
-        st.floats(0, 0.01),
-        st.sampled_from([L4S, CLASSIC]),
-        st.integers(40, 1500),
-        st.integers(1, 12),
-        st.sampled_from([SUBJECT, OTHERS, OTHERS]),
-    ),
-    min_size=1,
-    max_size=60,
-)
-
-
-@given(STEPS, st.booleans(), st.sampled_from(["wrr", "time-shifted"]), st.floats(0, 1))
-def test_no_packet_is_lost_or_doubled_and_each_passage_is_told_once(
-    steps: list[tuple[float, Ecn, int, int, int]], is_race: bool, scheduler: str, draw: float
-) -> None:
-    world = World(
-        scheduler=scheduler, is_race=is_race, draw=draw, shadow_draw=1 - draw, limit_packets=60
-    )
-    now, sent = 0.0, 1
-    subjects: list[Packet] = []
-    for gap_s, ecn, size, count, flow in steps:
-        now += gap_s
-        for _ in range(count):
-            packet = world.send(now, ecn, size=size, flow=flow)
-            sent += 1
-            if flow == SUBJECT:
-                subjects.append(packet)
-    passages = world.end()
-    out = [id(packet) for _, packet in world.out]
-    assert len(set(out)) == len(out)
-    assert len(out) + world.queue.drops == sent
-    assert sorted(id(one.packet) for one in passages) == sorted(map(id, subjects))
-    times = {id(packet): time for time, packet in world.out}
-    for one in passages:
-        known = [wait_s for wait_s in one.wait_s if not isnan(wait_s)]
-        assert len(known) == 2 or is_race
-        took_s = times.get(id(one.packet), inf) - one.entered_s - one.packet.size * 8 / BITS_PER_S
-        arrived = min(known) if is_race else one.wait_s[one.queue]
-        assert took_s == pytest.approx(arrived, abs=1e-9)
-        assert min(one.wait_s) >= 0 or isnan(sum(one.wait_s))
 
 
 # The rest of what is promised.
