@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -274,8 +274,13 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def save_weights(model: Predictor, path: Path) -> None:
-    """Write the model's tensors to a safetensors file."""
-    save_file({name: one.contiguous().cpu() for name, one in model.state_dict().items()}, path)
+    """Write the model's tensors to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {name: one.contiguous().cpu() for name, one in model.state_dict().items()}
+    path.write_bytes(save(tensors))
 
 
 def load_weights(model: Predictor, path: Path) -> None:
