@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -281,16 +281,6 @@ def save_weights(model: Predictor, path: Path) -> None:
     """
     tensors = {name: one.contiguous().cpu() for name, one in model.state_dict().items()}
     path.write_bytes(save(tensors))
-
-
-def load_weights(model: Predictor, path: Path) -> None:
-    """Read what `save_weights` wrote.
-
-    Raises:
-        OSError: the file cannot be read.
-        RuntimeError: its tensors are not this model's.
-    """
-    model.load_state_dict(load_file(path))
 
 
 def _blocks(x: Tensor, window: int) -> Tensor:

@@ -3,9 +3,6 @@
 import math
 from dataclasses import asdict, dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 LEVELS = (0.5, 0.9, 0.99)
 "The quantiles of the queueing delay that are foretold."
 DELAY_UNIT_S = 0.005
@@ -41,8 +38,3 @@ class Shape:
     def as_dict(self) -> dict[str, int]:
         """Return the sizes by name, as the JSON beside the weights has them."""
         return asdict(self)
-
-
-def seconds(scaled: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return delays in seconds from the scale in which they are foretold, cut to what is sane."""
-    return (DELAY_UNIT_S * np.expm1(np.clip(scaled, 0.0, MAX_SCALED))).astype(np.float32)
