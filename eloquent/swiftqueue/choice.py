@@ -15,7 +15,7 @@ and a short reliable one is left for it only when it is about to be worse at its
 MARGIN_S = 0.001
 MARGIN_SHARE = 0.15
 "The other queue is better if it costs less by this time and by this share."
-DWELL_S = 0.1
+DWELL_S = 0.05
 "A queue is kept for so long at the least."
 
 _MEDIAN_WEIGHT, _UPPER_WEIGHT, _HIGHEST_WEIGHT = LEVEL_WEIGHTS

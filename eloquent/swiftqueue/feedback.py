@@ -1,7 +1,7 @@
 """What the peer reports: whether it can be, and whether it is there at all.
 
-A peer, or what lies between, may report anything: arrivals that cannot be, a clock that is set,
-always the same, nothing. None of that may cost more than steering: the policy falls back.
+A peer, or what lies between, may report anything: arrivals that cannot be, by a clock that is set,
+always the same one, nothing. None of that may cost more than the steering: the policy falls back.
 """
 
 import math
@@ -16,8 +16,6 @@ JUMP_S = 0.03
 "By so much an arrival must contradict the others, to be one that cannot be; less is jitter."
 ABSURD_S = 60.0
 "No packet is that late."
-HELD_S = 1.0
-"A path may hold packets and let them go at once, but not what was sent so far apart."
 STRIKES = 3
 STRIKES_WITHIN_S = 5.0
 "So many arrivals that cannot be, in this time, and none is believed."
@@ -50,11 +48,6 @@ class FeedbackCheck:
     def __init__(self) -> None:
         self._forward = Least()
         self._back = Least()
-        self._newest: list[tuple[float, float]] = [(-math.inf, -math.inf)] * len(Queue)
-        "By queue, the packet sent last of those that arrived: when it left and arrived."
-        self._arrived_s = math.nan
-        self._same_since_s = 0.0
-        "The sending of the first packet that is said to have arrived just then."
         self._strikes: deque[float] = deque(maxlen=STRIKES)
 
     @property
@@ -70,8 +63,6 @@ class FeedbackCheck:
             return fault
         self._forward.learn(now, arrived_s - packet.sent_s)
         self._back.learn(now, heard_s - arrived_s)
-        queue = queue_of(packet)
-        self._newest[queue] = max(self._newest[queue], (packet.sent_s, arrived_s))
         return ""
 
     def is_out(self, now: float) -> bool:
@@ -91,16 +82,6 @@ class FeedbackCheck:
                 return "packets arrive sooner than they can: the peer's clock was set, or it lies"
             if forward_s > JUMP_S and back_s < -JUMP_S:
                 return "packets arrive after we heard of them: the peer's clock was set, or it lies"
-        return self._fault_of_order(packet, arrived_s)
-
-    def _fault_of_order(self, packet: SentPacket, arrived_s: float) -> str:
-        sent_s, before_s = self._newest[queue_of(packet)]
-        if packet.sent_s > sent_s and arrived_s < before_s - JUMP_S:
-            return "packets of one queue overtake each other"
-        if arrived_s != self._arrived_s:
-            self._arrived_s, self._same_since_s = arrived_s, packet.sent_s
-        elif abs(packet.sent_s - self._same_since_s) > HELD_S:
-            return "all packets are said to arrive at the same time"
         return ""
 
 
@@ -118,8 +99,6 @@ class FeedbackClock:
         self._sent_s = -math.inf
         self._unheard_since_s = math.inf
         "When the first packet left after the last feedback."
-        self.heard_s = -math.inf
-        "When the last arrival was reported."
 
     def on_sent(self, packet: SentPacket) -> None:
         """Take note of a packet."""
@@ -143,7 +122,6 @@ class FeedbackClock:
             self._usual_s += MEAN_WEIGHT * error_s
         self._silence_s = min(max(SILENCE_RTTS * self._usual_s, SILENCE_MIN_S), SILENCE_MAX_S)
         self._unheard_since_s = math.inf
-        self.heard_s = now
 
     def is_silent(self) -> bool:
         """Return whether packets have left for so long, up to the last one, without feedback."""

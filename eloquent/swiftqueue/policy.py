@@ -8,8 +8,8 @@
     UNMARKED  L, which the connection    validation takes the mark off       LEARNING, when a mark
               turns into Not-ECT         (see `eloquent.quic.ecn`)           leaves again
 
-Copies go into the other queue, which takes no forecast, in every state but UNMARKED; into the same
-one only if the other is foretold to be of no use. Those that the policy asks for itself
+Copies go into the other queue in every state, since that takes no forecast; into the same one only
+if the other is foretold to be of no use. Those that the policy asks for itself
 (`wants_copy`) are *probes*, since the queue not in use is not seen, and *hedges*, where a packet
 may be slow in whichever queue is chosen, or has no feedback when it is due: both queues at once,
 and the earlier one renders.
@@ -35,7 +35,7 @@ from eloquent.swiftqueue.trust import Backoff, Calibration
 
 LEARN_OBSERVATIONS = 8
 FORECAST_MAX_AGE_S = 1.0
-"What was heard longer ago foretells nothing."
+"What is older foretells nothing."
 
 LOSS_MIN_S = 0.005
 LOSS_MAX_S = 0.05
@@ -53,7 +53,7 @@ BUSY_S = 0.003
 
 HEDGE_SHARE = 0.1
 HEDGE_BURST = 20.0
-HEDGE_MIN_S = 0.005
+HEDGE_MIN_S = 0.01
 "A packet that risks less than this is not hedged."
 HEDGE_STEP = 0.05
 "Nor one that is not among the riskiest `HEDGE_SHARE`; by this step the bound follows the risks."
@@ -276,8 +276,6 @@ class SwiftQueueMarking:
         if self._clock.is_silent():
             self._tell_silence()
             return None
-        if now - self._clock.heard_s > FORECAST_MAX_AGE_S:
-            return None
         forecast = self._outlook.forecast(now)
         if forecast is None or now - forecast.made_s > FORECAST_MAX_AGE_S:
             return None
@@ -326,8 +324,6 @@ class SwiftQueueMarking:
 
     def _queue_of_copy(self, now: float) -> Queue:
         """Return the queue for a copy of the last packet."""
-        if self.state is State.UNMARKED:
-            return self._last
         if now - self._probed_s <= COPY_WITHIN_S:
             return other(self._last)
         return self._best_beside(self._last)

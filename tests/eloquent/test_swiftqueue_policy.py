@@ -66,6 +66,14 @@ def test_a_forecast_that_is_no_number_is_none(broken: float) -> None:
     assert Line(policy).run(3).marks_of(0) == {L}
 
 
+def test_forecasts_that_turn_into_no_numbers_end_steering() -> None:
+    policy, _ = steered(lambda now: Foretold(BURST, CALM if now < 2 else (1, 2, math.nan)))
+    line = Line(policy, waits=lambda now, queue: 0.001).run(3)
+    assert state(line) is State.STALE
+    assert line.marks_of(1, 2) == {C}
+    assert line.marks_of(2) == {L}
+
+
 @pytest.mark.parametrize("way_s", [0.005, 0.05, 0.3])
 def test_absent_feedback_ends_steering_within_a_second(
     way_s: float, caplog: pytest.LogCaptureFixture
@@ -276,6 +284,12 @@ def test_the_queue_not_in_use_is_probed_often_while_it_matters_within_the_budget
     packets, copies = len(line.since(0)), len(line.copies_of(0))
     assert 0.8 * PROBE_SHARE * packets <= copies <= PROBE_SHARE * packets + PROBE_BURST
     assert set(line.copies_of(1)) == {L}
+
+
+def test_a_queue_that_is_of_no_use_is_probed_all_the_same() -> None:
+    policy, _ = steered(lambda now: Foretold(CALM, (300, 400, 500)), has_probes=True)
+    line = Line(policy, waits=lambda now, queue: (0.0005, 0.3)[queue]).run(10)
+    assert set(line.copies_of(1)) == {C}
 
 
 def test_where_both_queues_may_be_slow_packets_are_hedged_within_the_budget() -> None:
