@@ -140,6 +140,30 @@ def test_the_receivers_clock_is_in_the_record_and_nowhere_else(in_l: FlowRun) ->
     assert ahead.latency_s == pytest.approx(in_l.latency_s)
 
 
+class Listening(PlainMarking):
+    """All into L; takes note of how long packets are said to have taken."""
+
+    def __init__(self) -> None:
+        self.delays_s: list[float] = []
+
+    @property
+    def wants_times(self) -> bool:
+        return True
+
+    def next_codepoint(self, now: float, size: int, *, is_copy: bool) -> Ecn:
+        return Ecn.ECT_1
+
+    def on_arrival(self, now: float, packet: SentPacket, arrived_s: float) -> None:
+        self.delays_s.append(arrived_s - packet.sent_s)
+
+
+def test_a_policy_hears_of_arrivals_by_the_receivers_clock() -> None:
+    policy = Listening()
+    run_flow(light(), EachAlone(lambda: policy), seed=1, length_s=1.0, offset_s=3.0)
+    assert len(policy.delays_s) >= 50
+    assert min(policy.delays_s) == pytest.approx(3.01, abs=0.001)
+
+
 def test_in_a_race_each_packet_takes_the_faster_queue(in_l: FlowRun) -> None:
     race = run_flow(light(), exploring("all-l", 1), seed=1, is_race=True)
     assert (race.flow.queue == Queue.L).all()

@@ -107,8 +107,7 @@ def latencies(
     starts = np.flatnonzero(~is_copy)
     first_s = np.fmin.reduceat(arrived_s, starts)
     later_s = np.fmin.accumulate(first_s[::-1])[::-1]
-    rescued_s = np.append(later_s[1:], np.nan)
-    took_s = np.where(np.isnan(first_s), rescued_s, first_s) - sent_s[starts]
+    took_s = np.where(np.isnan(first_s), later_s, first_s) - sent_s[starts]
     return took_s[~np.isnan(took_s)]
 
 
