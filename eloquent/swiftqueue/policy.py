@@ -163,7 +163,6 @@ class SwiftQueueMarking:
         self._decided_s = math.nan
         self._asked = self._last = Queue.L
         "Where the newest packet was to go, and the newest that is no copy."
-        self._size = 0
         self._gap_s = LOSS_MAX_S
         self._sent_s = [-math.inf, -math.inf]
         "By queue: when the newest packet left."
@@ -199,14 +198,11 @@ class SwiftQueueMarking:
         if self.state is State.DISTRUST or self.state is State.UNMARKED:
             return False
         queue = self._choice.queue
-        unused = other(queue)
-        if unused is Queue.C and not self._classic.allows(now, self._size):
-            return False
         if self._hedges.has_copy and self._is_risky(now, queue):
             self._hedges.spend()
             self.counters.hedges += 1
             return True
-        if self._probes.has_copy and self._is_unseen(now, unused):
+        if self._probes.has_copy and self._is_unseen(now, other(queue)):
             self._probes.spend()
             self.counters.probes += 1
             self._probed_s = now
@@ -233,10 +229,10 @@ class SwiftQueueMarking:
         """See `MarkingPolicy`."""
         queue = queue_of(packet)
         self._check_mark(queue)
-        number, sent_s, self._size = packet[:3]
+        number, sent_s, size = packet[:3]
         self.counters.packets += 1
         self.counters.classic += queue
-        self._classic.on_sent(sent_s, self._size, queue)
+        self._classic.on_sent(sent_s, size, queue)
         if not packet.is_timed:
             return  # A bare acknowledgement, say: nobody will tell what became of it.
         gap_s = sent_s - max(self._sent_s)
@@ -247,7 +243,7 @@ class SwiftQueueMarking:
         self._clock.on_sent(packet)
         if self._outlook is None:
             return
-        self._outlook.on_sent(number, sent_s, self._size, queue)
+        self._outlook.on_sent(number, sent_s, size, queue)
         prospect = None if self._prospects is None else self._prospects[queue]
         self._out[number] = _Out(prospect, self._feedback.base_s)
         if len(self._out) > MAX_OUT:

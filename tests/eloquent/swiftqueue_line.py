@@ -102,7 +102,8 @@ class Line:
     """Sends a packet each `gap_s`, with a copy where the policy wants one, and reports arrivals.
 
     `waits` gives the queueing delay of a packet, None if it is lost; `tells` the reported arrival
-    by the peer's clock, None if there is no report. Validation may clear marks (`marks`).
+    by the peer's clock, None if there is no report; reports follow acknowledgements by
+    `reports_after_s`. Validation may clear marks (`marks`).
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Line:
         tells: Callable[[float, SentPacket, float], float | None] = told_as_it_is,
         copies: Callable[[float], bool] = lambda now: False,
         marks: Callable[[float], bool] = lambda now: True,
+        reports_after_s: float = 0.0,
         seed: int = 1,
     ) -> None:
         self.policy = policy
@@ -128,10 +130,12 @@ class Line:
         self._tells = tells
         self._copies = copies
         self._marks = marks
+        self._reports_after_s = reports_after_s
         self._rng = random.Random(seed)
         self._number = 0
         self._next_s = 0.0
         self._news: list[tuple[float, int, SentPacket, float]] = []
+        self._reports: list[tuple[float, int, SentPacket, float]] = []
 
     def run(self, until_s: float) -> "Line":
         while self._next_s < until_s:
@@ -166,22 +170,25 @@ class Line:
         self.policy.on_sent(packet)
         waits_s = self._waits(self.now, queue_of(packet))
         if waits_s is None:
-            self._note(self.now + 4 * self._way_s, packet, math.nan)
+            news = (self.now + 4 * self._way_s, packet.number, packet, math.nan)
+            heapq.heappush(self._news, news)
             return
         way_s = self._way_s + waits_s
         back_s = self._way_s + self._rng.uniform(0, 0.01)
-        self._note(self.now + way_s + back_s, packet, self.now + way_s + CLOCK_AHEAD_S)
-
-    def _note(self, known_s: float, packet: SentPacket, arrived_s: float) -> None:
+        known_s, arrived_s = self.now + way_s + back_s, self.now + way_s + CLOCK_AHEAD_S
         heapq.heappush(self._news, (known_s, packet.number, packet, arrived_s))
+        report = (known_s + self._reports_after_s, packet.number, packet, arrived_s)
+        heapq.heappush(self._reports, report)
 
     def _hear(self, until_s: float) -> None:
         while self._news and self._news[0][0] <= until_s:
             known_s, _, packet, arrived_s = heapq.heappop(self._news)
             if math.isnan(arrived_s):
                 self.policy.on_lost(known_s, packet)
-                continue
-            self.policy.on_acked(known_s, packet)
+            else:
+                self.policy.on_acked(known_s, packet)
+        while self._reports and self._reports[0][0] <= until_s:
+            known_s, _, packet, arrived_s = heapq.heappop(self._reports)
             told_s = self._tells(known_s, packet, arrived_s)
             if told_s is not None:
                 self.policy.on_arrival(known_s, packet, told_s)

@@ -169,8 +169,7 @@ def test_forecasts_that_are_exceeded_too_often_are_distrusted_ever_longer() -> N
 def test_observations_reach_the_outlook_and_lost_packets_too() -> None:
     policy, outlooks = steered()
     waits = iter([0.001, None, 0.001] * 10)
-    line = Line(policy, waits=lambda now, queue: next(waits)).run(0.99)
-    line.run(0.99)
+    Line(policy, waits=lambda now, queue: next(waits)).run(0.99)
     policy_seen = outlooks.opened[0].seen
     assert [seen.number for seen in policy_seen if seen.is_lost][:3] == [1, 4, 7]
     arrived = next(seen for seen in policy_seen if seen.number == 3)
@@ -214,6 +213,13 @@ def test_unforeseeable_bursts_in_l_make_a_reliable_short_c_the_better_queue() ->
 def test_drops_count_as_delay() -> None:
     policy, _ = steered(lambda now: Foretold(STANDING, CALM, drop=(0.0, 0.2)))
     assert Line(policy).run(3).marks_of(0) == {L}
+
+
+@pytest.mark.parametrize(("gap_s", "queue"), [(0.1, L), (0.005, C)])
+def test_a_drop_costs_the_wait_for_the_next_bundle(gap_s: float, queue: Ecn) -> None:
+    policy, _ = steered(lambda now: Foretold((10, 12, 14), (1, 2, 3), drop=(0.0, 0.02)))
+    line = Line(policy, gap_s=gap_s, size=100, waits=lambda now, queue: 0.001).run(6)
+    assert line.marks_of(4) == {queue}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -89,6 +89,20 @@ def test_reports_that_cannot_be_end_steering(tells: Tells) -> None:
     assert policy.counters.fallbacks == {"feedback": 1}
 
 
+@pytest.mark.parametrize(("claims_s", "is_believed"), [(0.0, True), (0.3, False)])
+def test_an_arrival_after_its_acknowledgement_is_not_believed_however_late_the_report(
+    claims_s: float, *, is_believed: bool
+) -> None:
+    policy, _ = steered(lambda now: Foretold(BURST, CALM))
+    line = Line(
+        policy,
+        waits=lambda now, queue: 0.001,
+        tells=lambda now, packet, arrived_s: arrived_s + claims_s * (now > 5),
+        reports_after_s=0.4,
+    ).run(7)
+    assert (state(line) is State.STEERING) == is_believed
+
+
 @pytest.mark.parametrize("tells", [set_forward, set_back])
 def test_a_clock_that_was_set_once_is_learnt_anew(tells: Tells) -> None:
     policy, _ = steered(lambda now: Foretold(BURST, CALM))
