@@ -161,7 +161,7 @@ class Forecaster:
         delay_s = frozen_s
         if self._tuning is not None:
             tunings = [outlook.tuning for outlook in outlooks]
-            delay_s = corrected(frozen_s, [one and one.offsets() for one in tunings])
+            delay_s = corrected(frozen_s, [one and one.curves() for one in tunings])
         # A quantile that is no number makes the higher ones so.
         finite = np.isfinite(delay_s[..., -1] + point_s + drop).all(axis=-1).tolist()
         for row, outlook in enumerate(outlooks):

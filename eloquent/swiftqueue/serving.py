@@ -37,9 +37,15 @@ class SwiftQueue:
 
 
 def make(
-    weights: Path | None = None, *, has_copies: bool = True, has_probes: bool = True
+    weights: Path | None = None,
+    *,
+    has_copies: bool = True,
+    has_probes: bool = True,
+    has_tuning: bool = False,
 ) -> SwiftQueue:
     """Return an endpoint's SwiftQueue, with the weights that are shipped or those of a path.
+
+    With `has_tuning` each connection corrects its forecasts (`eloquent.swiftqueue.tuning`).
 
     Raises:
         ConfigurationError: the weights or a package are missing or damaged.
@@ -47,10 +53,12 @@ def make(
     try:
         from eloquent.swiftqueue.forecaster import Forecaster
         from eloquent.swiftqueue.inference import SHIPPED, Model, Predictor
+        from eloquent.swiftqueue.tuning import TuningBudget
     except ImportError as error:
         raise ConfigurationError(
             f"SwiftQueue needs numpy and safetensors, and cannot load them: {error}. Install "
             "Eloquent again (`pip install eloquent-stream`), or choose another marking policy."
         ) from error
     predictor = Predictor(Model.load(SHIPPED if weights is None else weights))
-    return SwiftQueue(Forecaster(predictor), has_copies=has_copies, has_probes=has_probes)
+    forecaster = Forecaster(predictor, TuningBudget() if has_tuning else None)
+    return SwiftQueue(forecaster, has_copies=has_copies, has_probes=has_probes)

@@ -1,15 +1,16 @@
 """Online fine-tuning: a connection's forecasts, corrected by what became of its own packets.
 
-What is learnt is the last bias of the head, for the quantiles: six numbers, one for each level in
-each queue, added to the head's output in the delay's scale. Each packet whose arrival is known
-moves those of its queue by the gradient of the pinball loss there, which is the level or the level
-less one, times `RATE`: so a quantile goes up until the right share of packets is below it. More
-weights would learn more, from more packets than a connection has: a minute of tokens is a few
-hundred independent observations.
+What is learnt is a last layer on top of the head's quantiles: for each queue and level a curve in
+the delay's scale, by which the head's output goes up or down, linear between its values at `KNOTS`
+(24 numbers in all). A single bias would do for the share of packets below a quantile, and pay for
+it in milliseconds, since what is wrong on an empty queue is not what is wrong on a full one; the
+head's own last layer has 400 weights, and a minute of tokens is a few hundred observations that do
+not depend on each other. Each packet whose arrival is known moves the two nearest values of its
+queue by the gradient of the pinball loss, the model's own in training.
 
 A peer may report what it likes, and paths differ, so nothing is shared: each connection learns for
 itself, and forgets with its `Outlook`, which the policy gives up when it loses trust. Within that,
-a lie moves a forecast by `RATE` a packet and `MOST` in all.
+a lie moves a forecast by `RATE` times `MOST_WEIGHT` a packet, and by `MOST` in all.
 
     state of a queue   its forecasts    why                                           next
     frozen             the model's      fewer than `LEAST_SEEN` packets, or the       tuned, reset
@@ -23,6 +24,7 @@ Nothing here is random.
 """
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +33,11 @@ from numpy.typing import NDArray
 from eloquent.swiftqueue.records import Observation, Queue
 from eloquent.swiftqueue.shape import DELAY_UNIT_S, LEVELS, MAX_DELAY_S, MAX_SCALED
 
+KNOTS_S = (0.0, 0.01, 0.05, 0.25)
+"Foretold delays at which a correction has values of its own."
 RATE = 0.02
+MOST_WEIGHT = 4.0
+"What a step counts at most: more for longer delays, as the loss has a part in seconds."
 MOST = 1.0
 "The trust region: a correction changes delay + 5 ms by a factor of e at most."
 LEAST_SEEN = 50
@@ -39,21 +45,29 @@ LEAST_SEEN = 50
 BETTER = 0.98
 WORSE = 1.05
 "The correction is used below so much of the frozen head's loss, and begins anew above so much."
-MEMORY = 200
+MEMORY = 500
 "Packets over which the losses are taken."
 ERROR_UNIT_S = 0.1
 "A loss in seconds counts over this beside that in the delay's scale, as in training."
 
 SHARE = 0.01
 "Of one processor's time, for all connections."
-STEP_S = 1.5e-5
-"What a packet costs of it."
+STEP_S = 1e-5
+"What learning from a packet costs of it. Corrections, once learnt, cost 3 to 20 us a settle more."
 BURST = 50.0
 "Packets of a connection that are learnt from at once, at most."
 MAX_WAITING = 512
 "Packets of a connection whose fate is waited for, at most."
 
-_NONE = (0.0,) * len(LEVELS)
+Curve = tuple[float, ...]
+"A correction's values at `KNOTS_S`."
+Curves = tuple[Curve, ...]
+"Those of a queue, by level."
+
+_KNOTS = tuple(math.log1p(knot_s / DELAY_UNIT_S) for knot_s in KNOTS_S)
+_LOW = np.array(_KNOTS[:-1], np.float32)
+_WIDTH = np.diff(np.array(_KNOTS, np.float32))
+_NONE: Curves = ((0.0,) * len(KNOTS_S),) * len(LEVELS)
 
 
 class TuningBudget:
@@ -101,11 +115,11 @@ class Tuning:
         """By queue: the recent loss of the frozen head, and of the corrected one; NaN: none."""
         return tuple((queue.frozen_loss, queue.tuned_loss) for queue in self._queues)
 
-    def offsets(self) -> tuple[tuple[float, ...], ...] | None:
-        """Return what is added to the quantiles, (2, 3), in the delay's scale; None: nothing."""
+    def curves(self) -> tuple[Curves, ...] | None:
+        """Return the corrections, (2, 3, knots), in the delay's scale; None: there is none."""
         if not any(queue.is_used for queue in self._queues):
             return None
-        return tuple(queue.offsets if queue.is_used else _NONE for queue in self._queues)
+        return tuple(queue.curves if queue.is_used else _NONE for queue in self._queues)
 
     def on_sent(
         self, number: int, now: float, queue: Queue, base_s: float, delay_s: NDArray[np.float32]
@@ -129,8 +143,7 @@ class Tuning:
             self.skipped += 1
             return
         self._tokens -= 1
-        offsets = self._queues[queue].offsets
-        self._waiting[number] = _Told(base_s, delay_s, offsets)
+        self._waiting[number] = _Told(base_s, delay_s, self._queues[queue].curves)
         if len(self._waiting) > MAX_WAITING:
             del self._waiting[next(iter(self._waiting))]
 
@@ -144,9 +157,8 @@ class Tuning:
         if not math.isfinite(delay_s + foretold_s[-1]):
             return
         self.steps += 1
-        self._queues[seen.queue].learn(
-            min(max(delay_s, 0.0), MAX_DELAY_S), foretold_s, told.offsets
-        )
+        delay_s = min(max(delay_s, 0.0), MAX_DELAY_S)
+        self._queues[seen.queue].learn(delay_s, foretold_s, told.curves)
 
     def forget_waiting(self) -> None:
         """Learn nothing from what is under way: the peer's clock was set."""
@@ -160,49 +172,55 @@ class Tuning:
 class _Told:
     """What was foretold of a packet."""
 
-    __slots__ = ("base_s", "delay_s", "offsets")
+    __slots__ = ("base_s", "curves", "delay_s")
 
-    def __init__(
-        self, base_s: float, delay_s: NDArray[np.float32], offsets: tuple[float, ...]
-    ) -> None:
+    def __init__(self, base_s: float, delay_s: NDArray[np.float32], curves: Curves) -> None:
         self.base_s = base_s
         self.delay_s = delay_s
-        self.offsets = offsets
+        self.curves = curves
         "What the correction was then, used or not."
 
 
 class _QueueTuning:
     """The correction of one queue's quantiles."""
 
-    __slots__ = ("frozen_loss", "is_used", "offsets", "resets", "seen", "tuned_loss")
+    __slots__ = ("curves", "frozen_loss", "is_used", "resets", "seen", "tuned_loss")
 
     def __init__(self) -> None:
         self.resets = 0
         self._begin()
 
     def _begin(self) -> None:
-        self.offsets = _NONE
+        self.curves = _NONE
         self.frozen_loss = self.tuned_loss = math.nan
         self.seen = 0
         self.is_used = False
 
-    def learn(self, delay_s: float, foretold_s: list[float], offsets: tuple[float, ...]) -> None:
-        """Take a step; then see whether the correction is worth it."""
+    def learn(self, delay_s: float, foretold_s: list[float], then: Curves) -> None:
+        """Take a step; then see whether the correction is worth it.
+
+        `then` is what it was when the packet left.
+        """
         scaled = _scaled(delay_s)
         frozen_loss = tuned_loss = highest = 0.0
         moved = []
-        for level, quantile_s, then, offset in zip(
-            LEVELS, foretold_s, offsets, self.offsets, strict=True
+        for level, quantile_s, its_curve, curve in zip(
+            LEVELS, foretold_s, then, self.curves, strict=True
         ):
             quantile = _scaled(quantile_s)
             frozen_loss += _pinball(level, scaled - quantile, delay_s - quantile_s)
-            # As `corrected` has it.
-            highest = min(max(quantile + then, highest), MAX_SCALED)
+            knot, share = _place(quantile)
+            added = its_curve[knot] * (1 - share) + its_curve[knot + 1] * share
+            highest = min(max(quantile + added, highest), MAX_SCALED)  # As `corrected` has it.
             tuned_s = DELAY_UNIT_S * math.expm1(highest)
             tuned_loss += _pinball(level, scaled - highest, delay_s - tuned_s)
-            step = level if scaled > highest else level - 1
-            moved.append(min(max(offset + RATE * step, -MOST), MOST))
-        self.offsets = tuple(moved)
+            step = RATE * min(1 + (tuned_s + DELAY_UNIT_S) / ERROR_UNIT_S, MOST_WEIGHT)
+            step *= level if scaled > highest else level - 1
+            moved.append(_moved(curve, knot, share, step))
+        self.curves = tuple(moved)
+        self._judge(frozen_loss, tuned_loss)
+
+    def _judge(self, frozen_loss: float, tuned_loss: float) -> None:
         if self.seen == 0:
             self.frozen_loss, self.tuned_loss = frozen_loss, tuned_loss
         self.seen += 1
@@ -220,6 +238,20 @@ class _QueueTuning:
             self.is_used = True
 
 
+def _place(scaled: float) -> tuple[int, float]:
+    """Return the knot below a foretold delay, and how far it is on the way to the next one."""
+    knot = min(bisect(_KNOTS, scaled) - 1, len(_KNOTS) - 2)
+    low, high = _KNOTS[knot], _KNOTS[knot + 1]
+    return knot, min((scaled - low) / (high - low), 1.0)
+
+
+def _moved(curve: Curve, knot: int, share: float, step: float) -> Curve:
+    found = list(curve)
+    found[knot] = min(max(found[knot] + step * (1 - share), -MOST), MOST)
+    found[knot + 1] = min(max(found[knot + 1] + step * share, -MOST), MOST)
+    return tuple(found)
+
+
 def _scaled(delay_s: float) -> float:
     return math.log1p(max(delay_s, 0.0) / DELAY_UNIT_S)
 
@@ -231,20 +263,22 @@ def _pinball(level: float, error: float, error_s: float) -> float:
 
 
 def corrected(
-    delay_s: NDArray[np.float32], offsets: Sequence[tuple[tuple[float, ...], ...] | None]
+    delay_s: NDArray[np.float32], curves: Sequence[tuple[Curves, ...] | None]
 ) -> NDArray[np.float32]:
     """Return the quantiles of k connections with their corrections; they still do not cross.
 
     Args:
         delay_s: (k, G, 2, 3), in seconds.
-        offsets: k of them, from `Tuning.offsets`.
+        curves: k of them, from `Tuning.curves`.
     """
-    rows = [row for row, one in enumerate(offsets) if one is not None]
+    rows = [row for row, one in enumerate(curves) if one is not None]
     if not rows:
         return delay_s
-    added = np.array([offsets[row] for row in rows], np.float32)
+    values = np.array([curves[row] for row in rows], np.float32)[:, np.newaxis]
+    slopes = np.diff(values) / _WIDTH
     scaled = np.log1p(delay_s[rows] / np.float32(DELAY_UNIT_S))
-    scaled += added[:, np.newaxis]
+    along = np.clip(scaled[..., np.newaxis] - _LOW, 0.0, _WIDTH)
+    scaled += values[..., 0] + np.vecdot(along, slopes)
     np.maximum.accumulate(scaled, axis=-1, out=scaled)
     np.clip(scaled, 0.0, MAX_SCALED, out=scaled)
     found = delay_s.copy()
