@@ -161,7 +161,8 @@ class Forecaster:
         delay_s = frozen_s
         if self._tuning is not None:
             tunings = [outlook.tuning for outlook in outlooks]
-            delay_s = corrected(frozen_s, [one and one.curves() for one in tunings])
+            curves = [None if tuning is None else tuning.curves() for tuning in tunings]
+            delay_s = corrected(frozen_s, curves)
         # A quantile that is no number makes the higher ones so.
         finite = np.isfinite(delay_s[..., -1] + point_s + drop).all(axis=-1).tolist()
         for row, outlook in enumerate(outlooks):
