@@ -161,8 +161,9 @@ class Physics(PointBaseline):
 
     no lower than what a queue that nothing more enters would be: w - (now - s), and 0. If the
     oldest packet in flight has been out for longer than the least delay and a report take, the
-    wait was at least that excess when it left; a forecast below is raised by a share of
-    what it lacks. Constants are chosen on the training families.
+    wait was at least that excess when it left, and as a rule `share` times that; what the forecast
+    for that time lacks is added, less what has gone since. Constants are chosen on the training
+    families.
     """
 
     name = "physics"
@@ -171,7 +172,7 @@ class Physics(PointBaseline):
         "rise_s": (1e-4, 0.01, 0.02, 0.04, 0.08),
         "fall_s": (1e-4, 0.02, 0.05, 0.1, 0.3, 1.0),
         "back_s": (0.05, 0.1, 0.3, 1.0, 1e9),
-        "share": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+        "share": (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
         "mean_weight": (0.001, 0.003, 0.01, 0.03, 0.1),
     }
     MAX_GROWTH = 4.0
@@ -215,22 +216,23 @@ class Physics(PointBaseline):
         series = known.series[queue]
         growth = known.newest(queue, slopes(series, constants["span_s"]))
         growth = growth.clip(-1.0, self.MAX_GROWTH)
-        gone_s = known.now_s - known.last_sent_s[:, queue]
-        base_s = known.base_s
-        wait_s = known.newest(queue, series.delay_s) - base_s
-        mean_s = known.newest(queue, _ewma(series.waited_s, constants["mean_weight"]))
         hold_s = np.where(growth > 0, constants["rise_s"], constants["fall_s"])
-        went_on_s = growth * hold_s * -np.expm1(-gone_s / hold_s)
-        drained_s = np.maximum(wait_s - gone_s, 0.0)
-        wait_s = wait_s + went_on_s
-        wait_s = mean_s + (wait_s - mean_s) * np.exp(-gone_s / constants["back_s"])
-        wait_s = np.maximum(wait_s, drained_s)
-        out_s = overdue_s(known, queue)
-        lacks_s = np.maximum(out_s - np.where(np.isnan(wait_s), 0.0, wait_s), 0.0)
-        raised_s = wait_s + constants["share"] * lacks_s
-        # A queue of which only the overdue packet tells.
-        raised_s = np.where(np.isnan(wait_s) & (out_s > 0), constants["share"] * out_s, raised_s)
-        return base_s + raised_s
+        last_s = known.newest(queue, series.delay_s) - known.base_s
+        mean_s = known.newest(queue, _ewma(series.waited_s, constants["mean_weight"]))
+
+        def wait_s(gone_s: Floats) -> Floats:
+            grown_s = last_s + growth * hold_s * -np.expm1(-gone_s / hold_s)
+            found_s = mean_s + (grown_s - mean_s) * np.exp(-gone_s / constants["back_s"])
+            return np.maximum(found_s, np.maximum(last_s - gone_s, 0.0))
+
+        found_s = wait_s(known.now_s - known.last_sent_s[:, queue])
+        # What the oldest packet in flight waited for longer than it would have.
+        out_s = constants["share"] * overdue_s(known, queue)
+        oldest_s = known.oldest_sent_s[:, queue]
+        lacks_s = out_s - np.nan_to_num(wait_s(oldest_s - known.last_sent_s[:, queue]))
+        lacks_s = np.maximum(lacks_s, 0.0) * np.exp(-(known.now_s - oldest_s) / constants["back_s"])
+        is_more = lacks_s > 0
+        return known.base_s + np.where(is_more, np.nan_to_num(found_s) + lacks_s, found_s)
 
 
 class StateFloor(PointBaseline):

@@ -42,7 +42,7 @@ VALIDATION_QUESTIONS = 8192
 PREDICT_BATCH = 1024
 
 STEPS = 6000
-"Some 25 minutes on two cores, as our model's training may take."
+"Some 20 minutes of one core: about what our model's training takes."
 
 
 class AggregatedLstm(Baseline):
