@@ -30,6 +30,9 @@ def serve(
     scheme: str = "eloquent",
     padding: bool = True,
     ecn: str = "off",
+    swiftqueue_tuning: bool = False,
+    swiftqueue_records: Path | None = None,
+    swiftqueue_records_split: Literal["test", "train", "validation"] = "test",
     state: Path | None = None,
     durable: bool = False,
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
@@ -82,6 +85,16 @@ def serve(
         How packets are marked: `off`, or `l4s`, for the low-latency queue of L4S routers (RFC
         9330), where the path carries the marks; `swiftqueue` foretells both queues of such a
         router, and marks packet by packet; `classic` behaves like `l4s` and marks nothing.
+    swiftqueue_tuning
+        With `--ecn swiftqueue`: let each connection correct its forecasts by what its packets meet,
+        within bounds.
+    swiftqueue_records
+        With `--ecn swiftqueue`: directory for records of what each packet met, to judge or train
+        the predictor by. They hold no text, address or time of day, but when packets left and their
+        sizes, which tell much of an answer's tokens, above all with --no-padding: treat them like
+        the conversations. They are readable for this user alone, and at most 4096 files.
+    swiftqueue_records_split
+        What those records are for; a model that is trained on them may not be judged by them.
     state
         Directory for the certificate and the turns, so that readers can resume an answer after a
         restart, and unfinished answers go on. Without it both end with the server.
@@ -126,6 +139,9 @@ def serve(
                 scheme=scheme,
                 padding=padding,
                 ecn=ecn,
+                swiftqueue_tuning=swiftqueue_tuning,
+                swiftqueue_records=swiftqueue_records,
+                swiftqueue_records_split=swiftqueue_records_split,
                 state=state,
                 durable=durable,
                 qlog=qlog,

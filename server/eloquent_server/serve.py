@@ -17,7 +17,6 @@ from eloquent.core.schemes import scheme
 from eloquent.errors import ConfigurationError
 from eloquent.quic import listen as quic
 from eloquent.quic.certificate import ServerCertificate
-from eloquent.quic.marking import marking
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.serving import TurnService
 from eloquent.url import ServerUrl
@@ -32,6 +31,7 @@ from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
 from eloquent_server.state import open_store, open_tickets, server_certificate
 from eloquent_server.store import TokenStore
+from eloquent_server.swiftqueue_records import marking_with
 from eloquent_server.turns import TurnHub
 
 READY_PREFIX = "LISTENING"
@@ -73,6 +73,9 @@ class ServerOptions:
     scheme: str
     padding: bool
     ecn: str
+    swiftqueue_tuning: bool
+    swiftqueue_records: Path | None
+    swiftqueue_records_split: str
     state: Path | None
     durable: bool
     qlog: Path | None
@@ -100,11 +103,18 @@ async def run_server(options: ServerOptions) -> None:
     if options.exit_with_parent:
         _watch_parent(loop, stop)
     make_sender = scheme(options.scheme)
-    marks = marking(options.ecn)
+    marks, records = marking_with(
+        options.ecn,
+        has_tuning=options.swiftqueue_tuning,
+        records=options.swiftqueue_records,
+        split=options.swiftqueue_records_split,
+    )
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
     async with AsyncExitStack() as stack:
+        if records is not None:
+            stack.push_async_callback(records.close)  # after the last connection's end
         store = open_store(options.state, durable=options.durable)
         stack.push_async_callback(store.close)
         # Readers of turns that are stored need no model, and would take a closed port for the end.
