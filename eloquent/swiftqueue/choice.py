@@ -15,6 +15,10 @@ and a short reliable one is left for it only when it is about to be worse at its
 MARGIN_S = 0.001
 MARGIN_SHARE = 0.15
 "The other queue is better if it costs less by this time and by this share."
+TAIL_STEP_S = 0.01
+TAIL_MAX_S = 0.2
+"""The highest quantile moves up by this step for each delay beyond it, at most to so much more than
+was foretold, and down by the step times the quantile's chance for each that is not."""
 DWELL_S = 0.05
 "A queue is kept for so long at the least."
 
@@ -37,7 +41,29 @@ class Prospect(NamedTuple):
     "The probability of a drop."
 
 
-def prospects(forecast: Forecast, loss_s: float) -> tuple[Prospect, Prospect] | None:
+class Tail:
+    """What a queue's worst is beyond its forecast, on this path and lately.
+
+    Adaptive conformal inference (Gibbs and Candes 2021): whatever the model foretells, the share of
+    delays above the corrected quantile tends to the quantile's chance. So a queue whose bursts the
+    model does not know is left for one that keeps what was foretold of it.
+    """
+
+    __slots__ = ("beyond_s",)
+
+    def __init__(self) -> None:
+        self.beyond_s = 0.0
+        "Is added to the highest quantile."
+
+    def learn(self, delay_s: float, highest_s: float) -> None:
+        """Take note of a queueing delay, and of the corrected quantile that was foretold for it."""
+        step_s = TAIL_STEP_S * ((delay_s > highest_s) - _HIGHEST_CHANCE)
+        self.beyond_s = min(max(self.beyond_s + step_s, -TAIL_MAX_S), TAIL_MAX_S)
+
+
+def prospects(
+    forecast: Forecast, loss_s: float, tails: tuple[Tail, Tail]
+) -> tuple[Prospect, Prospect] | None:
     """Return what a forecast means for each queue, or None if it is no number.
 
     `loss_s` is what a drop costs: the time until another bundle brings what was lost. A quantile
@@ -45,13 +71,14 @@ def prospects(forecast: Forecast, loss_s: float) -> tuple[Prospect, Prospect] | 
     """
     low_s, classic_s = forecast.delay_s.tolist()
     low_drop, classic_drop = forecast.drop.tolist()
-    low = _prospect(low_s, low_drop, loss_s)
-    classic = _prospect(classic_s, classic_drop, loss_s)
+    low = _prospect(low_s, low_drop, loss_s, tails[0].beyond_s)
+    classic = _prospect(classic_s, classic_drop, loss_s, tails[1].beyond_s)
     return (low, classic) if isfinite(low.cost_s + classic.cost_s) else None
 
 
-def _prospect(quantiles_s: list[float], drop: float, loss_s: float) -> Prospect:
+def _prospect(quantiles_s: list[float], drop: float, loss_s: float, beyond_s: float) -> Prospect:
     median_s, upper_s, highest_s = quantiles_s
+    highest_s = max(highest_s + beyond_s, upper_s)
     # Written out, since it is on the send path.
     risk_s = highest_s + loss_s * min(drop / _HIGHEST_CHANCE, 1.0)
     cost_s = (

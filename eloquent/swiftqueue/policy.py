@@ -25,7 +25,7 @@ from typing import Protocol
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import SentPacket
 from eloquent.swiftqueue.budgets import ClassicShare, CopyBudget
-from eloquent.swiftqueue.choice import Prospect, QueueChoice, prospects
+from eloquent.swiftqueue.choice import Prospect, QueueChoice, Tail, prospects
 from eloquent.swiftqueue.feedback import FeedbackCheck, FeedbackClock
 from eloquent.swiftqueue.forecaster import Forecast
 from eloquent.swiftqueue.queues import codepoint_for, other, queue_of
@@ -164,6 +164,7 @@ class SwiftQueueMarking:
         self._asked = self._last = Queue.L
         "Where the newest packet was to go, and the newest that is no copy."
         self._gap_s = LOSS_MAX_S
+        self._tails = (Tail(), Tail())
         self._sent_s = [-math.inf, -math.inf]
         "By queue: when the newest packet left."
         self._out: dict[int, _Out] = {}
@@ -275,7 +276,7 @@ class SwiftQueueMarking:
         forecast = self._outlook.forecast(now)
         if forecast is None or now - forecast.made_s > FORECAST_MAX_AGE_S:
             return None
-        return prospects(forecast, self._gap_s)
+        return prospects(forecast, self._gap_s, self._tails)
 
     def _count_packet(self, queue: Queue) -> None:
         """Fill the budgets for a packet that is no copy, and follow what packets risk."""
@@ -358,6 +359,7 @@ class SwiftQueueMarking:
         prospect = out.prospect
         if prospect is None:
             return
+        self._tails[queue_of(packet)].learn(delay_s - out.base_s, prospect.highest_s)
         self._calibration.add(delay_s - out.base_s, (prospect.upper_s, prospect.highest_s))
         why = self._calibration.fault()
         if why:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import SentPacket
 from eloquent.swiftqueue.budgets import C_BYTES_PER_S, C_SHARE, SHARE_WINDOW_S, SLICE_S
-from eloquent.swiftqueue.choice import DWELL_S
+from eloquent.swiftqueue.choice import DWELL_S, Tail
 from eloquent.swiftqueue.policy import (
     FORECAST_MAX_AGE_S,
     HEDGE_BURST,
@@ -213,6 +213,31 @@ def test_unforeseeable_bursts_in_l_make_a_reliable_short_c_the_better_queue() ->
 def test_drops_count_as_delay() -> None:
     policy, _ = steered(lambda now: Foretold(STANDING, CALM, drop=(0.0, 0.2)))
     assert Line(policy).run(3).marks_of(0) == {L}
+
+
+def test_bursts_that_no_forecast_knows_of_are_learnt_on_the_path() -> None:
+    policy, _ = steered(lambda now: Foretold((0.5, 1, 2), (3, 6, 12)))
+
+    def waits(now: float, queue: Queue) -> float:
+        return (0.06 * (now % 2 < 0.1), 0.005)[queue]
+
+    line = Line(policy, gap_s=0.02, waits=waits).run(12)
+    assert line.marks_of(0, 2) == {L}
+    assert line.marks_of(10) == {C}
+    assert policy.counters.fallbacks == {}
+
+
+@pytest.mark.parametrize("foretold_s", [0.001, 0.03, 0.3])
+def test_whatever_is_foretold_the_corrected_tail_is_exceeded_as_often_as_it_should(
+    foretold_s: float,
+) -> None:
+    rng = random.Random(5)
+    tail, misses = Tail(), 0
+    for index in range(20_000):
+        delay_s, highest_s = rng.expovariate(1 / 0.02), foretold_s + tail.beyond_s
+        tail.learn(delay_s, highest_s)
+        misses += index >= 10_000 and delay_s > highest_s
+    assert 0.005 < misses / 10_000 < 0.015
 
 
 @pytest.mark.parametrize(("gap_s", "queue"), [(0.1, L), (0.005, C)])
