@@ -59,8 +59,9 @@ HEDGE_STEP = 0.05
 "Nor one that is not among the riskiest `HEDGE_SHARE`; by this step the bound follows the risks."
 
 TOO_LATE_S = 0.02
-"""A copy that takes so much longer, as a rule, than the packet does at its worst saves nobody from
-a delay: it only helps where the packet is dropped, and there one in the same queue is as good."""
+"""A copy that may well take so much longer than the packet does at its worst saves nobody from a
+delay: it only helps where the packet is dropped. Packets are dropped in C mostly while L overflows,
+and then one in the same queue comes sooner."""
 DROPPING = 0.3
 "Nor does one help that is dropped so often, and more often than the packet."
 
@@ -307,7 +308,7 @@ class SwiftQueueMarking:
         there = other(queue)
         if self._prospects is not None:
             its, copys = self._prospects[queue], self._prospects[there]
-            if copys.median_s > its.highest_s + TOO_LATE_S or copys.drop > max(DROPPING, its.drop):
+            if copys.upper_s > its.highest_s + TOO_LATE_S or copys.drop > max(DROPPING, its.drop):
                 return queue
         return there
 

@@ -367,7 +367,7 @@ def test_a_packet_whose_feedback_is_overdue_makes_the_next_ones_hedged() -> None
         (Foretold(CALM, (300, 400, 500)), L),
         (Foretold(CALM, CALM, drop=(0.0, 0.9)), L),
         (Foretold(BURST, CALM), C),
-        (Foretold((10, 45, 60), CALM), L),
+        (Foretold((5, 15, 60), CALM), L),
     ],
 )
 def test_the_transports_copies_go_into_the_other_queue_unless_it_is_of_no_use(
