@@ -25,8 +25,8 @@ SPLITS = ("train", "validation", "test")
 CHANGE_S = 0.02
 CHANGE_SHARE = 0.2
 "A change: the queueing delay differs from the last known by more than this and this share."
-SCALES = (0.8, 1.25)
-"A varied flow runs this much faster or slower."
+SCALES = (0.5, 2.0)
+"A varied flow takes this much of its time: networks that are like it, but none that was seen."
 MAX_DROPPED = 0.1
 "Of a varied flow, up to this share of what was learnt is forgotten."
 
@@ -251,7 +251,7 @@ def _over(delay_s: NDArray[Any], base_s: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def varied(flow: Flow, rng: np.random.Generator) -> Flow:
-    """Return a flow like another: a little faster or slower, with less learnt of it."""
+    """Return a flow like another: faster or slower, with less learnt of it."""
     scale = float(np.exp(rng.uniform(*np.log(SCALES))))
     forgotten = rng.random(len(flow.sent_s)) < rng.uniform(0.0, MAX_DROPPED)
     start_s = float(flow.sent_s[0]) if len(flow.sent_s) else 0.0

@@ -70,7 +70,7 @@ class Options:
     "Weight decay."
     change_weight: float = 8.0
     "What a change counts in the loss of `point`."
-    variants: int = 1
+    variants: int = 2
     "Varied copies of each training flow, beside itself."
     evaluate_every: int = 250
     "Steps between two looks at the validation families."

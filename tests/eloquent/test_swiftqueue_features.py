@@ -303,7 +303,7 @@ def test_a_varied_flow_is_another_but_alike() -> None:
     flow = made_flow(9)
     other = varied(flow, np.random.default_rng(1))
     scale = np.ptp(other.sent_s) / np.ptp(flow.sent_s)
-    assert 0.8 <= scale <= 1.25
+    assert 0.5 <= scale <= 2.0
     assert scale != 1.0
     np.testing.assert_allclose(other.delay_s, flow.delay_s * scale, rtol=1e-5)
     heard = np.isfinite(other.known_s)
