@@ -1,9 +1,11 @@
 """What the baselines of prediction say, against figures worked out by hand or by brute force."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from prediction_flows import BASE_S, REPORT_S, busy_flow, flow_of, telling_flow
 
 from eloquent.swiftqueue.features import EVENT_FEATURES, QUERY_FEATURES
@@ -37,6 +39,15 @@ SEEING = (
     OURS,
 )
 "All that may not see the future: the state at a packet's entry is no sender's knowledge."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Several threads are slower here, and far slower where others run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("seed", range(6))

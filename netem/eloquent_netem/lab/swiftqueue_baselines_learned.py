@@ -5,6 +5,7 @@ change weighs as much for it. Needs scikit-learn.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
@@ -63,10 +64,11 @@ class Boosting(Baseline):
         x, y, weights = self._questions(train, rng)
         x_val, y_val, weights_val = self._questions(validation or train, rng)
         self._point = self._forest(loss="absolute_error")
-        self._point.fit(x, y, weights, X_val=x_val, y_val=y_val, sample_weight_val=weights_val)
         # A quantile by weighted questions would be another quantile.
         self._upper = self._forest(loss="quantile", quantile=UPPER_LEVEL)
-        self._upper.fit(x, y, X_val=x_val, y_val=y_val)
+        with _one_thread():
+            self._point.fit(x, y, weights, X_val=x_val, y_val=y_val, sample_weight_val=weights_val)
+            self._upper.fit(x, y, X_val=x_val, y_val=y_val)
 
     def predict(self, known: Knowledge) -> Forecasts:
         """See `Baseline.predict`."""
@@ -74,8 +76,9 @@ class Boosting(Baseline):
         point_s, upper_s = known.last_s.copy(), known.last_s.copy()
         for queue in Queue:
             x = self._features(known, queue, physics_s)
-            point_s[:, queue] += self._point.predict(x)
-            upper_s[:, queue] += self._upper.predict(x)
+            with _one_thread():
+                point_s[:, queue] += self._point.predict(x)
+                upper_s[:, queue] += self._upper.predict(x)
         return Forecasts(np.maximum(point_s, known.base_s[:, None]), np.maximum(point_s, upper_s))
 
     def _features(self, known: Knowledge, queue: Queue, physics_s: Floats) -> NDArray[np.float32]:
@@ -124,6 +127,14 @@ class Boosting(Baseline):
                 parts.append((x[kept], over_s[kept], weights[kept, queue]))
         x, y, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
         return x, y, weights
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Keep forests to one thread: on a busy machine several take many times as long, spinning."""
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[object] = threadpool_limits(1, user_api="openmp")
+    return limits
 
 
 def features(known: Knowledge, queue: Queue, physics_s: Floats) -> NDArray[np.float32]:

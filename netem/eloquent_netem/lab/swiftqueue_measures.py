@@ -203,26 +203,33 @@ def accuracy_bars(
             is_least=True,
             unit="%",
         ),
-        *_of_changes(errors, model, best, split),
-    ]
-
-
-def _of_changes(errors: Mapping[str, float], model: str, best: str, split: str) -> list[Finding]:
-    return [
-        Finding(
-            part="prediction",
-            what=f"error on changes below that of {what}",
-            where=f"{split}, {against}",
-            figure=100 * _reduced_by(errors[model], errors[against]),
-            bound=100 * bound,
-            is_least=True,
-            unit="%",
-        )
-        for what, against, bound in (
-            ("last value", LAST_VALUE, LESS_THAN_LAST_VALUE),
-            ("EWMA", EWMA, LESS_THAN_LAST_VALUE),
-            ("the best baseline", best, LESS_THAN_BEST),
-        )
+        *(
+            Finding(
+                part="prediction",
+                what=f"error on changes below that of {what}",
+                where=f"{split}, {against}",
+                figure=100 * _reduced_by(errors[model], errors[against]),
+                bound=100 * bound,
+                is_least=True,
+                unit="%",
+            )
+            for what, against, bound in (
+                ("last value", LAST_VALUE, LESS_THAN_LAST_VALUE),
+                ("EWMA", EWMA, LESS_THAN_LAST_VALUE),
+                ("the best baseline", best, LESS_THAN_BEST),
+            )
+        ),
+        *(
+            Finding(
+                part="prediction",
+                what=f"error on changes below that of last value: the noise floor '{name}'",
+                where=split,
+                figure=100 * _reduced_by(error, errors[LAST_VALUE]),
+                unit="%",
+            )
+            for name, error in errors.items()
+            if name.startswith(FLOOR)
+        ),
     ]
 
 
