@@ -18,13 +18,16 @@ from eloquent.swiftqueue.records import Observation, Queue
 from eloquent.swiftqueue.serving import make
 from eloquent.swiftqueue.shape import DELAY_UNIT_S, LEVELS
 from eloquent.swiftqueue.tuning import (
+    BETTER,
     BURST,
     KNOTS_S,
     LEAST_SEEN,
     MAX_WAITING,
+    MEMORY,
     MOST,
     MOST_WEIGHT,
     RATE,
+    WORSE,
     Curves,
     Tuning,
     TuningBudget,
@@ -142,6 +145,24 @@ def test_a_correction_that_always_comes_too_late_is_reset_and_must_prove_itself_
     run.go(1, 0.03, 0.03)
     assert run.told[-1][Queue.L] == pytest.approx(frozen, rel=1e-5)
     assert run.tuning.curves() is None
+
+
+def test_a_correction_that_is_a_little_worse_is_kept_but_not_used() -> None:
+    queue = Run().go(1, 0.03, 0.03).tuning._queues[Queue.L]
+    curves = queue.curves
+
+    def judge(tuned_loss: float) -> tuple[bool, int]:
+        for _ in range(3 * MEMORY):
+            queue._judge(1.0, tuned_loss)
+        return queue.is_used, queue.resets
+
+    assert judge((1 + BETTER) / 2) == (False, 0)
+    assert judge(BETTER - 0.05) == (True, 0)
+    assert judge((1 + BETTER) / 2) == (True, 0)
+    assert judge((1 + WORSE) / 2) == (False, 0)
+    assert queue.curves is curves
+    assert judge(WORSE + 0.05)[1] > 0
+    assert queue.curves is not curves
 
 
 @settings(max_examples=50, deadline=None)
