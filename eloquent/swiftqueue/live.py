@@ -39,7 +39,7 @@ LATE_PACKETS = 512
 LEAST_PACKETS = 50
 "A shorter flow teaches nothing."
 MAX_FLOWS = 4096
-"A folder is full then; at 26 bytes a packet that is 0.9 GB at most."
+"A folder is full then; at 39 bytes a packet, uncompressed, that is 1.3 GB at most."
 
 UNKNOWN, ARRIVED, LOST = -1, 0, 1
 

@@ -22,7 +22,7 @@ from eloquent.quic.connect import connect
 from eloquent.quic.listen import listen
 from eloquent.quic.marking import EachAlone, Marking, MarkingPolicy, SentPacket
 from eloquent.session.session import Session
-from eloquent.swiftqueue import live
+from eloquent.swiftqueue import inference, live
 from eloquent.swiftqueue.dataset import Manifest, replay
 from eloquent.swiftqueue.live import (
     LATE_PACKETS,
@@ -33,6 +33,7 @@ from eloquent.swiftqueue.live import (
 )
 from eloquent.swiftqueue.queues import queue_of
 from eloquent.swiftqueue.records import Flow, Queue
+from eloquent.swiftqueue.serving import SwiftQueue
 from eloquent.swiftqueue.simple_policies import ProbingMarking, ShareMarking
 from eloquent.swiftqueue.training import Options, train
 from eloquent.url import ServerUrl
@@ -49,7 +50,7 @@ from tests.eloquent.swiftqueue_line import Line
 from tests.eloquent.test_swiftqueue_inference import FULL, random_model
 from tests.eloquent.test_swiftqueue_training import SMALL
 from tests.loopback import DEADLINE_S, HOST
-from tests.swiftqueue_light import light
+from tests.swiftqueue_light import light, random_weights
 
 
 class Kept:
@@ -374,3 +375,28 @@ def test_options_that_need_swiftqueue_are_refused_without(options: dict[str, Any
     marks, writer = plain(has_tuning=False, records=None)
     assert marks is not None
     assert writer is None
+
+
+async def test_options_of_serve_reach_the_policies_and_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "SHIPPED", random_weights(tmp_path))
+    records = tmp_path / "live"
+    marks, writer = marking_with("swiftqueue", has_tuning=True, records=records, split="train")
+    assert marks is not None
+    assert writer is not None
+    line = Line(marks.policy())
+    for step in range(1, 60):
+        line.run(step * 0.05)
+        marks.settle(line.now)
+    line.policy.close()
+    await writer.close()
+    (entry,) = Manifest.load(records).of("train")
+    assert entry.about["packets"] == len(line.left)
+    plain, nobody = marking_with("swiftqueue", has_tuning=False, records=None, split="test")
+    assert nobody is None
+    assert isinstance(plain, SwiftQueue)
+    assert plain._forecaster.open().tuning is None
+    tuned, _ = marking_with("swiftqueue", has_tuning=True, records=None, split="test")
+    assert isinstance(tuned, SwiftQueue)
+    assert tuned._forecaster.open().tuning is not None
