@@ -14,10 +14,11 @@ Shadows take no capacity and no draw of others: with or without them, the same p
 same instants with the same marks. Since a shadow has no size, and its packet is there all the same,
 what it meets is the truth for a thin flow: within a packet's time.
 
-In a *race* this is not so: each packet of the subject waits in both queues, and what the one does
-that serves it first, pass it or drop it, becomes of it; its other copy is discarded at no cost. The
-credit is then what it would be, had it been in that queue alone: what one could do who knew which
-queue is faster, packet by packet.
+In a *race* this is not so: each packet of the subject waits in both queues and leaves by the first
+that does not drop it; its copy in the other is then discarded at no cost. What one queue drops
+stays in the other, for real, at the place where it has waited there. The credit is then what it
+would be, had it been in that queue alone: what one could do who knew, packet by packet, which queue
+is faster and which drops.
 """
 
 import random
@@ -45,7 +46,7 @@ class Passage:
     "How long the state said that it would wait, in seconds."
     wait_s: list[float] = field(default_factory=lambda: [nan, nan])
     """From its entry until it was served, in seconds; what serving takes comes on top. Infinite: it
-    was dropped. NaN: it is not known, since it won or lost a race in the other queue."""
+    was dropped. NaN: it is not known, since the packet left by the other queue in a race."""
 
 
 Report = Callable[[Passage], None]
@@ -250,12 +251,33 @@ class WatchedDualPi2(DualPi2):
         """Take a queue's head: it is marked, or dropped (None), as is decided for the queue."""
         head = self._queues[queue].popleft()
         self._taken[queue] += 1
-        packet = self._pass_l(now, head) if queue == L else self._pass_c(head)
+        shadow = self._shadow_of(head)
+        packet: Packet | None
+        if shadow is not None and shadow.passage.queue != queue:
+            packet = self._pass_moved(shadow)
+        else:
+            packet = self._pass_l(now, head) if queue == L else self._pass_c(head)
         if packet is not None:
             self._charge(head, queue)
-        if (shadow := self._shadow_of(head)) is not None:
+        if shadow is not None:
             self._leave(now, shadow, queue, is_dropped=packet is None)
         return packet
+
+    def _pass_moved(self, shadow: _Shadow) -> Packet | None:
+        """Pass a packet or drop it (None) where its shadow waited, as is decided for a shadow."""
+        packet = shadow.passage.packet
+        is_dropped = self._drops(shadow)
+        self._backlog_bytes -= packet.size
+        if not is_dropped:
+            return packet
+        self._count_drops(1 - shadow.passage.queue, 1)
+        return None
+
+    def _count_drops(self, queue: int, number: int) -> None:
+        if queue == L:
+            self._l_drops += number
+        else:
+            self._c_drops += number
 
     def _shadow_of(self, packet: Packet) -> _Shadow | None:
         return self._subjects.get(id(packet)) if packet.flow == SUBJECT else None
@@ -285,36 +307,47 @@ class WatchedDualPi2(DualPi2):
     def _leave(self, now: float, shadow: _Shadow, queue: int, *, is_dropped: bool) -> None:
         """Take note that a packet of the subject has been taken out of its queue."""
         passage = shadow.passage
-        del self._subjects[id(passage.packet)]
         passage.wait_s[queue] = inf if is_dropped else now - passage.entered_s
-        if self._is_race:
+        if self._is_race and shadow.is_waiting:
+            if is_dropped:
+                self._move(shadow)
+                return
             self._end(shadow)
+        del self._subjects[id(passage.packet)]
         if not shadow.is_waiting:
             self._close(passage)
 
+    def _move(self, shadow: _Shadow) -> None:
+        """Let a packet that its own queue has dropped wait for real where its shadow has."""
+        packet, other = shadow.passage.packet, 1 - shadow.passage.queue
+        self._count_drops(1 - other, -1)  # It is not lost: not yet.
+        self._backlog_bytes += packet.size
+        self._queues[other].insert(shadow.place - self._taken[other], packet)
+        shadows = self._shadows[other]
+        for behind in shadows[shadows.index(shadow) + 1 :]:
+            behind.place += 1
+        self._end(shadow)
+        self._take_credit(shadow)
+
     def _let_win(self, now: float, shadow: _Shadow) -> Packet | None:
-        """Return the packet of a shadow that has won its race, or None if that drops it."""
+        """Return the packet of a shadow that is first, or None if the shadow is dropped."""
         passage, queue = shadow.passage, shadow.passage.queue
-        packet, waiting = passage.packet, self._queues[queue]
         is_dropped = self._drops(shadow)
+        self._end(shadow)
+        passage.wait_s[1 - queue] = inf if is_dropped else now - passage.entered_s
+        if is_dropped:
+            return None
+        packet, waiting = passage.packet, self._queues[queue]
         index = next(at for at, one in enumerate(waiting) if one is packet)
         del waiting[index]
         for other in self._shadows[queue]:
             other.place -= other.place > self._taken[queue] + index
-        self._end(shadow)
         del self._subjects[id(packet)]
         self._backlog_bytes -= packet.size
-        passage.wait_s[1 - queue] = inf if is_dropped else now - passage.entered_s
         self._close(passage)
-        if not is_dropped:
-            self._take_credit(shadow)
-            self._charge(packet, 1 - queue)
-            return packet
-        if queue == L:
-            self._c_drops += 1
-        else:
-            self._l_drops += 1
-        return None
+        self._take_credit(shadow)
+        self._charge(packet, 1 - queue)
+        return packet
 
     def _take_credit(self, shadow: _Shadow) -> None:
         """Make the credit of a shadow the real one; that of the others stays what it is."""

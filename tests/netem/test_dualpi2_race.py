@@ -1,6 +1,8 @@
-"""Races: a packet of the subject waits in both queues of DualPI2 and leaves by the first."""
+"""Races: a packet of the subject waits in both queues and leaves by the first that passes it."""
 
-from math import inf, isnan
+import random
+from itertools import chain, repeat
+from math import inf, isfinite, isnan
 
 import pytest
 from hypothesis import given
@@ -80,32 +82,106 @@ def test_who_loses_in_c_has_changed_nothing_there() -> None:
     assert classic_at(is_race=True) == classic_at(is_race=False) == pytest.approx(0.111)
 
 
-@pytest.mark.parametrize(
-    ("draw", "shadow_draw", "in_front", "dropped_in"),
-    [
-        (0.0, 0.999, CLASSIC, L),
-        (0.999, 0.0, CLASSIC, None),
-        (0.0, 0.999, L4S, None),
-        (0.999, 0.0, L4S, C),
-    ],
-)
-def test_a_packet_is_dropped_by_the_queue_that_is_first_alone(
-    draw: float, shadow_draw: float, in_front: Ecn, dropped_in: int | None
-) -> None:
-    world = World(is_race=True, draw=draw, shadow_draw=shadow_draw)
-    queue = world.queue
-    queue._p, queue._next_update_s = 0.9, inf
-    world.send(0.0, CLASSIC)
-    world.send(0.1 * MS, in_front, count=2)
-    asked = world.ask(0.2 * MS, L4S, 150)
-    if in_front is L4S:
-        queue._credit = 1  # A lone packet of C goes first.
-    world.send(0.3 * MS, CLASSIC, count=4)
+# What one queue drops stays in the other. Overload: both drop, what the draws say, while two full
+# packets are left behind.
+
+
+def overloaded(*draws: float, shadow_draw: float = 0.999) -> World:
+    """Return a race whose real packets have these draws, and then pass."""
+    world = World(is_race=True, shadow_draw=shadow_draw)
+    world.queue._p, world.queue._next_update_s = 0.9, inf
+    world.queue._random = chain(draws, repeat(0.999)).__next__
+    return world
+
+
+def left_s(world: World, packet: Packet) -> float | None:
+    """Return when a packet came out."""
+    return next((time for time, one in world.out if one is packet), None)
+
+
+def test_what_c_drops_first_takes_its_turn_in_l() -> None:
+    world = overloaded(shadow_draw=0.0)
+    world.send(0.0, L4S, count=51)
+    asked = world.ask(0.0, size=150)
     [passage] = world.end()
-    first = L if in_front is CLASSIC else C
-    assert passage.wait_s[first] == (inf if dropped_in == first else pytest.approx(0.8 * MS))
-    assert isnan(passage.wait_s[1 - first])
-    assert (asked in [packet for _, packet in world.out]) == (dropped_in is None)
+    assert passage.wait_s == [pytest.approx(51 * MS), inf]
+    assert left_s(world, asked) == pytest.approx(51.1 * MS)
+    assert world.queue.drops == 0
+
+
+def test_what_l_drops_first_takes_its_turn_in_c() -> None:
+    world = overloaded(0.0, 0.0)
+    world.send(0.0, CLASSIC, count=3)
+    asked = world.ask(0.2 * MS, L4S, 150)
+    world.send(0.2 * MS, L4S, count=9)
+    [passage] = world.end()
+    # At 1 ms L drops it. Then nine of L, one of C, and since L is empty, the other one.
+    assert passage.wait_s == [inf, pytest.approx(11.8 * MS)]
+    assert left_s(world, asked) == pytest.approx(12.1 * MS)
+    assert world.queue.drops == 0
+
+
+def test_what_c_drops_as_its_own_takes_its_turn_in_l() -> None:
+    world = overloaded(0.0, 0.0)
+    world.send(0.0, L4S, count=4)
+    asked = world.ask(0.2 * MS, CLASSIC, 150)
+    world.queue._credit = 1  # C is first.
+    world.send(0.2 * MS, L4S, count=5)
+    [passage] = world.end()
+    assert passage.wait_s == [pytest.approx(3.8 * MS), inf]
+    assert left_s(world, asked) == pytest.approx(4.1 * MS)
+    assert asked.ecn is CLASSIC
+    assert world.queue.drops == 0
+
+
+def test_what_both_drop_is_lost_and_told_once() -> None:
+    c_first = overloaded(*[0.999] * 50, 0.0, 0.0, shadow_draw=0.0)
+    c_first.send(0.0, L4S, count=51)
+    asked = c_first.ask(0.0, size=150)
+    c_first.send(0.0, L4S, count=4)
+    l_first = overloaded(0.0, 0.0, shadow_draw=0.0)
+    l_first.send(0.0, CLASSIC, count=3)
+    asked_too = l_first.ask(0.2 * MS, size=150)
+    l_first.send(0.2 * MS, L4S, count=30)
+    for world, packet, drops in ((c_first, asked, (1, 0)), (l_first, asked_too, (0, 1))):
+        assert [one.wait_s for one in world.end()] == [[inf, inf]]
+        assert left_s(world, packet) is None
+        assert (world.queue.l_drops, world.queue.c_drops) == drops
+
+
+def test_who_waits_behind_what_has_moved_keeps_its_turn() -> None:
+    world = overloaded(0.0, 0.0)
+    world.send(0.0, CLASSIC, count=3)
+    world.ask(0.2 * MS, size=150)
+    world.send(0.2 * MS, L4S, count=40)
+    last = world.send(0.2 * MS, CLASSIC)
+    world.ask(0.2 * MS, size=150)
+    first, second = world.end()
+    # Twice nine of L and one of C, nine of L, and it: 1,500 of credit are left, for the last of C.
+    # That leaves -133,500, so nine of L before the second.
+    assert first.wait_s == [inf, pytest.approx(29.8 * MS)]
+    assert left_s(world, last) == pytest.approx(31.1 * MS)
+    assert second.wait_s[C] == pytest.approx(39.9 * MS)
+
+
+def test_what_has_moved_has_the_credit_of_its_wait() -> None:
+    world = overloaded(*[0.999] * 5, 0.0, 0.0)
+    world.send(0.0, L4S, count=6)
+    world.ask(0.0, size=150)
+    world.send(0.0, L4S, count=20)
+    [passage] = world.end()
+    # L drops it at 6 ms, when it has waited for five of nine.
+    assert passage.wait_s == [inf, pytest.approx(10 * MS)]
+
+
+def test_what_has_moved_into_an_empty_queue_is_not_forgotten() -> None:
+    world = overloaded(0.0, 0.0)
+    world.send(0.0, CLASSIC)
+    asked = world.ask(0.2 * MS, size=150)
+    world.send(0.2 * MS, L4S, count=3)
+    world.run()
+    assert left_s(world, asked) == pytest.approx(4.1 * MS)
+    assert [one.packet for one in world.passages] == [asked]
 
 
 STEPS = st.lists(
@@ -121,32 +197,50 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.booleans(), st.sampled_from(["wrr", "time-shifted"]), st.floats(0, 1))
+@given(
+    STEPS,
+    st.booleans(),
+    st.sampled_from(["wrr", "time-shifted"]),
+    st.none() | st.floats(0, 1),
+    st.integers(0, 99),
+)
 def test_no_packet_is_lost_or_doubled_and_each_passage_is_told_once(
-    steps: list[tuple[float, Ecn, int, int, int]], is_race: bool, scheduler: str, draw: float
+    steps: list[tuple[float, Ecn, int, int, int]],
+    is_race: bool,
+    scheduler: str,
+    fixed_p: float | None,
+    seed: int,
 ) -> None:
-    world = World(
-        scheduler=scheduler, is_race=is_race, draw=draw, shadow_draw=1 - draw, limit_packets=60
-    )
-    now, sent = 0.0, 1
-    subjects: list[Packet] = []
+    world = World(scheduler=scheduler, is_race=is_race, limit_packets=60)
+    world.queue._random = world.queue._shadow_random = random.Random(seed).random
+    if fixed_p is not None:
+        world.queue._p, world.queue._next_update_s = fixed_p, inf
+    now = 0.0
+    sent: list[tuple[Packet, int]] = []
     for gap_s, ecn, size, count, flow in steps:
         now += gap_s
         for _ in range(count):
             packet = world.send(now, ecn, size=size, flow=flow)
-            sent += 1
-            if flow == SUBJECT:
-                subjects.append(packet)
+            sent.append((packet, L if ecn is L4S else C))
     passages = world.end()
     out = [id(packet) for _, packet in world.out]
     assert len(set(out)) == len(out)
-    assert len(out) + world.queue.drops == sent
-    assert sorted(id(one.packet) for one in passages) == sorted(map(id, subjects))
+    assert len(out) + world.queue.drops == len(sent) + 1
+    assert world.queue.packets == world.queue._backlog_bytes == 0
+    subjects = [id(packet) for packet, _ in sent if packet.flow == SUBJECT]
+    assert sorted(id(one.packet) for one in passages) == sorted(subjects)
     times = {id(packet): time for time, packet in world.out}
+    left_by = {id(packet): queue for packet, queue in sent}
     for one in passages:
         known = [wait_s for wait_s in one.wait_s if not isnan(wait_s)]
         assert len(known) == 2 or is_race
         took_s = times.get(id(one.packet), inf) - one.entered_s - one.packet.size * 8 / BITS_PER_S
         arrived = min(known) if is_race else one.wait_s[one.queue]
         assert took_s == pytest.approx(arrived, abs=1e-9)
-        assert min(one.wait_s) >= 0 or isnan(sum(one.wait_s))
+        assert min(known) >= 0
+        if is_race and isfinite(arrived):
+            left_by[id(one.packet)] = one.wait_s.index(arrived)
+    order = {id(packet): number for number, (packet, _) in enumerate(sent)}
+    for queue in (L, C):
+        left = [order[one] for one in out if left_by.get(one) == queue]
+        assert left == sorted(left)
