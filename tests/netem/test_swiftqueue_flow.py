@@ -11,7 +11,7 @@ from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import EachAlone, PlainMarking, SentPacket, all_l
 from eloquent.swiftqueue.records import Queue
 from eloquent_netem.dualpi2_watch import Passage
-from eloquent_netem.lab.swiftqueue_flow import FlowRun, latencies, run_crowd, run_flow
+from eloquent_netem.lab.swiftqueue_flow import FlowRun, latencies, raced, run_crowd, run_flow
 from eloquent_netem.lab.swiftqueue_markings import exploring
 from eloquent_netem.lab.swiftqueue_recorder import MatchError, Noted, Recorder, matched, record
 from eloquent_netem.packet import Packet, udp_packet
@@ -19,9 +19,13 @@ from eloquent_netem.packet import Packet, udp_packet
 NEVER = math.nan
 
 
-def took(sent: list[float], arrived: list[float], copies: list[int]) -> list[float]:
+def took(
+    sent: list[float], arrived: list[float], copies: list[int], dropped: tuple[int, ...] = ()
+) -> list[float]:
     is_copy = np.array([index in copies for index in range(len(sent))])
-    return [round(one, 6) for one in latencies(np.array(sent), np.array(arrived), is_copy)]
+    is_dropped = np.isnan(arrived) | np.isin(np.arange(len(sent)), dropped)
+    found = latencies(np.array(sent), np.array(arrived), is_copy, is_dropped)
+    return [round(one, 6) for one in found]
 
 
 def test_a_copy_of_the_same_instant_counts_with_the_first_to_arrive() -> None:
@@ -35,6 +39,22 @@ def test_a_lost_packet_counts_until_the_next_later_one_arrives() -> None:
     # A packet sent later that overtakes brings it sooner; a copy that arrives saves it.
     assert took([1.0, 2.0, 3.0], [NEVER, 9.0, 3.1], []) == [2.1, 7.0, 0.1]
     assert took([1.0, 1.0, 2.0], [NEVER, 1.4, 2.1], [1]) == [0.4, 0.1]
+
+
+def test_a_copy_that_arrives_late_makes_a_loss_no_worse() -> None:
+    alone, late = [NEVER, 2.1, 2.9], [NEVER, 9.0, 2.1, 2.9]
+    assert took([1.0, 2.0, 3.0], alone, []) == took([1.0, 1.0, 2.0, 3.0], late, [1])
+    assert took([1.0, 1.0, 2.0], [9.0, NEVER, 2.1], [1]) == [1.1, 0.1]
+    # Where none was lost, what comes later is not what counts.
+    assert took([1.0, 1.0, 2.0], [9.0, 8.5, 2.1], [1]) == [7.5, 0.1]
+    # Nor is a packet of its own group later than itself.
+    assert took([1.0, 1.0, 2.0], [NEVER, 1.5, 2.1], [1]) == [0.5, 0.1]
+
+
+def test_what_one_queue_drops_and_the_other_passes_late_counts_as_lost_in_a_race() -> None:
+    assert took([1.0, 2.0, 3.0], [9.0, 2.1, 3.1], [], dropped=(0,)) == [1.1, 0.1, 0.1]
+    assert took([1.0, 2.0, 3.0], [1.3, 2.1, 3.1], [], dropped=(0,)) == [0.3, 0.1, 0.1]
+    assert took([1.0, 2.0], [1.1, 9.0], [], dropped=(1,)) == [0.1, 7.0]
 
 
 def test_what_is_lost_at_the_end_and_has_no_later_packet_is_left_out() -> None:
@@ -98,6 +118,15 @@ def test_a_record_has_both_queues_delays_losses_and_when_they_were_known() -> No
     assert flow.lost.tolist() == [[0, 0], [1, 0], [1, 0], [1, -1]]
     assert flow.state_s[:2] == pytest.approx(np.array([[5.045, 5.042], [5.13, 5.06]]))
     assert np.isnan(flow.state_s[3]).all()
+
+
+def test_a_race_is_left_by_the_queue_that_passes_and_not_by_the_one_that_drops() -> None:
+    waits = [(0.02, NEVER), (NEVER, 0.01), (math.inf, 0.03), (0.02, math.inf), (math.inf, math.inf)]
+    passages = [passage(Queue.L, one, (0.0, 0.0)) for one in waits]
+    is_lost = np.array([False, False, False, False, True, True])
+    left_by, is_dropped = raced(np.zeros(6, np.int8), is_lost, [*passages, None])
+    assert left_by.tolist() == [Queue.L, Queue.C, Queue.C, Queue.L, Queue.L, Queue.L]
+    assert is_dropped.tolist() == [False, False, True, True, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +205,11 @@ def test_in_a_race_each_packet_takes_the_faster_queue(in_l: FlowRun) -> None:
     assert 0.05 < race.c_share < 0.95
     p99 = [np.quantile(run.latency_s, 0.99) for run in (race, in_l)]
     assert p99[0] < 0.5 * p99[1]
+    # What C drops comes by L all the same.
+    assert race.is_dropped.any()
+    assert not np.isnan(race.arrived_s[race.is_dropped]).any()
+    assert (race.left_by[race.is_dropped] == Queue.L).all()
+    assert (in_l.is_dropped == np.isnan(in_l.arrived_s)).all()
 
 
 class AlwaysTwice(PlainMarking):

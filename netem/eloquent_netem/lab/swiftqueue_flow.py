@@ -63,6 +63,8 @@ class FlowRun:
     is_copy: NDArray[np.bool_]
     arrived_s: NDArray[np.float64]
     "By the sender's clock; NaN: lost."
+    is_dropped: NDArray[np.bool_]
+    "Whether it was lost; in a race, where each waits in both queues, in one of them at least."
     generated_s: tuple[float, ...]
     rendered_s: tuple[float, ...]
     "Per token."
@@ -76,12 +78,13 @@ class FlowRun:
     @property
     def latency_s(self) -> NDArray[np.float64]:
         """How long each packet's bundle took; copies of one instant count once."""
-        return latencies(self.flow.sent_s, self.arrived_s, self.is_copy)
+        return latencies(self.flow.sent_s, self.arrived_s, self.is_copy, self.is_dropped)
 
     @property
     def latency_every_packet_s(self) -> NDArray[np.float64]:
         """The like with every packet counted by itself."""
-        return latencies(self.flow.sent_s, self.arrived_s, np.zeros_like(self.is_copy))
+        alone = np.zeros_like(self.is_copy)
+        return latencies(self.flow.sent_s, self.arrived_s, alone, self.is_dropped)
 
     @property
     def c_share(self) -> float:
@@ -95,20 +98,40 @@ class FlowRun:
 
 
 def latencies(
-    sent_s: NDArray[np.float64], arrived_s: NDArray[np.float64], is_copy: NDArray[np.bool_]
+    sent_s: NDArray[np.float64],
+    arrived_s: NDArray[np.float64],
+    is_copy: NDArray[np.bool_],
+    is_dropped: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
     """Return what each packet took, in seconds, of those whose end is known.
 
-    A packet and the copies right behind it are one: the first to arrive counts. What is lost (NaN)
-    counts until the first later packet arrives, since bundles carry what it carried.
+    A packet and the copies right behind it are one: the first to arrive (NaN: never) counts. Where
+    one of them was dropped, the first later packet to arrive counts if it is sooner, since bundles
+    carry all that is not acknowledged: a copy is never worse than none.
     """
     if not len(sent_s):
         return np.zeros(0)
     starts = np.flatnonzero(~is_copy)
     first_s = np.fmin.reduceat(arrived_s, starts)
-    later_s = np.fmin.accumulate(first_s[::-1])[::-1]
-    took_s = np.where(np.isnan(first_s), later_s, first_s) - sent_s[starts]
+    first_or_later_s = np.fmin.accumulate(first_s[::-1])[::-1]
+    any_dropped = np.logical_or.reduceat(is_dropped, starts)
+    took_s = np.where(any_dropped, first_or_later_s, first_s) - sent_s[starts]
     return took_s[~np.isnan(took_s)]
+
+
+def raced(
+    queue: NDArray[np.int8], is_lost: NDArray[np.bool_], passages: Sequence[Passage | None]
+) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
+    """Return by which queue packets left a race, and what was lost or dropped by one at least.
+
+    `queue` is what they were marked for: that of those which left by none.
+    """
+    unknown = (math.nan, math.nan)
+    waits = [unknown if one is None else one.wait_s for one in passages]
+    wait_s = np.array(waits, np.float64).reshape(-1, 2)
+    has_left = np.isfinite(wait_s)  # By one queue at most.
+    left_by = np.where(has_left.any(axis=1), has_left[:, Queue.C], queue).astype(np.int8)
+    return left_by, is_lost | np.isinf(wait_s).any(axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +143,12 @@ class _Subject:
     answer: AnswerRun
 
     def found(
-        self, base_delay_s: float, passages: Mapping[int, Passage], cross_mbit: Mapping[str, float]
+        self,
+        base_delay_s: float,
+        passages: Mapping[int, Passage],
+        cross_mbit: Mapping[str, float],
+        *,
+        is_race: bool = False,
     ) -> FlowRun:
         """Put together what was noted of the bundles."""
         answer = self.answer.answer()
@@ -133,17 +161,15 @@ class _Subject:
         arrived_s = np.array([self.tap.arrived_s(packet) for packet in packets], np.float64)
         watched = [passages.get(id(packet)) for packet in packets]
         flow = record(self.recorder, noted, arrived_s, watched)
+        left_by, is_dropped = flow.queue, np.isnan(arrived_s)
+        if is_race:
+            left_by, is_dropped = raced(flow.queue, is_dropped, watched)
         return FlowRun(
             flow=flow,
-            left_by=np.array(
-                [
-                    1 - queue if one is not None and math.isnan(one.wait_s[queue]) else queue
-                    for queue, one in zip(flow.queue.tolist(), watched, strict=True)
-                ],
-                np.int8,
-            ),
+            left_by=left_by,
             is_copy=np.array([one.is_copy for one in noted], np.bool_),
             arrived_s=arrived_s,
+            is_dropped=is_dropped,
             generated_s=tuple(answer.generated_s),
             rendered_s=tuple(answer.rendered_s),
             base_delay_s=base_delay_s,
@@ -165,8 +191,8 @@ def run_flow(
 ) -> FlowRun:
     """Send one answer, as long as the scenario or `length_s`, whose packets `marking` marks.
 
-    In a race each packet waits in both queues and leaves by the first. `offset_s` is how much the
-    receiver's clock is ahead.
+    In a race each packet waits in both queues and leaves by the first that does not drop it.
+    `offset_s` is how much the receiver's clock is ahead.
 
     Raises:
         DeliveryError: the text did not arrive whole, in order and once.
@@ -192,7 +218,7 @@ def run_flow(
     answer = subject.answer
     answer.pair.connect(START_S)
     cross_mbit = _simulate(scenario, loaded, [answer], (answer, *answer.pair.actors), length_s)
-    return subject.found(_base_delay_s(scenario), passages, cross_mbit)
+    return subject.found(_base_delay_s(scenario), passages, cross_mbit, is_race=is_race)
 
 
 def run_crowd(
