@@ -330,10 +330,14 @@ class WatchedDualPi2(DualPi2):
         self._take_credit(shadow)
 
     def _let_win(self, now: float, shadow: _Shadow) -> Packet | None:
-        """Return the packet of a shadow that is first, or None if the shadow is dropped."""
+        """Return the packet of a shadow that is first, or None if the shadow is dropped.
+
+        Either way the queue keeps the credit of its wait, as it does with a packet.
+        """
         passage, queue = shadow.passage, shadow.passage.queue
         is_dropped = self._drops(shadow)
         self._end(shadow)
+        self._take_credit(shadow)
         passage.wait_s[1 - queue] = inf if is_dropped else now - passage.entered_s
         if is_dropped:
             return None
@@ -345,7 +349,6 @@ class WatchedDualPi2(DualPi2):
         del self._subjects[id(packet)]
         self._backlog_bytes -= packet.size
         self._close(passage)
-        self._take_credit(shadow)
         self._charge(packet, 1 - queue)
         return packet
 

@@ -174,6 +174,18 @@ def test_what_has_moved_has_the_credit_of_its_wait() -> None:
     assert passage.wait_s == [inf, pytest.approx(10 * MS)]
 
 
+def test_what_c_drops_leaves_there_the_credit_of_its_wait() -> None:
+    world = overloaded()
+    world.queue._shadow_random = chain((0.0, 0.0), repeat(0.999)).__next__
+    world.send(0.0, L4S, count=61)
+    world.ask(0.0, size=150)
+    world.ask(10.05 * MS, size=150)
+    second, first = world.end()
+    # At 10 ms, after nine of L, C drops the first. The second waits for what is being served.
+    assert first.wait_s == [pytest.approx(61 * MS), inf]
+    assert second.wait_s[C] == pytest.approx(0.95 * MS)
+
+
 def test_what_has_moved_into_an_empty_queue_is_not_forgotten() -> None:
     world = overloaded(0.0, 0.0)
     world.send(0.0, CLASSIC)
