@@ -181,8 +181,9 @@ def test_what_c_drops_leaves_there_the_credit_of_its_wait() -> None:
     world.ask(0.0, size=150)
     world.ask(10.05 * MS, size=150)
     second, first = world.end()
-    # At 10 ms, after nine of L, C drops the first. The second waits for what is being served.
-    assert first.wait_s == [pytest.approx(61 * MS), inf]
+    # At 10 ms, after nine of L, C drops the first. The second waits for what is being served, and
+    # delays the first by 0.1 ms.
+    assert first.wait_s == [pytest.approx(61.1 * MS), inf]
     assert second.wait_s[C] == pytest.approx(0.95 * MS)
 
 
