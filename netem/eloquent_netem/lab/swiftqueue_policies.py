@@ -92,7 +92,8 @@ class Timeline:
 class PolicyCase:
     """One bottleneck: a case of `eloquent_netem.lab.cases` whose schemes are marking policies.
 
-    `is_race` makes it the oracle's: each packet waits in both queues and leaves by the first.
+    `is_race` makes it the oracle's: each packet waits in both queues and leaves by the first that
+    does not drop it.
     """
 
     place: Place
