@@ -50,6 +50,12 @@ def test_the_wheel_holds_netem_s_library_of_scenarios(wheel: zipfile.ZipFile) ->
         assert wheel.read(scenario.relative_to(folder).as_posix()) == scenario.read_bytes()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_the_wheel_holds_swiftqueue_s_model(wheel: zipfile.ZipFile, suffix: str) -> None:
+    name = f"eloquent/swiftqueue/weights/swiftqueue.{suffix}"
+    assert wheel.read(name) == (PROJECT / name).read_bytes()
+
+
 def test_the_metadata_names_licence_command_and_extras(wheel: zipfile.ZipFile) -> None:
     (info,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(info).decode())
