@@ -275,6 +275,10 @@ def write(folder: Path, model: Model, **description: object) -> Path:
     return path
 
 
+def test_the_shipped_model_is_read() -> None:
+    assert Model.load().shape == FULL
+
+
 def test_a_model_that_torch_wrote_is_read(tmp_path: Path) -> None:
     model = random_model(FULL, np.random.default_rng(2))
     path = write(tmp_path, model, command="eloquent swiftqueue train")
