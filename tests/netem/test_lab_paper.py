@@ -140,7 +140,7 @@ def test_the_page_is_made_part_by_part_and_runs_are_not_made_again(tmp_path: Pat
 
     text = settings.output.read_text(encoding="utf-8")
     parts = split(text)
-    assert list(parts) == ["sim", "traces", "tun"]
+    assert list(parts) == ["sim", "traces", "tun", "recorded"]
     assert NOT_YET in parts["traces"]
     assert "measured in January" in parts["tun"]
     assert mark_of(parts["tun"]) == MARK
@@ -174,7 +174,7 @@ def test_figures_that_a_part_has_no_longer_are_removed(tmp_path: Path) -> None:
 
 def test_what_is_out_of_date_is_named_with_its_date_and_commit(tmp_path: Path) -> None:
     output = tmp_path / "results.md"
-    assert [line.split()[0] for line in check(output)] == ["sim", "traces", "tun"]
+    assert [line.split()[0] for line in check(output)] == ["sim", "traces", "tun", "recorded"]
     codes = {name: code_of_part(name) for name in TITLES}
     fresh = {name: replace(MARK, code=code).line(name) for name, code in codes.items()}
     output.write_text(page(fresh), encoding="utf-8")
@@ -272,7 +272,8 @@ def test_recordings_are_taken_where_they_are(tmp_path: Path) -> None:
     (tmp_path / f"{RECORDINGS[1]}.down").write_text("1\n2\n")
     (place,) = recordings(tmp_path)
     assert place.name.startswith(RECORDINGS[1])
-    assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun"]
+    assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun", "recorded"]
+    assert [part.name for part in make_parts(tmp_path, has_tun=False)] == ["sim", "traces"]
 
 
 def test_the_page_itself_does_not_make_a_commit_dirty(tmp_path: Path) -> None:

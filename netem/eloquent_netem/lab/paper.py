@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eloquent.errors import ConfigurationError
 from eloquent_netem.errors import NetemError
+from eloquent_netem.lab.findings import Sheet
 from eloquent_netem.lab.paper_page import (
     FIGURES,
     Mark,
@@ -87,7 +88,7 @@ def paper(parts: Sequence[Part], options: Options) -> int:
             pictures,
             meta=found.meta,
             failures=found.failures,
-            more=agreement_sheets(rows) if part.driver == "tun" else (),
+            more=_agreement(part, rows) if part.driver == "tun" else (),
         )
         _write(options.output, texts, part, pictures)
         _say(f"{options.output}: {part.name} is written.")
@@ -114,6 +115,12 @@ def check(output: Path) -> list[str]:
                 f"{mark.code}; the code now is {code}."
             )
     return lines
+
+
+def _agreement(part: Part, rows: Sequence[Row]) -> Sequence[Sheet]:
+    """Return how the part's networks compare with the same in virtual time."""
+    names = {place.name for place in part.places}
+    return agreement_sheets([row for row in rows if row.scenario in names])
 
 
 def _can_tun() -> bool:

@@ -32,10 +32,11 @@ TITLES = {
     "sim": "In virtual time",
     "traces": "Recorded cellular links",
     "tun": "Against the kernel's TCP",
+    "recorded": "Recorded cellular links, against the kernel's TCP",
 }
 "All parts, in the page's order."
 
-DRIVERS = {"sim": "sim", "traces": "sim", "tun": "tun"}
+DRIVERS = {"sim": "sim", "traces": "sim", "tun": "tun", "recorded": "tun"}
 "What makes them."
 
 LEAST = {
@@ -113,5 +114,6 @@ def make_parts(traces: Path, *, has_tun: bool = True) -> Sequence[Part]:
         Part(name="sim", schemes=SIM_SCHEMES, places=places, pictured=pictured),
         Part(name="traces", schemes=SIM_SCHEMES, places=recordings(traces)),
         Part(name="tun", schemes=TUN_SCHEMES, places=places, pictured=pictured),
+        Part(name="recorded", schemes=TUN_SCHEMES, places=recordings(traces)),
     ]
-    return [part for part in made if part.places and (has_tun or part.name != "tun")]
+    return [part for part in made if part.places and (has_tun or part.driver != "tun")]
