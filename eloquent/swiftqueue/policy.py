@@ -1,12 +1,14 @@
 """SwiftQueue's marking policy: each packet into the queue that is foretold to be the better one.
 
     state     marks                      why                                 next
-    LEARNING  L                          little is known yet                 STEERING, DISTRUST
+    LEARNING  L                          little is known yet                 STEERING, STALE,
+                                                                             DISTRUST
     STEERING  the better queue's         `LEARN_OBSERVATIONS` are there      STALE, DISTRUST
     STALE     L                          feedback or forecasts are absent    STEERING, DISTRUST
     DISTRUST  L, and learns nothing      feedback or forecasts are false     LEARNING, in a while
-    UNMARKED  L, which the connection    validation takes the mark off       LEARNING, when a mark
-              turns into Not-ECT         (see `eloquent.quic.ecn`)           leaves again
+    UNMARKED  L, which the connection    validation takes the mark off       when a mark leaves
+              turns into Not-ECT         (see `eloquent.quic.ecn`)           again, LEARNING, or
+                                                                             DISTRUST as before
 
 Copies go into the other queue in every state, since that takes no forecast; into the same one only
 if the other is foretold to be of no use. Those that the policy asks for itself
@@ -331,7 +333,7 @@ class SwiftQueueMarking:
         if self._asked is Queue.L and queue is Queue.C:
             self.state = State.UNMARKED
         elif self.state is State.UNMARKED and queue is Queue.L:
-            self.state = State.LEARNING
+            self.state = State.LEARNING if self._outlook is not None else State.DISTRUST
 
     # Learning.
 

@@ -157,6 +157,21 @@ def test_false_feedback_is_distrusted_for_a_while_and_then_learnt_anew(
     ]
 
 
+def test_marks_that_are_taken_off_during_distrust_do_not_end_steering_for_good() -> None:
+    policy, outlooks = steered(lambda now: Foretold(BURST, CALM))
+    line = Line(
+        policy,
+        marks=lambda now: not 3 <= now < 4,
+        waits=lambda now, queue: 0.001,
+        tells=lies,
+    )
+    assert state(line.run(2.5)) is State.DISTRUST
+    assert state(line.run(3.5)) is State.UNMARKED
+    line.run(2 + DISTRUST_S + 3)
+    assert state(line) is State.STEERING
+    assert len(outlooks.opened) == 2
+
+
 def test_forecasts_that_are_exceeded_too_often_are_distrusted_ever_longer() -> None:
     policy, outlooks = steered(lambda now: Foretold(BURST, CALM))
     line = Line(policy, waits=lambda now, queue: 0.02 * (int(now * 10) % 3 > 0)).run(120)
