@@ -16,9 +16,12 @@ MARGIN_S = 0.001
 MARGIN_SHARE = 0.15
 "The other queue is better if it costs less by this time and by this share."
 TAIL_STEP_S = 0.01
+TAIL_STEP_SHARE = 0.2
 TAIL_MAX_S = 0.2
 """The highest quantile moves up by this step for each delay beyond it, at most to so much more than
-was foretold, and down by the step times the quantile's chance for each that is not."""
+was foretold, and down by the step times the quantile's chance for each that is not. The step is no
+more than this share of the delay or the quantile: where a queue is short by a little more than was
+foretold, it is short all the same."""
 DWELL_S = 0.05
 "A queue is kept for so long at the least."
 
@@ -57,8 +60,9 @@ class Tail:
 
     def learn(self, delay_s: float, highest_s: float) -> None:
         """Take note of a queueing delay, and of the corrected quantile that was foretold for it."""
-        step_s = TAIL_STEP_S * ((delay_s > highest_s) - _HIGHEST_CHANCE)
-        self.beyond_s = min(max(self.beyond_s + step_s, -TAIL_MAX_S), TAIL_MAX_S)
+        step_s = min(TAIL_STEP_S, TAIL_STEP_SHARE * max(delay_s, highest_s))
+        beyond_s = self.beyond_s + step_s * ((delay_s > highest_s) - _HIGHEST_CHANCE)
+        self.beyond_s = min(max(beyond_s, -TAIL_MAX_S), TAIL_MAX_S)
 
 
 def prospects(
