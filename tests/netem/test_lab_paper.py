@@ -13,7 +13,7 @@ from lab_rows import row
 from eloquent.errors import ConfigurationError
 from eloquent_netem.lab import cases
 from eloquent_netem.lab.commands import lab
-from eloquent_netem.lab.paper import Options, check, commit_of, paper
+from eloquent_netem.lab.paper import Options, check, commit_of, paper, runnable_parts
 from eloquent_netem.lab.paper_page import (
     NOT_YET,
     Mark,
@@ -212,7 +212,7 @@ def test_where_nothing_can_be_written_nothing_is_run(tmp_path: Path, option: str
     files = {"--output": tmp_path / "page.md", "--cache": tmp_path / "cache", option: tmp_path}
     words = [str(word) for pair in files.items() for word in pair]
     with pytest.raises(ConfigurationError, match=f"Cannot write {tmp_path}"):
-        lab(["paper", "--no-tun", *words], exit_on_error=False)
+        lab(["paper", "--part", "sim", *words], exit_on_error=False)
 
 
 def test_tcp_over_the_router_is_named_by_its_congestion_control() -> None:
@@ -274,6 +274,14 @@ def test_recordings_are_taken_where_they_are(tmp_path: Path) -> None:
     assert place.name.startswith(RECORDINGS[1])
     assert [part.name for part in make_parts(tmp_path)] == ["sim", "traces", "tun", "recorded"]
     assert [part.name for part in make_parts(tmp_path, has_tun=False)] == ["sim", "traces"]
+
+
+def test_only_the_parts_that_are_asked_for_are_made(tmp_path: Path) -> None:
+    (tmp_path / f"{RECORDINGS[1]}.down").write_text("1\n2\n")
+    assert [part.name for part in runnable_parts(tmp_path, ["traces"])] == ["traces"]
+    assert [part.name for part in runnable_parts(tmp_path, ["traces", "sim"])] == ["sim", "traces"]
+    with pytest.raises(ConfigurationError, match="no part 'tuns': --part takes sim, traces, tun"):
+        runnable_parts(tmp_path, ["sim", "tuns"])
 
 
 def test_the_page_itself_does_not_make_a_commit_dirty(tmp_path: Path) -> None:

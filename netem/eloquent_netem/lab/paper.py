@@ -20,7 +20,7 @@ from eloquent_netem.lab.paper_page import (
     part_text,
     split,
 )
-from eloquent_netem.lab.paper_parts import TITLES, Part, code_of_part, make_parts
+from eloquent_netem.lab.paper_parts import DRIVERS, TITLES, Part, code_of_part, make_parts
 from eloquent_netem.lab.report import Study, figures
 from eloquent_netem.lab.report_page import Picture
 from eloquent_netem.lab.rows import Row
@@ -46,10 +46,21 @@ class Options:
     "None: as many as a driver bears."
 
 
-def runnable_parts(traces: Path, *, has_tun: bool) -> Sequence[Part]:
-    """Return the parts that can be made here; say of the others why not."""
-    parts = make_parts(traces, has_tun=has_tun and _can_tun())
-    if not any(part.name == "traces" for part in parts):
+def runnable_parts(traces: Path, wanted: Sequence[str] = ()) -> Sequence[Part]:
+    """Return the parts that are wanted, or all, and can be made here; say of the others why not.
+
+    Raises:
+        ConfigurationError: there is no such part.
+    """
+    unknown = [name for name in wanted if name not in TITLES]
+    if unknown:
+        raise ConfigurationError(
+            f"The page has no part {unknown[0]!r}: --part takes {', '.join(TITLES)}."
+        )
+    names = wanted or tuple(TITLES)
+    has_tun = any(DRIVERS[name] == "tun" for name in names) and _can_tun()
+    parts = [part for part in make_parts(traces, has_tun=has_tun) if part.name in names]
+    if "traces" in names and not any(part.name == "traces" for part in parts):
         _say(f"No recordings in {traces}: that part of the page stays as it was.")
     return parts
 

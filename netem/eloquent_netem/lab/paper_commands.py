@@ -15,7 +15,7 @@ def paper(
     *,
     seeds: int = 20,
     tun_seeds: int = 10,
-    tun: bool = True,
+    part: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     check: bool = False,
     output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("docs/results.md"),
     traces: Path = Path("../shared/traces"),
@@ -34,9 +34,10 @@ def paper(
         How many seeds in virtual time, from 0 on.
     tun_seeds
         How many over TUN.
-    tun
-        Whether to make the runs over TUN. Where they cannot be made, or are not wanted, that part
-        of the page stays as it was, marked with its date and commit.
+    part
+        sim (in virtual time), traces (the recordings, in virtual time), tun (against the kernel's
+        TCP), recorded (the recordings against it); by default all. A part that cannot be made, or
+        is not wanted, stays as it was on the page, marked with its date and commit.
     check
         Run nothing: say which parts of the page are older than the code that they depend on. The
         exit code is 1 if there is one.
@@ -77,4 +78,4 @@ def paper(
         cache=cache,
         workers=workers,
     )
-    sys.exit(run(runnable_parts(traces, has_tun=tun), options))
+    sys.exit(run(runnable_parts(traces, part), options))
