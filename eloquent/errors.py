@@ -35,7 +35,9 @@ class RequestError(EloquentError):
     `code` is the machine-readable reason, one of those that `docs/protocol.md` lists.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
+        """`retry_after_s`: asking again before is of no use; 0: nothing is known of it."""
         super().__init__(message)
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s

@@ -18,7 +18,7 @@ class Turns(Protocol):
     def log_grew(self, turn: int, now: float) -> None:
         """Take note that it has more."""
 
-    def reject(self, turn: int, code: str, message: str) -> None:
+    def reject(self, turn: int, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """Send no more of it, and say why."""
 
     def report(self, turn: int) -> Report | None:
@@ -69,10 +69,10 @@ class TurnReader:
         self._readers.turns.log_grew(self._number, driver.now())
         driver.pump()
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """See `Reader.reject`."""
         self._readers.forget(self._number)
-        self._readers.turns.reject(self._number, code, message)
+        self._readers.turns.reject(self._number, code, message, retry_after_s)
         self._readers.driver.pump()
 
 

@@ -37,10 +37,10 @@ class Reader(Protocol):
     def log_grew(self) -> None:
         """Take note that the accepted log has more, or has its end."""
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """Say why there is no answer, or no more of it; nothing follows.
 
-        `docs/protocol.md` lists the codes.
+        `docs/protocol.md` lists the codes. Asking again before `retry_after_s` is of no use.
         """
 
 

@@ -11,7 +11,7 @@ from collections import deque
 
 from eloquent.core.turns import TurnEvent
 from eloquent.core.varint import decode_varint, encode_varint
-from eloquent.core.wire import MAX_REPLY_BYTES, MAX_REQUEST_BODY_BYTES
+from eloquent.core.wire import MAX_REPLY_BYTES, MAX_REQUEST_BODY_BYTES, MAX_REQUEST_HEAD_BYTES
 from eloquent.errors import WireError
 
 MESSAGE_OPEN = 5
@@ -30,7 +30,7 @@ MAX_BUNDLE_DATA_BYTES = 1 << 12
 """After so many bytes the transport is asked again, and other turns have their chance. TLS hands
 out whole records only: each has to come well within `DEAD_AFTER_S`, on a slow link too."""
 
-MAX_TO_SERVER_BYTES = MAX_REQUEST_BODY_BYTES + 128
+MAX_TO_SERVER_BYTES = MAX_REQUEST_BODY_BYTES + MAX_REQUEST_HEAD_BYTES
 MAX_TO_CLIENT_BYTES = MAX_REPLY_BYTES + 16
 "The longest messages, with room for longer varints than needed."
 

@@ -164,7 +164,7 @@ class ClientChannel(Channel):
             if isinstance(reply, Rejected):
                 self._open.discard(turn)
                 if receiver is not None:
-                    self._fail(turn, RequestError(reply.code, reply.message))
+                    self._fail(turn, RequestError(reply.code, reply.message, reply.retry_after_s))
             elif receiver is not None:
                 receiver.on_ended(reply)
                 self._replied.add(turn)

@@ -87,7 +87,7 @@ class ServerChannel(Channel):
             self._readers[turn] = _Reader(self._windows.open(log, offset))
             self._order.append(turn)
 
-    def reject(self, turn: int, code: str, message: str) -> None:
+    def reject(self, turn: int, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """Decline a turn, or give up one that was accepted, unless its reader cancelled.
 
         `docs/protocol.md` lists the codes.
@@ -95,7 +95,7 @@ class ServerChannel(Channel):
         reader = self._readers.get(turn)
         if turn in self._asked or (reader is not None and not reader.is_confirmed):
             self._drop(turn)
-            self._reply(turn, Rejected(code, message[:MAX_REASON_CHARS]))
+            self._reply(turn, Rejected(code, message[:MAX_REASON_CHARS], retry_after_s))
 
     def log_grew(self, turn: int, now: float) -> None:
         """Tell the channel that the turn's log has more, or is closed."""

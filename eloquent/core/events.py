@@ -4,8 +4,9 @@ One encoded event is `kind (1 byte) | length (varint) | body`; see `docs/protoco
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -16,6 +17,9 @@ KIND_TEXT = 1
 KIND_FAILURE = 2
 KIND_END = 3
 KIND_LOGPROBS = 4
+KIND_REASONING = 5
+KIND_TOOL_CALL = 6
+KIND_EXTRA = 7
 
 MAX_EVENT_BYTES = 1 << 20
 DIGEST_BYTES = 16
@@ -27,6 +31,36 @@ class TextDelta:
 
     text: str
     "Whole code points; the pieces joined are the answer's text."
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """The next piece of what the model thinks before it answers; no part of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The next piece of a call of a tool that the request offered."""
+
+    index: int
+    "Which call of the answer's, from 0."
+    id: str
+    "Its name; only with its first piece, else empty."
+    name: str
+    "The function's; only with the call's first piece, else empty."
+    arguments: str
+    "The pieces joined are a JSON object."
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What else an engine said of its choice, in its own words."""
+
+    data: bytes
+    """A JSON object, to be merged into the `choices[0]` of a `chat.completion.chunk`, such as
+    `{"delta": {"refusal": "..."}}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +104,7 @@ class End:
     """The last event of every log."""
 
     finish_reason: str
-    '`"stop"`, `"length"` or `"error"`.'
+    '`"stop"`, `"length"`, `"cancelled"`, `"error"`, or what an engine behind the server says.'
     model: str
     "The model that answered."
     prompt_tokens: int
@@ -83,9 +117,11 @@ class End:
     "BLAKE2b (16 bytes) of those bytes; `log_digest` makes it."
     cached_tokens: int = 0
     "Tokens of the prompt that were not computed, since they were known from before."
+    usage: bytes = b""
+    "A JSON object: the counts in the words of the engine behind the server; empty: it has none."
 
 
-Delta = TextDelta | Logprobs | Failure
+Delta = TextDelta | ReasoningDelta | ToolCallDelta | Extra | Logprobs | Failure
 "What a backend adds to an answer."
 Event = Delta | End
 
@@ -101,6 +137,13 @@ class _Token(msgspec.Struct, array_like=True, frozen=True):
     top: tuple[tuple[bytes, float], ...]
 
 
+class _ToolCallBody(msgspec.Struct, array_like=True, frozen=True):
+    index: Annotated[int, msgspec.Meta(ge=0)]
+    id: str
+    name: str
+    arguments: str
+
+
 class _EndBody(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: str
     model: str
@@ -109,7 +152,12 @@ class _EndBody(msgspec.Struct, array_like=True, frozen=True):
     length: int
     digest: bytes
     cached_tokens: int = 0
-    "Left out where it is 0."
+    usage: bytes = b""
+    "These two are left out, from the end on, where they are 0 and empty."
+
+
+_END_FIELDS = 6
+"Those that are always there."
 
 
 def log_digest() -> "hashlib.blake2b":
@@ -123,15 +171,7 @@ def encode_event(event: Event) -> bytes:
     Raises:
         ValueError: it is larger than a reader takes, or its text is not whole code points.
     """
-    if isinstance(event, TextDelta):
-        kind, body = KIND_TEXT, event.text.encode()
-    elif isinstance(event, Logprobs):
-        kind, body = KIND_LOGPROBS, _encode_logprobs(event)
-    elif isinstance(event, Failure):
-        kind, body = KIND_FAILURE, msgspec.msgpack.encode(_FailureBody(event.code, event.message))
-    else:
-        fields = [getattr(event, name) for name in _EndBody.__struct_fields__]
-        kind, body = KIND_END, msgspec.msgpack.encode(fields if fields[-1] else fields[:-1])
+    kind, body = _encode_body(event)
     if len(body) > MAX_EVENT_BYTES:
         raise ValueError(f"an event of {len(body)} bytes: at most {MAX_EVENT_BYTES} are allowed")
     return bytes((kind,)) + encode_varint(len(body)) + body
@@ -229,6 +269,33 @@ class EventDecoder:
             )
 
 
+def _encode_body(event: Event) -> tuple[int, bytes]:  # noqa: PLR0911 (one for each kind)
+    match event:
+        case TextDelta():
+            return KIND_TEXT, event.text.encode()
+        case ReasoningDelta():
+            return KIND_REASONING, event.text.encode()
+        case ToolCallDelta():
+            call = _ToolCallBody(event.index, event.id, event.name, event.arguments)
+            return KIND_TOOL_CALL, msgspec.msgpack.encode(call)
+        case Extra():
+            return KIND_EXTRA, event.data
+        case Logprobs():
+            return KIND_LOGPROBS, _encode_logprobs(event)
+        case Failure():
+            failure = _FailureBody(event.code, event.message)
+            return KIND_FAILURE, msgspec.msgpack.encode(failure)
+        case End():
+            return KIND_END, _encode_end(event)
+
+
+def _encode_end(end: End) -> bytes:
+    fields = [getattr(end, name) for name in _EndBody.__struct_fields__]
+    while len(fields) > _END_FIELDS and not fields[-1]:
+        fields.pop()
+    return msgspec.msgpack.encode(fields)
+
+
 def _encode_logprobs(event: Logprobs) -> bytes:
     return msgspec.msgpack.encode(
         [
@@ -247,21 +314,43 @@ def _decode_logprobs(body: bytes) -> Logprobs:
     )
 
 
+def _decode_failure(body: bytes) -> Failure:
+    failure = msgspec.msgpack.decode(body, type=_FailureBody)
+    return Failure(failure.code, failure.message)
+
+
+def _decode_tool_call(body: bytes) -> ToolCallDelta:
+    call = msgspec.msgpack.decode(body, type=_ToolCallBody)
+    return ToolCallDelta(call.index, call.id, call.name, call.arguments)
+
+
+def _decode_extra(body: bytes) -> Extra:
+    msgspec.json.decode(body, type=dict[str, Any])  # What comes after it relies on that.
+    return Extra(body)
+
+
+def _decode_end(body: bytes) -> End:
+    end: Any = msgspec.msgpack.decode(body, type=_EndBody)
+    return End(*(getattr(end, name) for name in _EndBody.__struct_fields__))
+
+
+_DECODERS: dict[int, Callable[[bytes], Event]] = {
+    KIND_TEXT: lambda body: TextDelta(body.decode()),
+    KIND_REASONING: lambda body: ReasoningDelta(body.decode()),
+    KIND_TOOL_CALL: _decode_tool_call,
+    KIND_EXTRA: _decode_extra,
+    KIND_LOGPROBS: _decode_logprobs,
+    KIND_FAILURE: _decode_failure,
+    KIND_END: _decode_end,
+}
+
+
 def _decode_body(kind: int, body: bytes) -> Event | None:
+    decode = _DECODERS.get(kind)
     try:
-        if kind == KIND_TEXT:
-            return TextDelta(body.decode())
-        if kind == KIND_FAILURE:
-            failure = msgspec.msgpack.decode(body, type=_FailureBody)
-            return Failure(failure.code, failure.message)
-        if kind == KIND_LOGPROBS:
-            return _decode_logprobs(body)
-        if kind == KIND_END:
-            end: Any = msgspec.msgpack.decode(body, type=_EndBody)
-            return End(*(getattr(end, name) for name in _EndBody.__struct_fields__))
+        return None if decode is None else decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(
             f"An event of kind {kind} cannot be read ({error}): the answer's log is damaged or "
             "the peer speaks another protocol. Ask again."
         ) from error
-    return None

@@ -1,6 +1,7 @@
 """The wire format: datagram frames and stream messages (`docs/protocol.md`, byte by byte)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -8,11 +9,17 @@ from eloquent.core.varint import VARINT_MAX, decode_varint, encode_varint, varin
 from eloquent.errors import WireError
 
 ALPN = "eloquent"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+"The newest; a request is of the oldest that can say what it has to, so that old servers take it."
+KEYLESS_VERSION = 2
+"Has no key, and is the same otherwise."
 
 TURN_ID_BYTES = 16
 SECRET_BYTES = 16
 MAX_REQUEST_BODY_BYTES = 1 << 20
+MAX_KEY_BYTES = 256
+MAX_REQUEST_HEAD_BYTES = 512
+"What stands around a body has fewer."
 MAX_REPLY_BYTES = 1 << 16
 MAX_REASON_CHARS = 4000
 "A longer message of `Rejected` is cut by the sender: it may repeat what the client sent."
@@ -100,6 +107,8 @@ class Request:
     "The reader has the log's bytes below it."
     is_owner: bool = True
     "Whether this reader's cancel stops the generation; other readers only leave."
+    key: str = field(default="", repr=False)
+    "Says who asks, where the server wants to know; at most `MAX_KEY_BYTES` in UTF-8."
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,8 @@ class Rejected:
 
     code: str
     message: str
+    retry_after_s: float = 0.0
+    "Asking again before is of no use; 0: nothing is said of it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,8 @@ class UnsupportedVersionError(WireError):
 class _RejectedBody(msgspec.Struct, array_like=True, frozen=True):
     code: str
     message: str
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    "Left out where it is 0."
 
 
 class _EndedBody(msgspec.Struct, array_like=True, frozen=True):
@@ -228,19 +241,29 @@ def _decode_report(payload: bytes, position: int, *, is_timed: bool) -> Report:
     return Report(turn, contiguous, newest - 1, unread, tuple(arrivals))
 
 
-def encode_request(request: Request, version: int = PROTOCOL_VERSION) -> bytes:
-    """Return the request as the stream carries it."""
+def encode_request(request: Request, version: int | None = None) -> bytes:
+    """Return the request as the stream carries it; by itself of the oldest version that can.
+
+    Raises:
+        ValueError: a name has the wrong length, or the key is too long.
+    """
     if len(request.turn_id) != TURN_ID_BYTES or len(request.secret) != SECRET_BYTES:
         raise ValueError(
             f"a turn id has {TURN_ID_BYTES} bytes and a secret {SECRET_BYTES}, not "
             f"{len(request.turn_id)} and {len(request.secret)}"
         )
+    key = request.key.encode()
+    if len(key) > MAX_KEY_BYTES:
+        raise ValueError(f"a key has at most {MAX_KEY_BYTES} bytes, not {len(key)}")
+    if version is None:
+        version = PROTOCOL_VERSION if key else KEYLESS_VERSION
     return (
         encode_varint(version)
         + request.turn_id
         + request.secret
         + bytes((FLAG_OWNER if request.is_owner else 0,))
         + encode_varint(request.offset)
+        + (encode_varint(len(key)) + key if version != KEYLESS_VERSION else b"")
         + encode_varint(len(request.body))
         + request.body
     )
@@ -254,10 +277,11 @@ def decode_request(data: bytes) -> Request:
         WireError: it is no request, is cut short, or something follows it.
     """
     version, position = _varint(data, 0, "a request's version")
-    if version != PROTOCOL_VERSION:
+    if version not in (KEYLESS_VERSION, PROTOCOL_VERSION):
         raise UnsupportedVersionError(
-            f"The request is of protocol version {version}, and this server speaks version "
-            f"{PROTOCOL_VERSION}: use a client and a server of the same release."
+            f"The request is of protocol version {version}, and this server speaks versions "
+            f"{KEYLESS_VERSION} to {PROTOCOL_VERSION}: use a client and a server of the same "
+            "release."
         )
     names_end = position + TURN_ID_BYTES + SECRET_BYTES
     turn_id, secret = (
@@ -268,6 +292,9 @@ def decode_request(data: bytes) -> Request:
     if flags & ~FLAG_OWNER:
         raise WireError(f"A request has unknown flags ({flags:#x}): the client is newer or broken.")
     offset, position = _varint(data, position, "a request's offset")
+    key = ""
+    if version != KEYLESS_VERSION:
+        key, position = _key(data, position)
     length, position = _varint(data, position, "a request's length")
     if length > len(data) - position:
         raise WireError("A request ends before its announced length: send it whole.")
@@ -275,16 +302,15 @@ def decode_request(data: bytes) -> Request:
         raise WireError(
             "Something follows the request on its stream: each request needs a stream of its own."
         )
-    return Request(turn_id, data[position:], secret, offset, bool(flags & FLAG_OWNER))
+    return Request(turn_id, data[position:], secret, offset, bool(flags & FLAG_OWNER), key)
 
 
 def encode_reply(reply: Reply) -> bytes:
     """Return the reply as the stream carries it."""
     if isinstance(reply, Rejected):
-        kind, body = (
-            REPLY_REJECTED,
-            msgspec.msgpack.encode(_RejectedBody(reply.code, reply.message)),
-        )
+        kind = REPLY_REJECTED
+        fields = [reply.code, reply.message, reply.retry_after_s]
+        body = msgspec.msgpack.encode(fields if reply.retry_after_s else fields[:-1])
     else:
         kind, body = REPLY_ENDED, msgspec.msgpack.encode(_EndedBody(reply.length, reply.digest))
     return bytes((kind,)) + encode_varint(len(body)) + body
@@ -304,13 +330,24 @@ def decode_reply(data: bytes) -> Reply:
     try:
         if kind == REPLY_REJECTED:
             rejected = msgspec.msgpack.decode(body, type=_RejectedBody)
-            return Rejected(rejected.code, rejected.message)
+            return Rejected(rejected.code, rejected.message, rejected.retry_after_s)
         if kind == REPLY_ENDED:
             ended = msgspec.msgpack.decode(body, type=_EndedBody)
             return Ended(ended.length, ended.digest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"A reply of type {kind} cannot be read: {error}.") from error
     raise WireError(f"A reply is of unknown type {kind}: the server speaks another version.")
+
+
+def _key(data: bytes, position: int) -> tuple[str, int]:
+    length, position = _varint(data, position, "a key's length")
+    end = position + length
+    if length > MAX_KEY_BYTES or end > len(data):
+        raise WireError(f"A request's key has over {MAX_KEY_BYTES} bytes, or is cut short.")
+    try:
+        return data[position:end].decode(), end
+    except UnicodeDecodeError as error:
+        raise WireError(f"A request's key is no text ({error}).") from error
 
 
 def _varint(data: bytes, position: int, what: str) -> tuple[int, int]:

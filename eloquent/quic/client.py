@@ -328,7 +328,7 @@ class ClientConnection(Connection):
         try:
             reply = decode_reply(data)
             if isinstance(reply, Rejected):
-                self._fail(turn, RequestError(reply.code, reply.message))
+                self._fail(turn, RequestError(reply.code, reply.message, reply.retry_after_s))
             elif (receiver := self._receivers.get(turn)) is not None:
                 receiver.on_ended(reply)
         except EloquentError as error:

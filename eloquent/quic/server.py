@@ -27,6 +27,7 @@ from eloquent.core.wire import (
     ARRIVAL_UNIT_S,
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
+    MAX_REQUEST_HEAD_BYTES,
     Bundle,
     Ended,
     Frame,
@@ -51,7 +52,7 @@ from eloquent.quic.connection import (
 from eloquent.quic.ecn import Ecn
 from eloquent.quic.stream import CHANNEL_MARK, CHANNEL_STREAM, ChannelStream
 
-MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + 64
+MAX_STREAM_BYTES = MAX_REQUEST_BODY_BYTES + MAX_REQUEST_HEAD_BYTES
 "A request's body and what stands before it, with room for longer varints than needed."
 
 NO_CHANNEL = (
@@ -172,20 +173,20 @@ class ServerConnection(Connection):
         self._readers[turn] = _Reader(sender, window)
         self._order.append(turn)
 
-    def reject(self, turn: int, code: str, message: str) -> None:
+    def reject(self, turn: int, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """Decline a turn, or give up one that was accepted, unless its reader cancelled.
 
         `docs/protocol.md` lists the codes.
         """
         if self._channel is not None:
-            self._channel.channel.reject(turn, code, message)
+            self._channel.channel.reject(turn, code, message, retry_after_s)
             return
         reader = self._readers.get(turn)
         if turn in self._given_up or (reader is not None and reader.is_confirmed):
             return
         self._given_up.add(turn)
         self._drop(turn)
-        reply = encode_reply(Rejected(code, message[:MAX_REASON_CHARS]))
+        reply = encode_reply(Rejected(code, message[:MAX_REASON_CHARS], retry_after_s))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
 
     def log_grew(self, turn: int, now: float) -> None:

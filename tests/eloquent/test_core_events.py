@@ -1,5 +1,7 @@
 """Events come out of the log's bytes as they went in, or a documented error does."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,10 +13,13 @@ from eloquent.core.events import (
     End,
     Event,
     EventDecoder,
+    Extra,
     Failure,
     Logprobs,
+    ReasoningDelta,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
     encode_event,
     log_digest,
 )
@@ -26,7 +31,16 @@ scores = st.floats(max_value=0, allow_nan=False)
 tops = st.lists(st.builds(TokenLogprob, st.binary(max_size=8), scores), max_size=3).map(tuple)
 chosen = st.builds(ChosenLogprob, st.binary(max_size=8), scores, tops)
 logprobs = st.builds(Logprobs, st.lists(chosen, max_size=3).map(tuple))
-deltas = st.builds(TextDelta, texts) | st.builds(Failure, texts, texts) | logprobs
+calls = st.builds(ToolCallDelta, st.integers(0, 300), texts, texts, texts)
+extras = st.dictionaries(texts, texts).map(lambda fields: Extra(json.dumps(fields).encode()))
+deltas = (
+    st.builds(TextDelta, texts)
+    | st.builds(ReasoningDelta, texts)
+    | st.builds(Failure, texts, texts)
+    | logprobs
+    | calls
+    | extras
+)
 
 
 def raw(kind: int, body: bytes) -> bytes:
@@ -80,6 +94,18 @@ logs = st.lists(deltas, max_size=6).map(closed_log)
             Logprobs((ChosenLogprob(b"\xc3", -0.5, (TokenLogprob(b"a", -1.0),)),)),
             "04 1c 91 93 c401c3 cbbfe0000000000000 91 92 c40161 cbbff0000000000000",
         ),
+        # and an eighth where the engine behind the server counts in its own words
+        (
+            End("stop", "m", 3, 200, 1000, bytes(range(16)), 0, b"{}"),
+            "03 25 98 a4 73746f70 a1 6d 03 ccc8 cd03e8 c410 000102030405060708090a0b0c0d0e0f 00"
+            " c402 7b7d",
+        ),
+        # kind 05 | length | UTF-8
+        (ReasoningDelta("Hm"), "05 02 486d"),
+        # kind 06 | length | array of 4: index, id, name, arguments
+        (ToolCallDelta(1, "c", "f", "{}"), "06 09 94 01 a1 63 a1 66 a2 7b7d"),
+        # kind 07 | length | JSON object
+        (Extra(b'{"a":1}'), "07 07 7b2261223a317d"),
     ],
 )
 def test_the_exact_bytes_of_an_event(event: Event, encoded: str) -> None:
@@ -168,6 +194,11 @@ def test_bytes_after_the_end_are_a_wire_error(extra: bytes, together: bool) -> N
         raw(3, bytes.fromhex("96 a0 a0 00 00 00")),
         raw(3, bytes.fromhex("96 a0 a0 00 00 a0 c400")),
         raw(4, bytes.fromhex("91 92 c400 00")),
+        raw(5, b"\xff"),
+        raw(6, bytes.fromhex("93 00 a0 a0")),
+        raw(6, bytes.fromhex("94 ff a0 a0 a0")),  # index -1
+        raw(7, b"[]"),
+        raw(7, b"{"),
         raw(4, bytes.fromhex("91 93 c400 cbbfe0000000000000 91 91 c400")),
     ],
 )

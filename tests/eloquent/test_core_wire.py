@@ -64,11 +64,21 @@ REQUESTS: list[tuple[Request, str]] = [
         Request(TURN_ID, b"x" * 64, SECRET),
         f"02 {TURN_ID.hex()} {SECRET.hex()} 01 00 4040" + "78" * 64,
     ),
+    # version 03: before the body's length, that of the key, and the key
+    (
+        Request(TURN_ID, b"{}", SECRET, 64, key="kß"),
+        f"03 {TURN_ID.hex()} {SECRET.hex()} 01 4040 03 6bc39f 02 7b7d",
+    ),
 ]
 
 REPLIES: list[tuple[Reply, str]] = [
     # type 01 | length | MessagePack array of 2: code, message
     (Rejected("busy", "Full."), "01 0c 92 a4 62757379 a5 46756c6c2e"),
+    # a third where it is known when to ask again: seconds
+    (
+        Rejected("busy", "Full.", 1.5),
+        "01 15 93 a4 62757379 a5 46756c6c2e cb3ff8000000000000",
+    ),
     # type 02 | length | MessagePack array of 2: length, digest
     (Ended(1000, DIGEST), "02 16 92 cd03e8 c410 101112131415161718191a1b1c1d1e1f"),
 ]
@@ -78,9 +88,10 @@ bundles = st.builds(
     Bundle, numbers, numbers, numbers, st.binary(min_size=1, max_size=50), st.booleans()
 )
 names = st.binary(min_size=16, max_size=16)
-requests = st.builds(Request, names, st.binary(max_size=100), names, numbers, st.booleans())
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
-replies = st.builds(Rejected, texts, texts) | st.builds(
+requests = st.builds(Request, names, st.binary(max_size=100), names, numbers, st.booleans(), texts)
+seconds = st.floats(0, 1e6)
+replies = st.builds(Rejected, texts, texts, seconds) | st.builds(
     Ended, st.integers(0, 1 << 62), st.binary(max_size=20)
 )
 
@@ -116,7 +127,7 @@ def encode_frame(frame: Frame) -> bytes:
 
 def test_the_constants_that_are_on_the_wire() -> None:
     assert wire.ALPN == "eloquent"
-    assert wire.PROTOCOL_VERSION == 2
+    assert (wire.KEYLESS_VERSION, wire.PROTOCOL_VERSION) == (2, 3)
     assert (wire.FRAME_BUNDLE, wire.FRAME_REPORT) == (1, 2)
     assert (wire.FRAME_TIMED_BUNDLE, wire.FRAME_TIMED_REPORT) == (3, 4)
     assert (wire.REPLY_REJECTED, wire.REPLY_ENDED) == (1, 2)
@@ -252,7 +263,30 @@ def test_a_reply_nested_too_deeply_is_refused() -> None:
 
 
 def test_fields_that_a_later_version_adds_to_a_reply_are_passed_over() -> None:
-    assert decode_reply(bytes.fromhex("01 04 93 a0 a0 07")) == Rejected("", "")
+    assert decode_reply(bytes.fromhex("01 05 94 a0 a0 00 07")) == Rejected("", "")
+
+
+def test_a_version_2_request_is_read_by_a_server_that_knows_keys() -> None:
+    request = Request(TURN_ID, b"{}", SECRET)
+    assert decode_request(encode_request(request, version=3)) == request
+    assert decode_request(encode_request(request, version=2)) == request
+
+
+def test_a_key_of_256_bytes_is_the_longest() -> None:
+    longest = Request(TURN_ID, b"", SECRET, key="k" * 256)
+    encoded = encode_request(longest)
+    assert decode_request(encoded) == longest
+    assert len(encoded) <= wire.MAX_REQUEST_HEAD_BYTES
+    with pytest.raises(ValueError, match="at most 256 bytes"):
+        encode_request(Request(TURN_ID, b"", SECRET, key="k" * 257))
+    head = bytes.fromhex(f"03 {TURN_ID.hex()} {SECRET.hex()} 01 00")
+    for key in ("4101" + "6b" * 257 + "00", "03 6b6b", "02 ffff 00"):
+        with pytest.raises(WireError, match="key"):
+            decode_request(head + bytes.fromhex(key))
+
+
+def test_a_key_is_not_in_what_a_request_looks_like_in_logs() -> None:
+    assert "elq_secret" not in repr(Request(TURN_ID, b"", SECRET, key="elq_secret"))
 
 
 @given(
