@@ -27,6 +27,9 @@ from eloquent.errors import RequestError
 
 JsonObject = dict[str, Any]
 
+DONE = b"data: [DONE]\n\n"
+"The last of a stream's bytes, where the answer is whole."
+
 LEAST_LOGPROB = -9999.0
 "Stands for minus infinity, which JSON cannot say; OpenAI's and vLLM's number."
 
@@ -80,6 +83,20 @@ def error_body(code: str, message: str) -> JsonObject:
     status = http_status(code)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def server_sent(data: JsonObject, event_id: str = "") -> bytes:
+    """Return a chunk or an error as a server-sent event; an empty id leaves the last one valid."""
+    head = f"id: {event_id}\n" if event_id else ""
+    return head.encode() + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Return a line, without line ends in it, that keeps a stream alive and that readers pass over.
+
+    See the WHATWG's "Server-sent events", section 9.2.6.
+    """
+    return f": {text}\n\n".encode()
 
 
 class Chunks:

@@ -19,7 +19,7 @@ from eloquent.core.events import (
     ToolCallDelta,
 )
 from eloquent.errors import RequestError
-from eloquent.openai import Chunks, completion, error_body, http_status
+from eloquent.openai import Chunks, comment, completion, error_body, http_status, server_sent
 
 TURN = "00112233445566778899aabbccddeeff"
 ABOUT: dict[str, Any] = {"turn_id": TURN, "model": "m", "created": 1_700_000_000}
@@ -228,3 +228,9 @@ def test_codes_have_their_status_and_type(code: str, status: int, kind: str) -> 
     assert error_body(code, "why") == {
         "error": {"message": "why", "type": kind, "param": None, "code": code}
     }
+
+
+def test_a_server_sent_event_is_one_line_of_data() -> None:
+    assert server_sent({"text": "a\nb"}, "turn:12") == b'id: turn:12\ndata: {"text":"a\\nb"}\n\n'
+    assert server_sent({"a": 1}) == b'data: {"a":1}\n\n'
+    assert comment("waiting") == b": waiting\n\n"
