@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import inf
 
 from eloquent.core.beat import BeatLimit
+from eloquent.core.counts import LinkCounts
 
 LOSS_WEIGHT = 1 / 64
 "Weight of one bundle's fate in the loss estimate: a memory of about 64 bundles."
@@ -54,6 +55,8 @@ class Path:
         "When the first packet left that is newer than all that is acknowledged."
         self.beats = BeatLimit()
         "What beats through an outage may cost; a server's connections share one."
+        self.counts = LinkCounts()
+        "What whoever runs the server is told; its connections share one."
         self.is_limited = False
         "Whether a sender would have sent more, had the window been larger."
         self.loss = 0.0
@@ -70,9 +73,8 @@ class Path:
         "Whether a bundle that leaves at a time should be repeated at once; None: never."
         self.blocked_at = float("-inf")
         "When a bundle that was due last had to wait for the congestion window or the pacer."
-        self._bundles = self._lossy_until = self._copies = 0
-        self._losses = 0
-        "Of those that make the path lossy, how many have not proved wrong."
+        self._bundles = self._lossy_until = self._copies = self._losses = 0
+        "`_losses`: of those that make the path lossy, how many have not proved wrong."
 
     @property
     def is_lossy(self) -> bool:

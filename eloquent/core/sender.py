@@ -40,6 +40,8 @@ TOGETHER_S = 0.015
 class _Sent:
     start: int
     stop: int
+    has_new: bool
+    "Whether it was the first to carry some of this."
 
 
 class Sender(ABC):
@@ -123,6 +125,7 @@ class Sender(ABC):
             sent = self._given_up.pop(number, None)
             if sent is None:
                 return
+            self._path.counts.late_bundles += 1
             self._path.on_late()
         self._newest_acked = max(self._newest_acked, number)
         self._add_seen(sent.start, sent.stop)
@@ -137,7 +140,11 @@ class Sender(ABC):
         self._given_up[number] = sent
         if len(self._given_up) > REMEMBERED_BUNDLES:
             del self._given_up[next(iter(self._given_up))]
-        self._add_resend(sent.start, sent.stop)
+        is_missing = self._add_resend(sent.start, sent.stop)
+        counts = self._path.counts
+        counts.lost_bundles += 1
+        counts.resent_bundles += is_missing
+        counts.recovered_bundles += sent.has_new and not is_missing
 
     def on_report(self, report: Report) -> None:
         """Take the reader's own word, which outranks the transport's.
@@ -195,7 +202,8 @@ class Sender(ABC):
     def _make(self, start: int, stop: int, now: float) -> Bundle:
         number = self._next_number
         self._next_number += 1
-        self._in_flight[number] = _Sent(start, stop)
+        self._in_flight[number] = _Sent(start, stop, has_new=stop > self._sent_end)
+        self._path.counts.bundles += 1
         if number and now - self._made_at <= TOGETHER_S:
             self._together.add(number)
         self._made_at = now
@@ -220,8 +228,8 @@ class Sender(ABC):
         self._resend.subtract(start, stop)
         self._mark = self._seen.first_gap()
 
-    def _add_resend(self, start: int, stop: int) -> None:
-        """Put into `_resend` what of `start..stop` is neither seen nor in flight."""
+    def _add_resend(self, start: int, stop: int) -> bool:
+        """Put into `_resend` what of `start..stop` is neither seen nor in flight, if anything."""
         missing = RangeSet()
         for low, high in self._seen.gaps(start, stop):
             missing.add(low, high)
@@ -229,3 +237,4 @@ class Sender(ABC):
             missing.subtract(other.start, other.stop)
         for low, high in missing:
             self._resend.add(low, high)
+        return bool(missing)

@@ -17,6 +17,8 @@ from aioquic.quic.packet import (
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 from eloquent.core.beat import BeatLimit
+from eloquent.core.counts import LinkCounts
+from eloquent.core.path import Path
 from eloquent.core.schemes import EloquentSender, SenderFactory
 from eloquent.core.turns import TurnEvent
 from eloquent.errors import ConfigurationError
@@ -28,7 +30,7 @@ from eloquent.quic.ecn import Ecn
 from eloquent.quic.marking import Marking, MarkingPolicy
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.reset import ResetKey, ResetLimit
-from eloquent.quic.server import ServerConnection, server_configuration
+from eloquent.quic.server import ServerConnection, server_configuration, show_certificate
 from eloquent.quic.tickets import TicketBook
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.readers import Readers
@@ -118,6 +120,7 @@ class Listener:
         self._retry = QuicRetryTokenHandler()
         self._transport: UdpTransport | None = None
         self.service = service
+        self.counts = LinkCounts()
 
     @property
     def port(self) -> int:
@@ -129,6 +132,14 @@ class Listener:
     def connections(self) -> int:
         """How many connections are open."""
         return len(self._peers)
+
+    def paths(self) -> list[Path]:
+        """Return what the connections that are made know of their paths."""
+        return [peer.connection.path for peer in self._peers if not peer.connection.is_handshaking]
+
+    def show(self, certificate: ServerCertificate) -> None:
+        """Show another certificate to those who connect from now on."""
+        show_certificate(self._configuration, certificate)
 
     async def close(self) -> None:
         """Close all connections and release the socket."""
@@ -145,6 +156,8 @@ class Listener:
     def send(self, data: bytes, address: Address, ecn: Ecn = Ecn.NOT_ECT) -> None:
         """Send a UDP datagram."""
         if self._transport is not None:
+            self.counts.datagrams_out += 1
+            self.counts.bytes_out += len(data)
             self._transport.send(data, address, ecn)
 
     def route(self, connection_id: bytes, peer: _Peer, *, is_issued: bool) -> None:
@@ -172,6 +185,7 @@ class Listener:
 
     def _give_up(self, peer: _Peer) -> None:
         """Forget a connection that is not made in time; nobody is told."""
+        self.counts.given_up += 1
         peer.end()
         self._drop(peer)
 
@@ -181,6 +195,8 @@ class Listener:
 
     def datagram_received(self, data: bytes, addr: Address, ecn: Ecn) -> None:
         """See `UdpProtocol`."""
+        self.counts.datagrams_in += 1
+        self.counts.bytes_in += len(data)
         try:
             header = pull_quic_header(
                 Buffer(data=data), host_cid_length=self._configuration.connection_id_length
@@ -231,6 +247,7 @@ class Listener:
     def _admit(self, header: QuicHeader, addr: Address) -> _Peer | None:
         """Begin a connection, if there is room for one, or have the client show its address."""
         if len(self._peers) >= MAX_CONNECTIONS:
+            self.counts.refused += 1
             logger.warning("refused a connection: %d are open", len(self._peers))
             return None
         now = asyncio.get_running_loop().time()
@@ -263,6 +280,7 @@ class Listener:
             original_destination_cid=header.destination_cid,
             retry_token=token,
         )
+        self.counts.retries += 1
         self.send(retry, addr)
 
     def _new_peer(self, original_cid: bytes, *, retried: bytes | None) -> _Peer:
@@ -281,6 +299,8 @@ class Listener:
             session_ticket_handler=self._tickets.put,
         )
         connection.path.beats = self._beats
+        connection.path.counts = self.counts
+        self.counts.handshakes += 1
         peer = _Peer(self, connection, policy)
         self._peers[peer] = None
         self._handshakes.begin(peer)
