@@ -3,11 +3,15 @@
 import datetime
 import ipaddress
 import secrets
-from dataclasses import dataclass
+import ssl
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
 VALID_DAYS = 10
@@ -17,17 +21,60 @@ _SERIAL_BITS = 127
 _SERIAL_TOP_BIT = 1 << (_SERIAL_BITS - 1)
 
 
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
+"What a server can sign with; of the curves P-256 and P-384."
+
+
 @dataclass(frozen=True, slots=True)
 class ServerCertificate:
     """What a server shows and signs with."""
 
     certificate: x509.Certificate
-    private_key: ed25519.Ed25519PrivateKey
+    private_key: PrivateKey = field(repr=False)
+    chain: tuple[x509.Certificate, ...] = ()
+    "What stands between it and an authority that clients know, the nearest first."
 
     @property
     def pin(self) -> str:
         """SHA-256 of the certificate (DER), in hexadecimal."""
         return certificate_pin(self.certificate)
+
+    @property
+    def is_self_signed(self) -> bool:
+        """Whether no authority vouches for it, so that clients need its pin."""
+        return self.certificate.issuer == self.certificate.subject
+
+    @property
+    def names(self) -> list[str]:
+        """The host names and addresses that it is for."""
+        try:
+            found = self.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        except x509.ExtensionNotFound:
+            return []
+        kinds = (x509.DNSName, x509.IPAddress)
+        return [str(name.value) for name in found.value if isinstance(name, kinds)]
+
+    def pem(self) -> bytes:
+        """Return the private key, the certificate and its chain as PEM; keep it secret."""
+        key = self.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        shown = (self.certificate, *self.chain)
+        return key + b"".join(each.public_bytes(Encoding.PEM) for each in shown)
+
+    def tls(self) -> ssl.SSLContext:
+        """Return a context for TLS 1.3 over TCP.
+
+        Raises:
+            ssl.SSLError: certificate and key are not accepted.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        # `ssl` reads files only; the directory is the owner's alone, and gone at once.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "certificate.pem"
+            path.touch(mode=0o600)
+            path.write_bytes(self.pem())
+            context.load_cert_chain(path)
+        return context
 
 
 def certificate_pin(certificate: x509.Certificate) -> str:

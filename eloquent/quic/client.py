@@ -59,6 +59,11 @@ def client_configuration(server_name: str, *, pin: str | None) -> QuicConfigurat
     configuration.server_name = server_name
     if pin is not None:
         configuration.verify_mode = ssl.CERT_NONE
+        return configuration
+    # aioquic would ask those that come with certifi; WebSocket asks the system's, and so do we.
+    system = ssl.get_default_verify_paths()
+    if system.cafile is not None or system.capath is not None:
+        configuration.load_verify_locations(system.cafile, system.capath)
     return configuration
 
 

@@ -9,8 +9,9 @@ import hashlib
 import hmac
 import secrets
 
-from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from eloquent.quic.certificate import PrivateKey
 
 TOKEN_BYTES = 16
 
@@ -34,9 +35,9 @@ class ResetKey:
         self._key = key
 
     @classmethod
-    def of(cls, private_key: ed25519.Ed25519PrivateKey) -> "ResetKey":
+    def of(cls, private_key: PrivateKey) -> "ResetKey":
         """Return the key that belongs to a certificate's, the same after each restart."""
-        secret = private_key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+        secret = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         return cls(hmac.digest(secret, b"eloquent stateless reset", hashlib.sha256))
 
     def token(self, connection_id: bytes) -> bytes:

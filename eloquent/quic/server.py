@@ -69,9 +69,15 @@ TOO_LATE = f"The request was not whole within {REQUEST_DEADLINE_S:.0f} s: ask ag
 def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
     """Return the QUIC settings of a server that shows `certificate`."""
     configuration = base_configuration(is_client=False)
-    configuration.certificate = certificate.certificate
-    configuration.private_key = certificate.private_key
+    show_certificate(configuration, certificate)
     return configuration
+
+
+def show_certificate(configuration: QuicConfiguration, certificate: ServerCertificate) -> None:
+    """Have the connections that are made from now on show `certificate`."""
+    configuration.certificate = certificate.certificate
+    configuration.certificate_chain = list(certificate.chain)
+    configuration.private_key = certificate.private_key
 
 
 @dataclass(slots=True)

@@ -3,12 +3,10 @@
 import asyncio
 import logging
 import ssl
-import tempfile
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
@@ -47,7 +45,7 @@ class _HeardServer(HeardConnection, ServerConnection):
     def __init__(
         self,
         handshakes: "Handshakes[_HeardServer]",
-        tls: ssl.SSLContext,
+        tls: Callable[[], ssl.SSLContext],
         *given: Any,
         **options: Any,
     ) -> None:
@@ -94,7 +92,7 @@ class _HeardServer(HeardConnection, ServerConnection):
             secured = await self.loop.start_tls(
                 below,
                 self,
-                self._tls,
+                self._tls(),
                 server_side=True,
                 ssl_handshake_timeout=HANDSHAKE_S,
                 ssl_shutdown_timeout=CLOSE_TIMEOUT_S,
@@ -141,6 +139,7 @@ class WebSocketListener:
         self._padding = padding
         self._peers: dict[_Peer, None] = {}
         self._server: Server | None = None
+        self._tls: ssl.SSLContext | None = None
         self._handshakes: Handshakes[_HeardServer] = Handshakes(
             MAX_HANDSHAKES, _HeardServer.give_up
         )
@@ -162,7 +161,8 @@ class WebSocketListener:
         Raises:
             OSError: the address cannot be had.
         """
-        connection = partial(_HeardServer, self._handshakes, _tls_context(certificate))
+        self.show(certificate)
+        connection = partial(_HeardServer, self._handshakes, self._shown)
         self._server = await serve(
             self._handle,
             host,
@@ -178,6 +178,14 @@ class WebSocketListener:
             logger=logger,
             **OPTIONS,
         )
+
+    def show(self, certificate: ServerCertificate) -> None:
+        """Show another certificate to those who connect from now on.
+
+        Raises:
+            ssl.SSLError: it is not accepted; the one before is still shown.
+        """
+        self._tls = certificate.tls()
 
     async def close(self) -> None:
         """Tell all readers what there is to tell, close their connections, release the port."""
@@ -200,6 +208,10 @@ class WebSocketListener:
         finally:
             del self._peers[peer]
             peer.end()
+
+    def _shown(self) -> ssl.SSLContext:
+        assert self._tls is not None
+        return self._tls
 
     def _refuse_too_many(
         self, websocket: ServerConnection, request: HttpRequest
@@ -235,18 +247,3 @@ async def listen(
             "or do without WebSocket (--no-websocket)."
         ) from error
     return listener
-
-
-def _tls_context(certificate: ServerCertificate) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # `ssl` reads files only; the directory is the owner's alone, and gone at once.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "certificate.pem"
-        path.touch(mode=0o600)
-        path.write_bytes(
-            certificate.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            + certificate.certificate.public_bytes(Encoding.PEM)
-        )
-        context.load_cert_chain(path)
-    return context

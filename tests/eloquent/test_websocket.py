@@ -348,7 +348,7 @@ def test_a_server_that_breaks_the_protocol_ends_the_connection_and_not_the_sessi
             await websocket.send(b"\x09")
             await websocket.wait_closed()
 
-        context = websocket_server._tls_context(CERTIFICATE)
+        context = CERTIFICATE.tls()
         with network.on("server"):
             server = await serve(babble, "server", PORT, ssl=context, subprotocols=[SUBPROTOCOL])
         session = Session(URL, connector=connect)

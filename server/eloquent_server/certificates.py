@@ -1,0 +1,148 @@
+"""Certificates from files: read, checked, and read again when they change."""
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from eloquent.errors import ConfigurationError
+from eloquent.quic.certificate import PrivateKey, ServerCertificate
+
+CHECK_EVERY_S = 60.0
+"How often the files are looked at."
+
+CURVES = (ec.SECP256R1, ec.SECP384R1)
+KINDS = "Take ECDSA with P-256 or P-384, Ed25519, or RSA."
+
+logger = logging.getLogger(__name__)
+
+
+class CertificateFiles:
+    """A certificate with its chain, and its private key, in two files (PEM)."""
+
+    def __init__(
+        self,
+        certificate: Path,
+        key: Path,
+        *,
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    ) -> None:
+        """`now` is the wall clock, which decides whether the certificate is still good."""
+        self._certificate = certificate
+        self._key = key
+        self._now = now
+        self._seen = self._state()
+
+    def read(self) -> ServerCertificate:
+        """Read the files as they are now.
+
+        Raises:
+            ConfigurationError: they cannot be read, do not belong together, or are good no longer.
+        """
+        self._seen = self._state()
+        try:
+            shown = x509.load_pem_x509_certificates(self._certificate.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"The certificate in {self._certificate} cannot be used ({error}): give a PEM file "
+                "that has the server's certificate first and then its chain, with --cert."
+            ) from error
+        key = self._read_key()
+        certificate = ServerCertificate(shown[0], key, tuple(shown[1:]))
+        if shown[0].public_key() != key.public_key():
+            raise ConfigurationError(
+                f"The key in {self._key} is not that of the certificate in {self._certificate}: "
+                "give two files that belong together with --cert and --key; the server's own "
+                "certificate comes first in its file."
+            )
+        until = shown[0].not_valid_after_utc
+        if until <= self._now():
+            raise ConfigurationError(
+                f"The certificate in {self._certificate} was good until {until:%Y-%m-%d %H:%M} "
+                "UTC, so clients would refuse it: renew it."
+            )
+        try:
+            certificate.tls()
+        except ssl.SSLError as error:
+            raise ConfigurationError(
+                f"TLS does not take the certificate in {self._certificate} ({error}). {KINDS}"
+            ) from error
+        return certificate
+
+    def has_changed(self) -> bool:
+        """Return whether the files are others than when they were last read."""
+        return self._state() != self._seen
+
+    def _read_key(self) -> PrivateKey:
+        try:
+            key = serialization.load_pem_private_key(self._key.read_bytes(), password=None)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"The private key in {self._key} cannot be used ({error}): give a PEM file without "
+                "a password, which this user can read, with --key."
+            ) from error
+        is_taken = isinstance(key, ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) or (
+            isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, CURVES)
+        )
+        if not is_taken:
+            raise ConfigurationError(f"The private key in {self._key} is of another kind. {KINDS}")
+        assert isinstance(key, PrivateKey)
+        return key
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        """What tells whether the files are the same; links are followed."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in (self._certificate, self._key):
+            try:
+                stat = path.stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        return found
+
+
+async def follow(
+    files: CertificateFiles,
+    show: Callable[[ServerCertificate], None],
+    asked: asyncio.Event,
+    *,
+    every_s: float = CHECK_EVERY_S,
+) -> None:
+    """Show the certificate anew whenever its files change, or `asked` is set, until cancelled.
+
+    Files that cannot be used are logged, once, and the certificate before stays.
+    """
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(every_s):
+                await asked.wait()
+        if not asked.is_set() and not files.has_changed():
+            continue
+        asked.clear()
+        try:
+            certificate = files.read()
+        except ConfigurationError as error:
+            logger.error("The certificate stays what it was. %s", error)
+        else:
+            show(certificate)
+            until = certificate.certificate.not_valid_after_utc
+            logger.info("The certificate was read anew; good until %s", until.isoformat())
+
+
+def url_host(certificate: ServerCertificate, host: str) -> str:
+    """Return what clients should call a server that listens on `host`.
+
+    That is the first name in its certificate, unless this is for `host` itself.
+    """
+    names = certificate.names
+    if host in names:
+        return host
+    return next((name for name in names if "*" not in name), host)

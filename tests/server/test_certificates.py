@@ -1,0 +1,239 @@
+"""Certificates from files: which are taken, what clients make of them, and what is read anew."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from authority import Authority, Issued
+from loopback import DEADLINE_S, HOST, saying
+
+from eloquent.core.events import TextDelta
+from eloquent.errors import ConfigurationError, EloquentError
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.quic.connect import connect as connect_quic
+from eloquent.quic.listen import Listener
+from eloquent.quic.listen import listen as listen_quic
+from eloquent.session.session import Connector, Session
+from eloquent.url import ServerUrl
+from eloquent.websocket.client import connect as connect_websocket
+from eloquent.websocket.server import WebSocketListener
+from eloquent.websocket.server import listen as listen_websocket
+from eloquent_server.certificates import CertificateFiles, follow, url_host
+from eloquent_server.store import TokenStore
+from eloquent_server.turns import TurnHub
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
+KINDS = ("p256", "p384", "ed25519", "rsa")
+RUNGS = (connect_quic, connect_websocket)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture(autouse=True)
+def trusted(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process's clients trust the authority, and no other."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.write(tmp_path)))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+
+
+def files_of(issued: Issued, folder: Path) -> CertificateFiles:
+    return CertificateFiles(*issued.write(folder))
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    certificate: ServerCertificate,
+) -> AsyncIterator[tuple[Listener, WebSocketListener]]:
+    hub = TurnHub(saying("hi"), TokenStore.open(None))
+    over_udp = await listen_quic(HOST, 0, certificate=certificate, service=hub)
+    over_tcp = await listen_websocket(HOST, 0, certificate=certificate, service=hub)
+    try:
+        yield over_udp, over_tcp
+    finally:
+        await hub.close()
+        await over_udp.close()
+        await over_tcp.close()
+
+
+async def ask(url: ServerUrl, connector: Connector) -> str:
+    session = Session(url, connector=connector)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            events = [event async for event in session.ask(BODY)]
+    finally:
+        await session.close()
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_clients_believe_the_authority_on_both_rungs(
+    kind: str, authority: Authority, tmp_path: Path
+) -> None:
+    certificate = files_of(authority.issue(HOST, kind=kind), tmp_path).read()
+    assert not certificate.is_self_signed
+    async with serving(certificate) as listeners:
+        for listener, connector in zip(listeners, RUNGS, strict=True):
+            assert await ask(ServerUrl(HOST, listener.port), connector) == "hi"
+
+
+async def test_a_certificate_for_another_name_or_of_another_authority_is_refused(
+    authority: Authority, tmp_path: Path
+) -> None:
+    for issued in (authority.issue("example.com"), Authority().issue(HOST)):
+        async with serving(files_of(issued, tmp_path).read()) as listeners:
+            for listener, connector in zip(listeners, RUNGS, strict=True):
+                with pytest.raises(EloquentError):
+                    await ask(ServerUrl(HOST, listener.port), connector)
+
+
+async def test_those_who_connect_later_are_shown_the_new_one(
+    authority: Authority, tmp_path: Path
+) -> None:
+    old = files_of(authority.issue(HOST), tmp_path).read()
+    new = files_of(authority.issue(HOST, kind="rsa"), tmp_path).read()
+    async with serving(old) as listeners:
+        for listener, connector in zip(listeners, RUNGS, strict=True):
+            earlier = Session(ServerUrl(HOST, listener.port, old.pin), connector=connector)
+            await earlier.connect()
+            listener.show(new)
+            assert await ask(ServerUrl(HOST, listener.port, new.pin), connector) == "hi"
+            with pytest.raises(EloquentError, match="not the pinned one"):
+                await ask(ServerUrl(HOST, listener.port, old.pin), connector)
+            events = [event async for event in earlier.ask(BODY)]
+            assert TextDelta("hi") in events
+            await earlier.close()
+
+
+@pytest.mark.parametrize("kind", ["p521", "ed448"])
+def test_kinds_that_some_clients_do_not_know_are_refused(
+    kind: str, authority: Authority, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"of another kind.*P-256"):
+        files_of(authority.issue(HOST, kind=kind), tmp_path).read()
+
+
+def test_what_cannot_be_used_is_named(authority: Authority, tmp_path: Path) -> None:
+    issued = authority.issue(HOST)
+    cert, key = issued.write(tmp_path)
+    missing = tmp_path / "missing"
+    with pytest.raises(ConfigurationError, match=r"certificate in .*missing.*--cert"):
+        CertificateFiles(missing, key).read()
+    with pytest.raises(ConfigurationError, match=r"private key in .*missing.*--key"):
+        CertificateFiles(cert, missing).read()
+    with pytest.raises(ConfigurationError, match=r"certificate in .*server.key"):
+        CertificateFiles(key, key).read()
+    with pytest.raises(ConfigurationError, match=r"private key in .*server.pem"):
+        CertificateFiles(cert, cert).read()
+    with pytest.raises(ConfigurationError, match="not that of the certificate"):
+        CertificateFiles(cert, authority.issue(HOST).write(tmp_path, "other")[1]).read()
+    key.write_bytes(issued.key_pem(b"secret"))
+    with pytest.raises(ConfigurationError, match="without a password"):
+        CertificateFiles(cert, key).read()
+
+
+def test_an_expired_one_is_refused(authority: Authority, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"was good until .*renew it"):
+        files_of(authority.issue(HOST, days=1), tmp_path).read()
+
+
+def test_clients_call_the_server_by_a_name_in_its_certificate(
+    authority: Authority, tmp_path: Path
+) -> None:
+    for names, host, called in (
+        (("*.example.com", "chat.example.com"), "0.0.0.0", "chat.example.com"),
+        (("chat.example.com", "10.0.0.7"), "10.0.0.7", "10.0.0.7"),
+        (("*.example.com",), "0.0.0.0", "0.0.0.0"),
+        (("fe80::7",), "::", "fe80::7"),
+    ):
+        certificate = files_of(authority.issue(*names), tmp_path).read()
+        assert url_host(certificate, host) == called
+
+
+class Following:
+    """`follow` at work; what it shows is awaited with `next`."""
+
+    def __init__(self, files: CertificateFiles, *, every_s: float) -> None:
+        self.asked = asyncio.Event()
+        self._shown: asyncio.Queue[ServerCertificate] = asyncio.Queue()
+        self._task = asyncio.ensure_future(
+            follow(files, self._shown.put_nowait, self.asked, every_s=every_s)
+        )
+
+    async def next(self) -> ServerCertificate:
+        async with asyncio.timeout(DEADLINE_S):
+            return await self._shown.get()
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        assert self._shown.empty()
+
+
+async def test_changed_files_are_read_again(authority: Authority, tmp_path: Path) -> None:
+    files = files_of(authority.issue(HOST), tmp_path)
+    files.read()
+    following = Following(files, every_s=0.01)
+    new = authority.issue(HOST)
+    new.write(tmp_path)
+    assert (await following.next()).certificate == new.certificate
+    await following.stop()
+
+
+async def test_they_are_read_when_asked_though_they_look_the_same(
+    authority: Authority, tmp_path: Path
+) -> None:
+    issued = authority.issue(HOST)
+    files = files_of(issued, tmp_path)
+    files.read()
+    following = Following(files, every_s=DEADLINE_S)
+    following.asked.set()
+    assert (await following.next()).certificate == issued.certificate
+    await following.stop()
+
+
+async def test_a_link_that_leads_elsewhere_is_a_change(
+    authority: Authority, tmp_path: Path
+) -> None:
+    """Certificates from ACME programs and Kubernetes are links that are moved."""
+    folders = [tmp_path / "1", tmp_path / "2"]
+    issued = [authority.issue(HOST), authority.issue(HOST)]
+    for folder, each in zip(folders, issued, strict=True):
+        folder.mkdir()
+        each.write(folder)
+    link = tmp_path / "live"
+    link.symlink_to(folders[0])
+    files = CertificateFiles(link / "server.pem", link / "server.key")
+    assert files.read().certificate == issued[0].certificate
+    following = Following(files, every_s=0.01)
+    later = tmp_path / "later"
+    later.symlink_to(folders[1])
+    later.replace(link)
+    assert (await following.next()).certificate == issued[1].certificate
+    await following.stop()
+
+
+async def test_a_broken_new_pair_keeps_the_old_one_and_is_logged_once(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = files_of(authority.issue(HOST), tmp_path)
+    files.read()
+    new = authority.issue(HOST)
+    following = Following(files, every_s=0.01)
+    (tmp_path / "server.pem").write_bytes(new.pem())  # the key comes later
+    async with asyncio.timeout(DEADLINE_S):
+        while not caplog.records:  # noqa: ASYNC110 (a log is a list)
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "stays what it was" in caplog.text
+    assert "not that of the certificate" in caplog.text
+    (tmp_path / "server.key").write_bytes(new.key_pem())
+    assert (await following.next()).certificate == new.certificate
+    await following.stop()
