@@ -94,6 +94,7 @@ class TokenLog:
         prompt_tokens: int,
         completion_tokens: int,
         cached_tokens: int = 0,
+        usage: bytes = b"",
     ) -> End:
         """Add the `End` event, with the log's length and digest, and return it.
 
@@ -110,6 +111,7 @@ class TokenLog:
             length=len(self._bytes),
             digest=self._digest.digest(),
             cached_tokens=cached_tokens,
+            usage=usage,
         )
         self._bytes += encode_event(self._end)
         return self._end

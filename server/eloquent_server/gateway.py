@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
-from eloquent.core.events import Delta, Failure, Logprobs, TextDelta
+from eloquent.core.events import Delta, End, Failure
 from eloquent.errors import RequestError
+from eloquent_server.admission import Principal
 from eloquent_server.backends.base import (
     Asker,
     Backend,
@@ -18,9 +19,8 @@ from eloquent_server.backends.base import (
     StoredAnswer,
     Tenant,
 )
-from eloquent_server.chat import ChatRequest, parse_chat_body
 from eloquent_server.reading import ReadingClock
-from eloquent_server.turns import PRINCIPAL, Turn, TurnHandler
+from eloquent_server.turns import Turn, TurnHandler
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ class Gateway:
         self,
         backend: Backend,
         *,
-        tenant_of: Callable[[Turn], Tenant] = lambda turn: Tenant(PRINCIPAL),
+        tenant_of: Callable[[Principal], Tenant] = lambda who: Tenant(who.name, who.weight),
     ) -> None:
-        """`tenant_of` says whose a turn is, and what part of the engine that tenant gets."""
+        """`tenant_of` says what share of the engine a principal gets, and with whom."""
         self._backend = backend
         self._tenant_of = tenant_of
 
@@ -42,6 +42,10 @@ class Gateway:
     def go_on(self) -> TurnHandler | None:
         """What goes on with turns that another process began; None: the backend cannot."""
         return self.handle if isinstance(self._backend, ContinuingBackend) else None
+
+    @property
+    def _default_model(self) -> str:
+        return next(iter(self._backend.models), "")
 
     async def handle(self, turn: Turn) -> None:
         """Answer one turn, or go on with it; a `TurnHandler`.
@@ -51,13 +55,11 @@ class Gateway:
         started_s = time.monotonic()
         name = turn.name
         try:
-            request = parse_chat_body(turn.request.body)
-            events = self._events(turn, request)
-            reason, tokens = await self._answer(turn, request, events)
+            reason, tokens = await self._answer(turn, self._events(turn))
         except RequestError as error:
             logger.info("turn %s declined: %s", name, error.code)
             if turn.stored is None:
-                turn.reject(error.code, error.message)
+                turn.reject(error)
             else:
                 turn.end_early("error", Failure("interrupted", error.message))
             return
@@ -67,22 +69,19 @@ class Gateway:
         seconds = time.monotonic() - started_s
         logger.info("turn %s ended: %s, %d tokens, %.2f s", name, reason, tokens, seconds)
 
-    def _events(self, turn: Turn, request: ChatRequest) -> AsyncIterator[BackendEvent]:
+    def _events(self, turn: Turn) -> AsyncIterator[BackendEvent]:
         """Have the answer generated, or what is missing of it."""
         clock = ReadingClock()
-        asker = Asker(self._tenant_of(turn), lambda: clock.buffered_s(turn.readers))
+        asker = Asker(self._tenant_of(turn.principal), lambda: clock.buffered_s(turn.readers))
         stored = turn.stored
         if stored is None:
-            return self._backend.generate(request, asker)
+            return self._backend.generate(turn.request.body, asker)
         assert isinstance(self._backend, ContinuingBackend), "see `go_on`"
-        text = "".join(event.text for event in stored.events if isinstance(event, TextDelta))
-        logprobs = sum(len(each.tokens) for each in stored.events if isinstance(each, Logprobs))
-        answer = StoredAnswer(text, stored.continuations, logprobs)
-        return self._backend.resume(request, answer, asker)
+        deltas = tuple(event for event in stored.events if not isinstance(event, End))
+        answer = StoredAnswer(deltas, stored.continuations)
+        return self._backend.resume(turn.request.body, answer, asker)
 
-    async def _answer(
-        self, turn: Turn, request: ChatRequest, answer: AsyncIterator[BackendEvent]
-    ) -> tuple[str, int]:
+    async def _answer(self, turn: Turn, answer: AsyncIterator[BackendEvent]) -> tuple[str, int]:
         """Fill the turn's log; return its finish reason and how many tokens it has."""
         continuation: bytes | None = None
         async with aclosing(cast(Any, answer)) as events:
@@ -93,10 +92,11 @@ class Gateway:
                 if isinstance(event, Finish):
                     turn.close(
                         event.reason,
-                        model=request.model or self._backend.models[0],
+                        model=event.model or self._default_model,
                         prompt_tokens=event.prompt_tokens,
                         completion_tokens=event.completion_tokens,
                         cached_tokens=event.cached_tokens,
+                        usage=event.usage,
                     )
                     return event.reason, event.completion_tokens
                 turn.append(cast(Delta, event), continuation)
@@ -104,10 +104,5 @@ class Gateway:
                 if isinstance(event, Failure):
                     logger.error("turn %s failed: %s", turn.name, event.message)
                     break
-        turn.close(
-            "error",
-            model=request.model or self._backend.models[0],
-            prompt_tokens=0,
-            completion_tokens=0,
-        )
+        turn.close("error", model=self._default_model, prompt_tokens=0, completion_tokens=0)
         return "error", 0

@@ -26,12 +26,10 @@ from dataclasses import dataclass
 from eloquent.core.events import Delta, Event, Failure
 from eloquent.core.log import TokenLog
 from eloquent.core.wire import Request
-from eloquent.errors import EloquentError
+from eloquent.errors import EloquentError, RequestError
 from eloquent.serving import Reader
+from eloquent_server.admission import Admission, Open, Principal
 from eloquent_server.store import StoredTurn, StoreError, TokenStore, TurnRecord, TurnState
-
-PRINCIPAL = "local"
-"Whose turns these are, until there are keys to tell people apart."
 
 GRACE_S = 120.0
 "A turn that nobody reads is generated for so long."
@@ -52,6 +50,9 @@ NOT_STORED = (
 )
 UNREADABLE = "The server cannot read what it kept of the turn; its log has the reason. Ask it anew."
 FAULT = "The server failed; its log has the reason. What has come is kept; ask again."
+
+TurnKey = tuple[str, bytes]
+"Whose it is, and its id."
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Turn:
         self,
         hub: "TurnHub",
         request: Request,
+        principal: Principal,
         *,
         stored: StoredTurn | None = None,
     ) -> None:
@@ -96,11 +98,20 @@ class Turn:
         self.handed = self._restored_bytes = self.log.written
         "How many bytes of the log the store was given."
         self._request = request
+        self.principal = principal
+        "Whose turn it is."
+        self.is_admitted = False
+        "Whether `Admission.ended` is to be told of its end."
 
     @property
     def request(self) -> Request:
         """What the client asked."""
         return self._request
+
+    @property
+    def key(self) -> TurnKey:
+        """What tells it from all others."""
+        return self.principal.name, self._request.turn_id
 
     @property
     def name(self) -> str:
@@ -134,14 +145,16 @@ class Turn:
         prompt_tokens: int,
         completion_tokens: int,
         cached_tokens: int = 0,
+        usage: bytes = b"",
     ) -> None:
-        """End the answer."""
+        """End the answer; see `End`."""
         self.log.close(
             finish_reason,
             model=model,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             cached_tokens=cached_tokens,
+            usage=usage,
         )
         self._hub.keep(self)
 
@@ -151,9 +164,9 @@ class Turn:
             self.append(failure)
         self.close(reason, model="", prompt_tokens=0, completion_tokens=0)
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, error: RequestError) -> None:
         """Decline the turn, before anything was appended; the id may be used again."""
-        self._hub.forget(self, code, message)
+        self._hub.forget(self, error)
 
 
 TurnHandler = Callable[[Turn], Awaitable[None]]
@@ -167,19 +180,21 @@ class TurnHub:
         handler: TurnHandler,
         store: TokenStore,
         *,
+        admission: Admission | None = None,
         go_on: TurnHandler | None = None,
         grace_s: float = GRACE_S,
     ) -> None:
-        """`handler` generates a turn; `grace_s` is in seconds.
+        """`handler` generates a turn; `grace_s` is in seconds; `admission` None lets all ask.
 
         `go_on` generates the rest of one that has a `stored` part; None: that is not possible.
         """
         self._handler = handler
         self._go_on = go_on
         self._store = store
+        self._admission = admission or Open()
         self._grace_s = grace_s
-        self._turns: dict[bytes, Turn] = {}
-        self._loading: dict[bytes, list[Reader]] = {}
+        self._turns: dict[TurnKey, Turn] = {}
+        self._loading: dict[TurnKey, list[Reader]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._of_reader: dict[Reader, Turn] = {}
         self._is_closed = False
@@ -216,28 +231,37 @@ class TurnHub:
         if self._go_on is None:
             return
         for record in self._store.unfinished():
-            if record.principal == PRINCIPAL and record.turn_id not in self._turns:
-                self._bring_back(record.turn_id)
+            if record.key not in self._turns:
+                self._bring_back(record.key)
 
     def on_request(self, reader: Reader) -> None:
         """See `TurnService.on_request`."""
         if self._is_closed:
             reader.reject("unavailable", SHUTTING_DOWN)
             return
-        turn_id = reader.request.turn_id
-        turn = self._turns.get(turn_id)
-        record = self._store.find(PRINCIPAL, turn_id)
+        try:
+            self._attach(reader, self._admission.principal(reader.request.key))
+        except RequestError as error:
+            reader.reject(error.code, error.message, error.retry_after_s)
+
+    def _attach(self, reader: Reader, principal: Principal) -> None:
+        """Find the turn that a reader asks for, or make it."""
+        key = principal.name, reader.request.turn_id
+        turn = self._turns.get(key)
+        record = self._store.find(*key)
         if turn is not None:
             self._admit(reader, turn)
-        elif turn_id in self._loading:
-            self._loading[turn_id].append(reader)
+        elif key in self._loading:
+            self._loading[key].append(reader)
         elif record is not None and record.state is not TurnState.TOMBSTONE:
-            self._bring_back(turn_id)
-            self._loading[turn_id].append(reader)
+            self._bring_back(key)
+            self._loading[key].append(reader)
         elif record is not None or not reader.request.body or reader.request.offset:
-            reader.reject("unknown_turn", UNKNOWN_TURN)
+            raise RequestError("unknown_turn", UNKNOWN_TURN)
         else:
-            turn = self._turns[turn_id] = Turn(self, reader.request)
+            self._admission.admit(principal, len(reader.request.body))
+            turn = self._turns[key] = Turn(self, reader.request, principal)
+            turn.is_admitted = True
             self._admit(reader, turn)
             turn.task = self._spawn(self._generate(turn, self._handler))
 
@@ -272,6 +296,8 @@ class TurnHub:
             else:
                 self._on_not_stored(turn, error)
 
+        if turn.is_over:
+            self._release_admission(turn)
         try:
             turn.record = turn.record or self._create(turn)
             if turn.is_over:
@@ -283,19 +309,19 @@ class TurnHub:
         except StoreError as error:
             self._on_not_stored(turn, error)
 
-    def forget(self, turn: Turn, code: str, message: str) -> None:
+    def forget(self, turn: Turn, error: RequestError) -> None:
         """Drop a turn as if it had never been asked; its readers get the reason."""
-        self._turns.pop(turn.request.turn_id, None)
+        self._turns.pop(turn.key, None)
         self._end_grace(turn)
+        self._release_admission(turn)
         for reader in list(turn.readers):
             self._of_reader.pop(reader, None)
-            reader.reject(code, message)
+            reader.reject(error.code, error.message, error.retry_after_s)
         turn.readers.clear()
 
     def _create(self, turn: Turn) -> TurnRecord:
         return self._store.create(
-            PRINCIPAL,
-            turn.request.turn_id,
+            *turn.key,
             turn.secret_hash,
             turn.request.body,
             turn.body_hash,
@@ -331,25 +357,26 @@ class TurnHub:
             self._of_reader.pop(reader, None)
             reader.reject("replaced", REPLACED)
 
-    def _bring_back(self, turn_id: bytes) -> None:
+    def _bring_back(self, key: TurnKey) -> None:
         """Load a turn from the store; readers may be added to those that wait for it."""
-        if turn_id not in self._loading:
-            self._loading[turn_id] = []
-            self._spawn(self._load(turn_id))
+        if key not in self._loading:
+            self._loading[key] = []
+            self._spawn(self._load(key))
 
-    async def _load(self, turn_id: bytes) -> None:
+    async def _load(self, key: TurnKey) -> None:
         """Bring a turn back from the store for the readers that wait for it."""
+        principal, turn_id = self._admission.named(key[0]), key[1]
         try:
-            stored = await self._store.load(PRINCIPAL, turn_id)
+            stored = await self._store.load(*key)
             turn = None
             if stored is not None:
-                turn = Turn(self, Request(turn_id, stored.body), stored=stored)
+                turn = Turn(self, Request(turn_id, stored.body), principal, stored=stored)
         except EloquentError as error:
             logger.error("turn %s cannot be brought back: %s", turn_id.hex(), error)
-            for reader in self._loading.pop(turn_id):
+            for reader in self._loading.pop(key):
                 reader.reject("unavailable", UNREADABLE)
             return
-        readers = self._loading.pop(turn_id)
+        readers = self._loading.pop(key)
         if self._is_closed:
             for reader in readers:
                 reader.reject("unavailable", SHUTTING_DOWN)
@@ -358,7 +385,7 @@ class TurnHub:
             for reader in readers:
                 reader.reject("unknown_turn", UNKNOWN_TURN)
             return
-        self._turns[turn_id] = turn
+        self._turns[key] = turn
         if not turn.is_over:
             self._continue(turn)
         for reader in readers:
@@ -389,7 +416,7 @@ class TurnHub:
             if turn.log.written:
                 turn.end_early("error", Failure("internal_error", FAULT))
             else:
-                turn.reject("internal_error", FAULT)
+                turn.reject(RequestError("internal_error", FAULT))
 
     def _abandon(self, turn: Turn) -> None:
         logger.info("turn %s: nobody reads it any more", turn.name)
@@ -407,12 +434,12 @@ class TurnHub:
         """Leave a turn that was cut off as it is, for the next start."""
         if turn.task is not None:
             turn.task.cancel()
-        self.forget(turn, "unavailable", SHUTTING_DOWN)
+        self.forget(turn, RequestError("unavailable", SHUTTING_DOWN))
 
     def _put_off(self, turn: Turn) -> None:
         """Stop a turn and leave it in the store without an end, as if the server were killed."""
         if not turn.is_over:
-            del self._turns[turn.request.turn_id]
+            del self._turns[turn.key]
             self._end_grace(turn)
             if turn.task is not None:
                 turn.task.cancel()
@@ -428,16 +455,22 @@ class TurnHub:
             logger.error("turn %s cannot be stored: %s", turn.name, error)
             if turn.task is not None:
                 turn.task.cancel()
-            self.forget(turn, "not_stored", NOT_STORED)
+            self.forget(turn, RequestError("not_stored", NOT_STORED))
 
     def _leave_memory(self, turn: Turn) -> None:
         """Drop an ended turn that nobody reads, once the store has all of it."""
         if turn.log.end is not None and not turn.readers and self._is_current(turn):
-            del self._turns[turn.request.turn_id]
+            del self._turns[turn.key]
             self._end_grace(turn)
 
     def _is_current(self, turn: Turn) -> bool:
-        return self._turns.get(turn.request.turn_id) is turn
+        return self._turns.get(turn.key) is turn
+
+    def _release_admission(self, turn: Turn) -> None:
+        """Take a turn that is over off its owner's account."""
+        if turn.is_admitted:
+            turn.is_admitted = False
+            self._admission.ended(turn.principal)
 
     def _begin_grace(self, turn: Turn) -> None:
         """Give a turn that nobody reads some time for a reader to come."""

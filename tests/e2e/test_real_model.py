@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from msgspec.json import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eloquent.core.events import TextDelta
@@ -30,7 +31,7 @@ async def answer(backend: LocalBackend, question: str) -> tuple[str, BackendEven
     request = ChatRequest(
         messages=(ChatMessage("user", question),), temperature=0, max_tokens=TOKENS
     )
-    events = [event async for event in backend.generate(request)]
+    events = [event async for event in backend.generate(encode(request))]
     return "".join(event.text for event in events if isinstance(event, TextDelta)), events[-1]
 
 

@@ -22,7 +22,6 @@ from eloquent_server.backends.base import (
 )
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.loading import LoadingBackend
-from eloquent_server.chat import ChatRequest
 from eloquent_server.gateway import Gateway
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import Turn, TurnHub
@@ -58,7 +57,7 @@ class Notes:
         self.events += self._decoder.feed(data)
         self._news.set()
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
         self.rejected = code
         self._news.set()
 
@@ -108,14 +107,15 @@ class Forgetful:
     def models(self) -> Sequence[str]:
         return ("forgetful",)
 
-    async def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    async def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         pytest.fail("generated twice")
         yield Finish("stop", 0, 0)
 
     async def close(self) -> None:
         pass
+
+
+SAID = TextDelta("one"), TextDelta(" two"), TextDelta(" three")
 
 
 class Numbered(Forgetful):
@@ -125,9 +125,7 @@ class Numbered(Forgetful):
         self.got: StoredAnswer | None = None
         self.forever = asyncio.Event()
 
-    async def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    async def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         yield Continuation(b"first")
         yield TextDelta("one")
         yield TextDelta(" two")
@@ -137,7 +135,7 @@ class Numbered(Forgetful):
         await self.forever.wait()
 
     async def resume(
-        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         self.got = answer
         if answer.text.endswith("four"):
@@ -212,13 +210,13 @@ async def test_it_is_told_all_continuations_and_may_be_cut_off_again(tmp_path: P
     names = await killed_after(Numbered(), path, "one two three")
     second = Numbered()
     await cut_off(second, path, Notes(*names), "one two three four")
-    assert second.got == StoredAnswer("one two three", (b"first", b"second"))
+    assert second.got == StoredAnswer(SAID, (b"first", b"second"))
     third = Numbered()
     hub = hub_of(third, path)
     reader = Notes(*names)
     hub.on_request(reader)
     await reader.until()
-    assert third.got == StoredAnswer("one two three four", (b"first", b"second", b"third"))
+    assert third.got == StoredAnswer((*SAID, TextDelta(" four")), (b"first", b"second", b"third"))
     assert reader.ends == ["interrupted", "error"]
     await hub.close()
 

@@ -1,6 +1,7 @@
 """The echo backend."""
 
 import pytest
+from msgspec.json import encode
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
@@ -12,7 +13,7 @@ TEXT = "  two  words\nand 👋 more \n"
 
 
 async def answer(backend: Backend, request: ChatRequest) -> list[BackendEvent]:
-    return [event async for event in backend.generate(request)]
+    return [event async for event in backend.generate(encode(request))]
 
 
 async def test_the_words_come_back_at_the_rate() -> None:
@@ -53,7 +54,7 @@ async def test_refusals() -> None:
 
 async def test_close_ends_answers() -> None:
     backend = EchoBackend(1e6)
-    answering = backend.generate(ChatRequest(messages=(ChatMessage("user", "a b c"),)))
+    answering = backend.generate(encode(ChatRequest(messages=(ChatMessage("user", "a b c"),))))
     assert await anext(answering) == TextDelta("a")
     await backend.close()
     assert isinstance(await anext(answering), Failure)

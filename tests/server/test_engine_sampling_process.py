@@ -14,7 +14,6 @@ from eloquent.core.log import TokenLog
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import BackendEvent, Continuation, Finish
 from eloquent_server.backends.local import LocalBackend
-from eloquent_server.chat import parse_chat_body
 from eloquent_server.engine.client import EngineClient, EngineOptions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -34,11 +33,10 @@ async def _backend() -> AsyncIterator[LocalBackend]:
 
 async def answer(backend: LocalBackend, **fields: Any) -> list[BackendEvent]:
     body = {"messages": [{"role": "user", "content": "hi"}], "seed": 3, **fields}
-    request = parse_chat_body(json.dumps(body).encode())
     async with asyncio.timeout(120):
         return [
             event
-            async for event in backend.generate(request)
+            async for event in backend.generate(json.dumps(body).encode())
             if not isinstance(event, Continuation)
         ]
 

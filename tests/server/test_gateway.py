@@ -22,7 +22,6 @@ from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl
 from eloquent_server.backends.base import ANYBODY, Asker, Backend, BackendEvent, Finish, Tenant
 from eloquent_server.backends.echo import EchoBackend
-from eloquent_server.chat import ChatRequest
 from eloquent_server.gateway import Gateway
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
@@ -46,9 +45,7 @@ class ScriptedBackend:
     def models(self) -> Sequence[str]:
         return ("scripted",)
 
-    async def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    async def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         self.askers.append(asker)
         self.started.set()
         if self.behaviour == "fault":
@@ -83,7 +80,7 @@ class SilentReader:
     def log_grew(self) -> None:
         pass
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
         pass
 
 
@@ -192,12 +189,12 @@ async def test_a_bad_body_is_declined_by_name_and_hurts_nobody(
 
 async def test_the_backend_hears_whose_a_turn_is() -> None:
     backend, store = ScriptedBackend(), TokenStore.open(None)
-    gateway = Gateway(backend, tenant_of=lambda turn: Tenant(turn.name[:4], weight=2.5))
+    gateway = Gateway(backend, tenant_of=lambda who: Tenant(who.name[:4], weight=2.5))
     hub = TurnHub(gateway.handle, store)
     hub.on_request(SilentReader(Request(b"\xab" * 16, json.dumps(said("x")).encode())))
     await asyncio.wait_for(backend.started.wait(), DEADLINE_S)
     (asker,) = backend.askers
-    assert asker.tenant == Tenant("abab", 2.5)
+    assert asker.tenant == Tenant("loca", 2.5)
     assert asker.buffered_s() == 0
     await hub.close()
 

@@ -13,6 +13,7 @@ import engine_child
 import msgspec
 import pytest
 import pytest_asyncio
+from msgspec.json import encode
 from tiny_model import CONTEXT_TOKENS, reference_text, reference_tokens, tiny_loaded
 
 from eloquent.core.events import ChosenLogprob, Failure, Logprobs, TextDelta
@@ -65,8 +66,12 @@ def ask(text: str, **options: Any) -> ChatRequest:
     return ChatRequest(messages=(ChatMessage("user", text),), **options)
 
 
+def asked(text: str, **options: Any) -> bytes:
+    return encode(ask(text, **options))
+
+
 async def answer(backend: LocalBackend, request: ChatRequest) -> list[BackendEvent]:
-    return [event async for event in backend.generate(request)]
+    return [event async for event in backend.generate(encode(request))]
 
 
 def text_of(events: list[BackendEvent]) -> str:
@@ -121,7 +126,7 @@ async def test_seeds(backend: Local) -> None:
 
 
 async def test_closing_the_iterator_cancels(backend: Local) -> None:
-    answering = backend.generate(ask("x", temperature=0))
+    answering = backend.generate(asked("x", temperature=0))
     while not isinstance(await anext(answering), TextDelta):
         pass
     await answering.aclose()
@@ -151,7 +156,7 @@ async def test_refusals_come_before_the_first_event(backend: Local) -> None:
         (ask("x" * CONTEXT_TOKENS), "prompt_too_long"),
     ]:
         with pytest.raises(RequestError) as caught:
-            await anext(backend.generate(request))
+            await anext(backend.generate(encode(request)))
         assert caught.value.code == code
     assert text_of(await answer(backend, ask("x", model="tiny", max_tokens=20, temperature=0)))
 
@@ -171,8 +176,9 @@ async def test_an_answer_goes_on_wherever_it_was_cut_off(
         while isinstance(part[-1], Continuation):
             part.pop()
         data = tuple(event.data for event in part if isinstance(event, Continuation))
-        answer = StoredAnswer(text_of(part), data, len(logprobs_of(part)))
-        rest = [event async for event in backend.resume(request, answer)]
+        deltas = tuple(event for event in part if isinstance(event, TextDelta | Logprobs))
+        answer = StoredAnswer(deltas, data)
+        rest = [event async for event in backend.resume(encode(request), answer)]
         assert text_of(part) + text_of(rest) == whole
         same_logprobs(logprobs_of(part) + logprobs_of(rest), logprobs_of(events))
         end, finish = rest[-1], events[-1]
@@ -190,7 +196,7 @@ async def test_an_answer_that_an_engine_dies_in_has_its_logprobs_whole() -> None
         whole = await answer(backend, request)
         events: list[BackendEvent] = []
         kills = 0
-        async for event in backend.generate(request):
+        async for event in backend.generate(encode(request)):
             events.append(event)
             tokens = sum(isinstance(each, Continuation) for each in events)
             if tokens in (3, 9, 15) and isinstance(event, Continuation) and kills < 3:
@@ -214,9 +220,9 @@ async def test_text_that_was_stored_without_its_end_is_not_said_twice(backend: L
     events = await answer(backend, request)
     data = tuple(event.data for event in events if isinstance(event, Continuation))
     for said in (0, 5, len(text_of(events))):
-        stored = StoredAnswer(text_of(events)[:said], data)
+        stored = StoredAnswer((TextDelta(text_of(events)[:said]),), data)
         assert (
-            text_of([event async for event in backend.resume(request, stored)])
+            text_of([event async for event in backend.resume(encode(request), stored)])
             == (text_of(events)[said:])
         )
 
@@ -225,19 +231,19 @@ async def test_answers_that_cannot_be_gone_on_with(backend: Local) -> None:
     foreign = msgspec.msgpack.encode([b"another model", 1, [1, 2], [3]])
     for data in [(), (b"\xc1",), (foreign,)]:
         with pytest.raises(RequestError) as caught:
-            await anext(backend.resume(ask("x"), StoredAnswer("so far", data)))
+            await anext(backend.resume(asked("x"), StoredAnswer((TextDelta("so far"),), data)))
         assert caught.value.code == "interrupted"
 
 
 async def test_close_fails_what_runs() -> None:
     async with started("slow") as backend:
-        answering = backend.generate(ask("x", temperature=0))
+        answering = backend.generate(asked("x", temperature=0))
         await anext(answering)
         await backend.close()
         events = [event async for event in answering]
         assert isinstance(events[-1], Failure)
         with pytest.raises(RequestError) as caught:
-            await anext(backend.generate(ask("x")))
+            await anext(backend.generate(asked("x")))
         assert caught.value.code == "unavailable"
 
 

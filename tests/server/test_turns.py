@@ -11,6 +11,7 @@ import pytest
 from eloquent.core.events import End, Event, EventDecoder, Failure, TextDelta
 from eloquent.core.log import Log
 from eloquent.core.wire import Request
+from eloquent.errors import RequestError
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import Turn, TurnHandler, TurnHub
 
@@ -51,7 +52,7 @@ class Notes:
         self.offset += len(data)
         self.news.set()
 
-    def reject(self, code: str, message: str) -> None:
+    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
         assert self.rejected is None
         self.rejected = (code, message)
         self.news.set()
@@ -287,7 +288,7 @@ async def forget_to_close(turn: Turn) -> None:
 
 
 async def decline(turn: Turn) -> None:
-    turn.reject("unknown_model", "No such model.")
+    turn.reject(RequestError("unknown_model", "No such model."))
 
 
 async def test_a_fault_before_the_first_event_declines_and_frees_the_id() -> None:

@@ -4,8 +4,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from eloquent.core.events import Delta
-from eloquent_server.chat import ChatRequest
+from eloquent.core.events import Delta, Logprobs, TextDelta
 
 LOCAL_TENANT = "local"
 
@@ -18,6 +17,8 @@ class Tenant:
     "Authenticated by the server."
     weight: float = 1.0
     "Its part of the engine against others'; above 0."
+    salt: str = ""
+    "What keeps its prefixes apart in an engine behind the server; empty: nothing need be."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,18 @@ class Finish:
     """A backend's last word on a turn that went well."""
 
     reason: str
-    '`"stop"` (the model ended its answer) or `"length"` (a limit did).'
+    """`"stop"` (the model ended its answer), `"length"` (a limit did), or what an engine behind the
+    server says."""
     prompt_tokens: int
     "Tokens of the prompt, after the chat template."
     completion_tokens: int
     "Tokens generated."
     cached_tokens: int = 0
     "Prompt tokens that a prefix cache had, so that they were not computed."
+    model: str = ""
+    "Who answered; empty: the backend's default."
+    usage: bytes = b""
+    "See `End.usage`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +66,19 @@ BackendEvent = Delta | Continuation | Finish
 class StoredAnswer:
     """An answer that was cut off with its server, as far as it was stored."""
 
-    text: str
+    events: tuple[Delta, ...]
     continuations: tuple[bytes, ...]
     "The data of every `Continuation` so far, in order."
-    logprobs: int = 0
-    "For how many tokens there are logprobs."
+
+    @property
+    def text(self) -> str:
+        """The answer's text."""
+        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
+
+    @property
+    def logprobs(self) -> int:
+        """For how many tokens there are logprobs."""
+        return sum(len(event.tokens) for event in self.events if isinstance(event, Logprobs))
 
 
 class Backend(Protocol):
@@ -74,15 +88,15 @@ class Backend(Protocol):
     def models(self) -> Sequence[str]:
         """The names under which it answers; the first is the default."""
 
-    def generate(self, request: ChatRequest, asker: Asker = ANYBODY) -> AsyncIterator[BackendEvent]:
-        """Answer one request.
+    def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncIterator[BackendEvent]:
+        """Answer one request: an OpenAI chat body, in JSON.
 
         The iterator yields text and ends with exactly one `Finish` or `Failure`. Closing it
         (`aclose`, or the task's cancellation) cancels the generation within one decode step.
 
         Raises:
-            RequestError: the request cannot be served (unknown model, prompt too long); raised
-                before the first event.
+            RequestError: the request cannot be served (no chat body, unknown model, prompt too
+                long); raised before the first event.
         """
 
     async def close(self) -> None:
@@ -94,7 +108,7 @@ class ContinuingBackend(Backend, Protocol):
     """A backend that goes on with answers which another process began."""
 
     def resume(
-        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncIterator[BackendEvent]:
         """Yield what is missing of an answer, as `generate` would have.
 

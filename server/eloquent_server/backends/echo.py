@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
 from eloquent_server.backends.base import ANYBODY, Asker, BackendEvent, Finish, StoredAnswer
-from eloquent_server.chat import ChatRequest
+from eloquent_server.chat import parse_chat_body
 
 NAME = "echo"
 DEFAULT_TOKENS_PER_SECOND = 50.0
@@ -46,24 +46,24 @@ class EchoBackend:
         """The one name, `echo`."""
         return (NAME,)
 
-    def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
-            RequestError: `unknown_model`, or `invalid_request` if there is no user message.
+            RequestError: `unknown_model`, or `invalid_request` if it is no chat body, or has no
+                user message.
         """
-        return self.resume(request, StoredAnswer("", ()))
+        return self.resume(body, StoredAnswer((), ()))
 
     async def resume(
-        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         """Say the rest of the words; see `ContinuingBackend.resume`.
 
         Raises:
             RequestError: as `generate`.
         """
+        request = parse_chat_body(body)
         if request.model not in (None, NAME):
             raise RequestError(
                 "unknown_model",

@@ -14,7 +14,6 @@ from eloquent_server.backends.base import (
     ContinuingBackend,
     StoredAnswer,
 )
-from eloquent_server.chat import ChatRequest
 
 CANNOT_GO_ON = (
     "The server was restarted in mid-answer with an engine that cannot go on with another's "
@@ -42,17 +41,15 @@ class LoadingBackend:
         """The names under which it answers; none are known before it is ready."""
         return self._starting.result().models if self._starting.done() else ()
 
-    def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         """See `Backend.generate`."""
-        return self._pass_on(request, None, asker)
+        return self._pass_on(body, None, asker)
 
     def resume(
-        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         """See `ContinuingBackend.resume`."""
-        return self._pass_on(request, answer, asker)
+        return self._pass_on(body, answer, asker)
 
     async def close(self) -> None:
         """Close the backend, or start it no further."""
@@ -63,7 +60,7 @@ class LoadingBackend:
             await self._starting.result().close()
 
     async def _pass_on(
-        self, request: ChatRequest, answer: StoredAnswer | None, asker: Asker
+        self, body: bytes, answer: StoredAnswer | None, asker: Asker
     ) -> AsyncGenerator[BackendEvent]:
         await asyncio.wait((self._starting,))
         if self._starting.cancelled() or self._starting.exception() is not None:
@@ -72,9 +69,9 @@ class LoadingBackend:
         backend = self._starting.result()
         events: AsyncIterator[BackendEvent]
         if answer is None:
-            events = backend.generate(request, asker)
+            events = backend.generate(body, asker)
         elif isinstance(backend, ContinuingBackend):
-            events = backend.resume(request, answer, asker)
+            events = backend.resume(body, answer, asker)
         else:
             raise RequestError("interrupted", CANNOT_GO_ON)
         async with aclosing(cast(Any, events)) as passing:

@@ -15,7 +15,7 @@ from eloquent_server.backends.base import (
     Continuation,
     StoredAnswer,
 )
-from eloquent_server.chat import ChatRequest
+from eloquent_server.chat import ChatRequest, parse_chat_body
 from eloquent_server.engine.client import EngineClient, EngineOptions
 from eloquent_server.engine.client_turn import AnswerSoFar, EngineTurn
 from eloquent_server.engine.settings import KvOptions
@@ -82,19 +82,17 @@ class LocalBackend:
         """The one model's name."""
         return (self._engine.info.name,)
 
-    def generate(
-        self, request: ChatRequest, asker: Asker = ANYBODY
-    ) -> AsyncGenerator[BackendEvent]:
+    def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         """Answer one request; see `Backend.generate`.
 
         Raises:
             RequestError: `unknown_model`, `prompt_too_long`, `invalid_request` or `unavailable`;
                 before the first event.
         """
-        return self._answer(request, None, asker)
+        return self._answer(body, None, asker)
 
     def resume(
-        self, request: ChatRequest, answer: StoredAnswer, asker: Asker = ANYBODY
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
     ) -> AsyncGenerator[BackendEvent]:
         """Go on with an answer; see `ContinuingBackend.resume`.
 
@@ -102,15 +100,16 @@ class LocalBackend:
             RequestError: `interrupted`: it was another model's, or what was stored of it cannot be
                 read; else as `generate`.
         """
-        return self._answer(request, answer, asker)
+        return self._answer(body, answer, asker)
 
     async def close(self) -> None:
         """Fail the turns that are running and stop the engine; takes one step."""
         await self._engine.close()
 
     async def _answer(
-        self, request: ChatRequest, stored: StoredAnswer | None, asker: Asker
+        self, body: bytes, stored: StoredAnswer | None, asker: Asker
     ) -> AsyncGenerator[BackendEvent]:
+        request = parse_chat_body(body)
         self._check_model(request)
         seed: int | None = None  # Of an answer whose first continuation is yet to come.
         if stored is None:
