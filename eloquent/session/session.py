@@ -70,11 +70,13 @@ class Session:
         connector: Connector = connect_quic,
         climber: Connector | None = None,
         machine: Machine | None = None,
+        waits_offline: bool = False,
     ) -> None:
         """`connect_timeout_s` bounds each attempt to connect, in seconds.
 
         `climber` makes links of a better rung only; None: the session stays where it is. `machine`
-        tells of routes and sleep; None: the one that this runs on.
+        tells of routes and sleep; None: the one that this runs on. `waits_offline`: what is asked
+        while there is no network waits for it, instead of failing.
         """
         self._url = url
         self._climber = climber
@@ -84,6 +86,7 @@ class Session:
         self._connect_timeout_s = connect_timeout_s
         self._on_state = on_state
         self._connect = connector
+        self._waits_offline = waits_offline
         self._route = Route(url.host, machine)
         self._state = LinkState.IDLE
         self._link: Link | None = None
@@ -105,6 +108,8 @@ class Session:
         "Since when packets are to be expected: the link's first, or the first open turn's."
         self._tried_s = float("-inf")
         "When the network had changed, or the machine woke up, and the link was tried."
+        self.resumes = 0
+        "How often turns that had been asked went on over another link."
 
     @property
     def state(self) -> LinkState:
@@ -129,7 +134,11 @@ class Session:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         self._wake()
-        await future
+        try:
+            await future
+        finally:
+            if future in self._waiting:
+                self._waiting.remove(future)
 
     def ask(self, body: bytes) -> ClientTurn:
         """Ask for a new turn; `body` is an OpenAI chat body in JSON.
@@ -156,6 +165,12 @@ class Session:
             self._ask(self._link, turn)
         self._wake()
         return turn
+
+    def detach(self, turn: ClientTurn) -> None:
+        """Hear no more of a turn and leave it running, for a reader that comes later."""
+        number = self._forget(turn)
+        if self._link is not None and number >= 0:
+            self._link.detach_turn(number)
 
     def fail(self, error: EloquentError) -> None:
         """Give the server up: all turns fail with `error`, those that run and those asked later."""
@@ -432,7 +447,8 @@ class Session:
         The session is in `state` while it tries, and offline while no way leads to the server.
         """
         while self._wants_link():
-            if (self._asked or self._cancels) and self._route.is_missing:
+            may_wait = self._asked or self._cancels or self._waits_offline
+            if may_wait and self._route.is_missing:
                 self._set_state(LinkState.OFFLINE)
                 await self._route.wait(self._route.changes, OFFLINE_LOOK_S)
                 continue
@@ -466,6 +482,7 @@ class Session:
 
     def _use(self, link: Link) -> None:
         early, self._early = self._early, None
+        self.resumes += bool(self._asked)
         self._link = link
         self._retries = Retries()
         self._expecting_s, self._tried_s = _now(), float("-inf")
