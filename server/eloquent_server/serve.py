@@ -9,9 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from eloquent.core.schemes import scheme
 from eloquent.errors import ConfigurationError
@@ -29,6 +27,7 @@ from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
+from eloquent_server.options import ServerOptions
 from eloquent_server.state import open_store, open_tickets, server_certificate
 from eloquent_server.store import TokenStore
 from eloquent_server.swiftqueue_records import marking_with
@@ -58,29 +57,6 @@ async def start_backend(model: str, device: str, precision: str, kv: KvOptions) 
     return await LocalBackend.start(
         model, device=device, precision=precision, kv=kv, progress=progress
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerOptions:
-    """What `eloquent serve` was asked to do; see its help."""
-
-    host: str
-    port: int
-    model: str
-    device: str
-    precision: str
-    kv: KvOptions
-    scheme: str
-    padding: bool
-    ecn: str
-    swiftqueue_tuning: bool
-    swiftqueue_records: Path | None
-    swiftqueue_records_split: str
-    state: Path | None
-    durable: bool
-    qlog: Path | None
-    websocket: bool
-    exit_with_parent: bool
 
 
 async def run_server(options: ServerOptions) -> None:

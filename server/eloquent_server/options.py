@@ -1,0 +1,98 @@
+"""What `eloquent serve` can be asked to do: each field is an option, and its docstring the help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from eloquent.url import DEFAULT_PORT
+from eloquent_server.engine.settings import KvOptions
+from eloquent_server.models import EMBEDDED_MODEL
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """The options of a server."""
+
+    host: str = "127.0.0.1"
+    "Address to listen on."
+    port: int = DEFAULT_PORT
+    "UDP port, and TCP port of the same number for WebSocket; 0 takes a free one."
+    model: str = EMBEDDED_MODEL
+    """The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
+    (says your words back; needs no torch)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where the model runs; `auto` takes CUDA where present."
+    precision: Literal["default", "auto", "fp32", "bf16", "int8"] = "default"
+    """Of the model's weights on the CPU: `fp32`, the default, gives the same greedy answer in
+    any company; `bf16` and `int8` are faster, and take less memory; `auto` measures which is
+    fastest and says so. On CUDA it is bf16."""
+    kv_memory: float | None = None
+    """GB for the turns that run and for the prefix cache, which spares the model what it has
+    already read; a quarter of the machine's memory if it is left out."""
+    kv_tenant: float | None = None
+    "The most that one tenant may have in the prefix cache, in GB."
+    kv_ram: float = 0.0
+    "GB more for what the prefix cache has no room for."
+    kv_dir: Path | None = None
+    """Directory in which that is kept, too, so that prompts are warm after a restart. It holds
+    conversations in a form that the model can read; only this user may read it."""
+    kv_disk: float = 10.0
+    "The most that --kv-dir may hold, in GB."
+    kv_tier: Literal["lossless", "int8"] = "lossless"
+    """How it is kept there: `lossless`, or in `int8`, a quarter of the size: answers then may
+    differ in a word now and then."""
+    scheme: str = "eloquent"
+    """How tokens are sent: `eloquent`, or one of those it is compared with (`eloquent-queued`,
+    `duplicate`, `retransmit`)."""
+    padding: bool = True
+    "Pad packets so that their sizes do not tell the lengths of tokens, which tell the topic."
+    ecn: str = "off"
+    """How packets are marked: `off`, or `l4s`, for the low-latency queue of L4S routers (RFC
+    9330), where the path carries the marks; `swiftqueue` foretells both queues of such a
+    router, and marks packet by packet; `classic` behaves like `l4s` and marks nothing."""
+    swiftqueue_tuning: bool = False
+    """With `--ecn swiftqueue`: let each connection correct its forecasts by what its packets
+    meet, within bounds."""
+    swiftqueue_records: Path | None = None
+    """With `--ecn swiftqueue`: directory for records of what each packet met, to judge or train
+    the predictor by. They hold no text, address or time of day, but when packets left and their
+    sizes, which tell much of an answer's tokens, above all with --no-padding: treat them like
+    the conversations. They are readable for this user alone, and at most 4096 files."""
+    swiftqueue_records_split: Literal["test", "train", "validation"] = "test"
+    "What those records are for; a model that is trained on them may not be judged by them."
+    state: Path | None = None
+    """Directory for the certificate and the turns, so that readers can resume an answer after a
+    restart, and unfinished answers go on. Without it both end with the server."""
+    durable: bool = False
+    "Wait for the disk at each commit, so that the turns in --state survive a loss of power."
+    qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None
+    """Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes,
+    times, and no text."""
+    websocket: bool = True
+    "Answer over WebSocket (TLS over TCP), too, for clients whose network lets no UDP through."
+    exit_with_parent: bool = False
+    "Stop when standard input closes."
+    verbose: bool = False
+    "Log every turn, and every connection that a client broke, to standard error."
+
+    @property
+    def kv(self) -> KvOptions:
+        """Those of the prefix cache, in the engine's terms."""
+        return KvOptions(
+            memory_bytes=_bytes(self.kv_memory),
+            tenant_bytes=_bytes(self.kv_tenant),
+            ram_bytes=round(self.kv_ram * GB),
+            directory=None if self.kv_dir is None else str(self.kv_dir),
+            disk_bytes=round(self.kv_disk * GB),
+            encoding="int8" if self.kv_tier == "int8" else "raw",
+        )
+
+
+GB = 1e9
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else round(gigabytes * GB)
