@@ -7,7 +7,7 @@ INSTALLED_USER := $(VENV)/.installed
 CASES ?= 3000
 SEED ?= $(shell date +%Y%m%d)
 TRACES ?= ../shared/traces
-SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables
+SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables redis-server:redis-server curl:curl
 
 .PHONY: chat test check soak format paper bench-netem bench-transport bench-engine bench-swiftqueue clean help
 
