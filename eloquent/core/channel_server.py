@@ -18,6 +18,7 @@ from eloquent.core.channel import (
     kind_of,
     number_and_rest,
 )
+from eloquent.core.counts import LinkCounts
 from eloquent.core.log import Log
 from eloquent.core.padding import Padding
 from eloquent.core.turns import (
@@ -76,6 +77,8 @@ class ServerChannel(Channel):
         self._order: deque[int] = deque()
         self._replies: dict[int, bytes] = {}
         "By turn, those that were not sent yet."
+        self.counts = LinkCounts()
+        "Those of the endpoint."
 
     def accept(self, turn: int, log: Log, offset: int = 0) -> None:
         """Send `log` from `offset` on, as it is and as it grows, unless the reader cancelled.
@@ -95,6 +98,7 @@ class ServerChannel(Channel):
         reader = self._readers.get(turn)
         if turn in self._asked or (reader is not None and not reader.is_confirmed):
             self._drop(turn)
+            self.counts.refusals[code] += 1
             self._reply(turn, Rejected(code, message[:MAX_REASON_CHARS], retry_after_s))
 
     def log_grew(self, turn: int, now: float) -> None:

@@ -1,6 +1,7 @@
 """Counts of all connections of a server since its start, for whoever runs it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -32,3 +33,5 @@ class LinkCounts:
     "Connections that were not made in time, or had to make room for others."
     refused: int = 0
     "Connections that were refused because too many are open."
+    refusals: Counter[str] = field(default_factory=Counter)
+    "What readers were told instead of an answer, by code (`docs/protocol.md`)."

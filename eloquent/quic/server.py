@@ -191,6 +191,7 @@ class ServerConnection(Connection):
         if turn in self._given_up or (reader is not None and reader.is_confirmed):
             return
         self._given_up.add(turn)
+        self._path.counts.refusals[code] += 1
         self._drop(turn)
         reply = encode_reply(Rejected(code, message[:MAX_REASON_CHARS], retry_after_s))
         self._quic.send_stream_data(turn * 4, reply, end_stream=True)
@@ -414,6 +415,7 @@ class ServerConnection(Connection):
         data = event.data
         if self._channel is None:
             channel = ServerChannel(self._heard_at, padding=self._has_padding)
+            channel.counts = self._path.counts
             self._channel = ChannelStream(self._quic, channel, MAX_TO_SERVER_BYTES, is_client=False)
             data = data.removeprefix(CHANNEL_MARK)
         self._channel.receive(data, self._heard_at)

@@ -13,6 +13,7 @@ from websockets.http11 import Response
 
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
+from eloquent.core.counts import LinkCounts
 from eloquent.core.liveness import DEAD_AFTER_S
 from eloquent.core.turns import TurnEvent
 from eloquent.errors import ConfigurationError
@@ -113,8 +114,16 @@ class _HeardServer(HeardConnection, ServerConnection):
 class _Peer:
     """One connection, its channel, and the readers on it."""
 
-    def __init__(self, service: TurnService, websocket: _HeardServer, *, padding: bool) -> None:
+    def __init__(
+        self,
+        service: TurnService,
+        websocket: _HeardServer,
+        counts: LinkCounts,
+        *,
+        padding: bool,
+    ) -> None:
         channel = ServerChannel(websocket.loop.time(), padding=padding)
+        channel.counts = counts
         self.driver = ChannelDriver(channel, websocket, self._on_event, silent_s=SILENT_S)
         self._websocket = websocket
         self._readers = Readers(service, channel, self.driver, self._is_silent)
@@ -140,9 +149,8 @@ class WebSocketListener:
         self._peers: dict[_Peer, None] = {}
         self._server: Server | None = None
         self._tls: ssl.SSLContext | None = None
-        self._handshakes: Handshakes[_HeardServer] = Handshakes(
-            MAX_HANDSHAKES, _HeardServer.give_up
-        )
+        self._handshakes: Handshakes[_HeardServer] = Handshakes(MAX_HANDSHAKES, self._give_up)
+        self.counts = LinkCounts()
 
     @property
     def port(self) -> int:
@@ -200,7 +208,7 @@ class WebSocketListener:
     async def _handle(self, websocket: ServerConnection) -> None:
         assert isinstance(websocket, _HeardServer)
         self._handshakes.done(websocket)
-        peer = _Peer(self._service, websocket, padding=self._padding)
+        peer = _Peer(self._service, websocket, self.counts, padding=self._padding)
         self._peers[peer] = None
         try:
             reason = await peer.driver.run()
@@ -208,6 +216,10 @@ class WebSocketListener:
         finally:
             del self._peers[peer]
             peer.end()
+
+    def _give_up(self, connection: _HeardServer) -> None:
+        self.counts.given_up += 1
+        connection.give_up()
 
     def _shown(self) -> ssl.SSLContext:
         assert self._tls is not None
@@ -218,6 +230,7 @@ class WebSocketListener:
     ) -> Response | None:
         if len(self._peers) < MAX_CONNECTIONS:
             return None
+        self.counts.refused += 1
         logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
         return websocket.respond(BUSY, "Too many connections are open: come back later.\n")
 
