@@ -28,7 +28,7 @@ from eloquent.core.log import TokenLog
 from eloquent.core.wire import Request
 from eloquent.errors import EloquentError, RequestError
 from eloquent.serving import Reader
-from eloquent_server.admission import Admission, Open, Principal
+from eloquent_server.admission import Admission, Gate, Principal
 from eloquent_server.store import StoredTurn, StoreError, TokenStore, TurnRecord, TurnState
 
 GRACE_S = 120.0
@@ -41,6 +41,7 @@ UNKNOWN_TURN = (
     "There is no such turn, or it is kept no longer, or the secret is not its: ask it anew, "
     "under a new turn id."
 )
+DELETED = "The turn was deleted, as its owner asked."
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
 SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
@@ -191,13 +192,25 @@ class TurnHub:
         self._handler = handler
         self._go_on = go_on
         self._store = store
-        self._admission = admission or Open()
+        self._admission = admission or Gate()
         self._grace_s = grace_s
         self._turns: dict[TurnKey, Turn] = {}
         self._loading: dict[TurnKey, list[Reader]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._of_reader: dict[Reader, Turn] = {}
         self._is_closed = False
+        self.resumes = 0
+        "How many readers came to a turn that was there, for metrics."
+
+    @property
+    def open(self) -> int:
+        """How many turns are in memory."""
+        return len(self._turns)
+
+    @property
+    def unread(self) -> int:
+        """How many turns are being generated though nobody reads them at the moment."""
+        return sum(turn.grace is not None for turn in self._turns.values())
 
     @property
     def generating(self) -> int:
@@ -285,6 +298,39 @@ class TurnHub:
         elif self._is_current(turn):
             self._begin_grace(turn)
 
+    def body_of(self, reader: Reader) -> bytes:
+        """Return what was asked in a reader's turn; empty where that is not kept any more."""
+        turn = self._of_reader.get(reader)
+        return b"" if turn is None else turn.request.body
+
+    def waiting_before(self, reader: Reader) -> int:
+        """Return how many turns that were asked before a reader's have not begun either."""
+        own, waiting = self._of_reader.get(reader), 0
+        for turn in self._turns.values():
+            if turn is own:
+                break
+            waiting += not turn.log.written
+        return waiting
+
+    async def delete(self, request: Request) -> None:
+        """Forget the turn that a request names, open or ended; who reads it is told.
+
+        Raises:
+            RequestError: there is none, or its secret is another (`unknown_turn`); `unauthorized`.
+            StoreError: the store did not do it; ask again.
+        """
+        key = self._admission.principal(request.key).name, request.turn_id
+        turn, record = self._turns.get(key), self._store.find(*key)
+        known = turn or record
+        if known is None or not hmac.compare_digest(hash_of(request.secret), known.secret_hash):
+            raise RequestError("unknown_turn", UNKNOWN_TURN)
+        if turn is not None:
+            if turn.task is not None:
+                turn.task.cancel()
+            self.forget(turn, RequestError("unknown_turn", DELETED))
+        if record is not None:
+            await self._store.delete(*key)
+
     def keep(self, turn: Turn, continuation: bytes | None = None) -> None:
         """Hand what was written to the store; readers get it when it is kept."""
         offset, data = turn.handed, turn.log.written_from(turn.handed)
@@ -346,6 +392,7 @@ class TurnHub:
             self._end_grace(turn)
             if request.is_owner:
                 self._replace_owners(turn)
+            self.resumes += turn.task is not None or turn.stored is not None
             turn.readers[reader] = None
             self._of_reader[reader] = turn
             reader.accept(turn.log)
@@ -470,7 +517,7 @@ class TurnHub:
         """Take a turn that is over off its owner's account."""
         if turn.is_admitted:
             turn.is_admitted = False
-            self._admission.ended(turn.principal)
+            self._admission.ended(turn.principal, turn.log.written)
 
     def _begin_grace(self, turn: Turn) -> None:
         """Give a turn that nobody reads some time for a reader to come."""

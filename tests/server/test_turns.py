@@ -428,3 +428,55 @@ async def test_what_cannot_be_stored_is_not_sent(tmp_path: Path) -> None:
     assert reader.text in ("", "said")
     assert hub.generating == 0
     await hub.close()
+
+
+async def test_a_turn_that_is_deleted_is_cancelled_and_never_generated_again() -> None:
+    script = Script("to ", "be")
+    turn_id, secret = names()
+    async with hub_with(script) as hub:
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        script.go(1)
+        await reader.until(lambda: reader.text == "to ")
+        with pytest.raises(RequestError, match="no such turn"):
+            await hub.delete(Request(turn_id, b"", names()[1]))
+        await hub.delete(Request(turn_id, b"", secret))
+        assert reader.rejected is not None
+        await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+        again = Notes(turn_id, secret)
+        hub.on_request(again)
+        assert again.rejected is not None
+        assert again.rejected[0] == "unknown_turn"
+        with pytest.raises(RequestError, match="no such turn"):
+            await hub.delete(Request(turn_id, b"", secret))
+    assert script.asked == 1
+
+
+async def test_a_turn_that_has_ended_is_deleted_from_the_store() -> None:
+    script = Script("to ")
+    turn_id, secret = names()
+    async with hub_with(script) as hub:
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        script.go()
+        await reader.finished()
+        hub.on_gone(reader)
+        await hub.delete(Request(turn_id, b"", secret))
+        later = Notes(turn_id, secret, body=b"")
+        hub.on_request(later)
+        assert later.rejected is not None
+
+
+async def test_a_reader_can_ask_what_its_turn_asked_and_who_waits_before_it() -> None:
+    script = Script("to ", "be")
+    async with hub_with(script) as hub:
+        readers = [Notes(*names(), body=b"%d" % number) for number in range(3)]
+        for reader in readers:
+            hub.on_request(reader)
+        assert [hub.waiting_before(reader) for reader in readers] == [0, 1, 2]
+        assert hub.body_of(readers[1]) == b"1"
+        script.go(1)
+        await asyncio.sleep(0)
+        await readers[0].until(lambda: readers[0].text == "to ")
+        assert [hub.waiting_before(reader) for reader in readers] == [0, 0, 1]
+        assert hub.body_of(Notes(*names())) == b""
