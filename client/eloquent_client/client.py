@@ -117,6 +117,13 @@ class Client:
             Request(bytes.fromhex(turn_id), b"", bytes.fromhex(secret), offset, is_owner)
         )
 
+    def ask(self, request: Request) -> MessageStream:
+        """Return the turn of a request that is made already: with a name, body and key of its own.
+
+        For programs in between, as the proxy is; `stream` makes requests from messages.
+        """
+        return self._stream(request)
+
     async def connect(self) -> None:
         """Connect unless connected already; turns do it on their own.
 

@@ -7,7 +7,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
+from typing import Any
 
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
@@ -53,9 +53,9 @@ async def local_client(
     model: str | None = None,
     *,
     on_progress: OnProgress = lambda line: None,
-    qlog_dir: Path | None = None,
+    **options: Any,
 ) -> AsyncIterator[Client]:
-    """Run a server as `local_server` does, and give a client of it; `qlog_dir` as in `Client`.
+    """Run a server as `local_server` does, and give a client of it; `options` are `Client`'s.
 
     If the server ends before the block does, the client's turns fail at once with
     `LocalServerError`, those that run and those asked later.
@@ -69,7 +69,7 @@ async def local_client(
 
     async with (
         _running(model, on_progress) as (url, ending),
-        Client(url, qlog_dir=qlog_dir) as client,
+        Client(url, **options) as client,
     ):
         watching = asyncio.create_task(watch(client, ending))
         try:
