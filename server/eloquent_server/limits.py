@@ -62,9 +62,9 @@ class TokenBucket:
 class Usage:
     """What one key has taken, held against its limits."""
 
-    def __init__(self, limits: KeyLimits) -> None:
+    def __init__(self, limits: KeyLimits, open_turns: int = 0) -> None:
         self.limits = limits
-        self.open_turns = 0
+        self.open_turns = open_turns
         self._requests = _per_minute(limits.requests_per_minute, limits.burst)
         self._bytes = _per_minute(limits.bytes_per_minute)
 
