@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eloquent.core.wire import TURN_ID_BYTES
+from eloquent_server.meters import StoreMeters
 from eloquent_server.store_sqlite import StoreDatabase
 from eloquent_server.store_types import (
     StoreClosedError,
@@ -131,6 +132,16 @@ class TokenStore:
     def size(self) -> int:
         """Bytes that count against `max_bytes`: bodies, logs and continuations."""
         return self._size
+
+    @property
+    def turns(self) -> int:
+        """How many turns it knows, tombstones included."""
+        return len(self._records)
+
+    @property
+    def meters(self) -> StoreMeters:
+        """How its commits went."""
+        return self._writer.meters
 
     def create(
         self, principal: str, turn_id: bytes, secret_hash: bytes, body: bytes, body_hash: bytes

@@ -4,12 +4,14 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eloquent_server.meters import StoreMeters
 from eloquent_server.store_sqlite import StoreDatabase
 from eloquent_server.store_types import StoreError, TurnRecord
 
@@ -51,6 +53,7 @@ class Writer:
         Raises:
             StoreError: see `StoreDatabase`.
         """
+        self.meters = StoreMeters()
         self._jobs: queue.SimpleQueue[Write | Read | None] = queue.SimpleQueue()
         opened: Future[list[TurnRecord]] = Future()
         # A daemon, so that a program that ends without closing the store does end.
@@ -96,14 +99,16 @@ class Writer:
                     break
                 job = self._jobs.get()
             if writes:
-                _commit(database, writes)
+                began_s = time.monotonic()
+                is_stored = _commit(database, writes)
+                self.meters.on_flush(len(writes), time.monotonic() - began_s, is_stored=is_stored)
             if isinstance(job, Read):
                 _read(database, job)
             elif job is None:
                 return
 
 
-def _commit(database: StoreDatabase, writes: list[Write]) -> None:
+def _commit(database: StoreDatabase, writes: list[Write]) -> bool:
     """Commit all of `writes`; a failure is that of every turn that is among them."""
     sound = [write for write in writes if write.turn is None or write.turn.failure is None]
     failure = _attempt(database, sound)
@@ -118,6 +123,7 @@ def _commit(database: StoreDatabase, writes: list[Write]) -> None:
             reports.setdefault(write.loop, []).append((write.done, outcome))
     for loop, calls in reports.items():
         _tell(loop, calls)
+    return failure is None
 
 
 def _attempt(database: StoreDatabase, writes: list[Write]) -> StoreError | None:
