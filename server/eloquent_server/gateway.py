@@ -1,7 +1,6 @@
 """The gateway: takes turns from the transport, has a backend answer them, fills their logs."""
 
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
@@ -19,6 +18,7 @@ from eloquent_server.backends.base import (
     StoredAnswer,
     Tenant,
 )
+from eloquent_server.logs import about_turn
 from eloquent_server.reading import ReadingClock
 from eloquent_server.turns import Turn, TurnHandler
 
@@ -52,22 +52,15 @@ class Gateway:
 
         Its cancellation cancels the generation.
         """
-        started_s = time.monotonic()
-        name = turn.name
-        try:
-            reason, tokens = await self._answer(turn, self._events(turn))
-        except RequestError as error:
-            logger.info("turn %s declined: %s", name, error.code)
-            if turn.stored is None:
-                turn.reject(error)
-            else:
-                turn.end_early("error", Failure("interrupted", error.message))
-            return
-        except BaseException:
-            logger.info("turn %s given up", name)
-            raise
-        seconds = time.monotonic() - started_s
-        logger.info("turn %s ended: %s, %d tokens, %.2f s", name, reason, tokens, seconds)
+        with about_turn(turn.name):
+            try:
+                await self._answer(turn, self._events(turn))
+            except RequestError as error:
+                logger.info("turn %s declined: %s", turn.name, error.code)
+                if turn.stored is None:
+                    turn.reject(error)
+                else:
+                    turn.end_early("error", Failure("interrupted", error.message))
 
     def _events(self, turn: Turn) -> AsyncIterator[BackendEvent]:
         """Have the answer generated, or what is missing of it."""
@@ -81,8 +74,8 @@ class Gateway:
         answer = StoredAnswer(deltas, stored.continuations)
         return self._backend.resume(turn.request.body, answer, asker)
 
-    async def _answer(self, turn: Turn, answer: AsyncIterator[BackendEvent]) -> tuple[str, int]:
-        """Fill the turn's log; return its finish reason and how many tokens it has."""
+    async def _answer(self, turn: Turn, answer: AsyncIterator[BackendEvent]) -> None:
+        """Fill the turn's log, up to its end."""
         continuation: bytes | None = None
         async with aclosing(cast(Any, answer)) as events:
             async for event in events:
@@ -98,11 +91,10 @@ class Gateway:
                         cached_tokens=event.cached_tokens,
                         usage=event.usage,
                     )
-                    return event.reason, event.completion_tokens
+                    return
                 turn.append(cast(Delta, event), continuation)
                 continuation = None
                 if isinstance(event, Failure):
                     logger.error("turn %s failed: %s", turn.name, event.message)
                     break
         turn.close("error", model=self._default_model, prompt_tokens=0, completion_tokens=0)
-        return "error", 0

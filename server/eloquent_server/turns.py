@@ -29,6 +29,7 @@ from eloquent.core.wire import Request
 from eloquent.errors import EloquentError, RequestError
 from eloquent.serving import Reader
 from eloquent_server.admission import Admission, Gate, Principal
+from eloquent_server.logs import TurnClock
 from eloquent_server.store import StoredTurn, StoreError, TokenStore, TurnRecord, TurnState
 
 GRACE_S = 120.0
@@ -98,6 +99,7 @@ class Turn:
         self.grace: asyncio.TimerHandle | None = None
         self.handed = self._restored_bytes = self.log.written
         "How many bytes of the log the store was given."
+        self._clock = TurnClock()
         self._request = request
         self.principal = principal
         "Whose turn it is."
@@ -136,6 +138,7 @@ class Turn:
         was given with earlier events.
         """
         self.log.append(event)
+        self._clock.event()
         self._hub.keep(self, continuation)
 
     def close(
@@ -149,7 +152,7 @@ class Turn:
         usage: bytes = b"",
     ) -> None:
         """End the answer; see `End`."""
-        self.log.close(
+        end = self.log.close(
             finish_reason,
             model=model,
             prompt_tokens=prompt_tokens,
@@ -157,6 +160,7 @@ class Turn:
             cached_tokens=cached_tokens,
             usage=usage,
         )
+        self._clock.say_end(self.name, self.principal.name, end)
         self._hub.keep(self)
 
     def end_early(self, reason: str, failure: Failure | None = None) -> None:

@@ -1,0 +1,129 @@
+"""Logs: a line for each record, as text or JSON, with the turn that it is about.
+
+They hold no text of conversations, no keys and no secrets. Other libraries' records below a warning
+are left out: some of them write down what they send and receive.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+from eloquent.core.events import End
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+OURS = ("eloquent", "eloquent_server")
+
+FIELDS = "fields"
+"`extra={FIELDS: {...}}` of a record adds to what JSON says of it."
+
+logger = logging.getLogger(__name__)
+
+_turn: ContextVar[str | None] = ContextVar("turn", default=None)
+
+
+@contextlib.contextmanager
+def about_turn(name: str) -> Iterator[None]:
+    """Give all records that are made in this context, and its tasks, the name of a turn."""
+    token = _turn.set(name)
+    try:
+        yield
+    finally:
+        _turn.reset(token)
+
+
+def configure(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) -> None:
+    """Have this process log to `stream`, and take away what was configured before."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter(TEXT))
+    least = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(least)
+    # websockets writes each frame into the logger that it was given.
+    logging.getLogger("eloquent.websocket").setLevel(max(least, logging.INFO))
+    # aioquic logs as a warning whatever a peer does wrong; we say that ourselves.
+    logging.getLogger("quic").setLevel(logging.ERROR)
+
+
+def configured() -> tuple[LogLevel, LogFormat]:
+    """Return what `configure` was told, for a child process."""
+    level = logging.getLogger(OURS[0]).getEffectiveLevel()
+    levels: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+    found = next((each for each in levels if level <= logging.getLevelName(each.upper())), "error")
+    handlers = logging.getLogger().handlers
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
+    return found, "json" if is_json else "text"
+
+
+class TurnClock:
+    """How long a turn takes in this process, from when this is made; says so at its end."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self._first_s: float | None = None
+
+    def event(self) -> None:
+        """Take note that there is an event."""
+        if self._first_s is None:
+            self._first_s = time.monotonic()
+
+    def say_end(self, name: str, tenant: str, end: End) -> None:
+        """Log that turn `name` is over."""
+        duration_s = time.monotonic() - self._began_s
+        ttft_ms = None if self._first_s is None else 1000 * (self._first_s - self._began_s)
+        fields = {
+            "turn": name,
+            "tenant": tenant,
+            "model": end.model,
+            "reason": end.finish_reason,
+            "prompt_tokens": end.prompt_tokens,
+            "completion_tokens": end.completion_tokens,
+            "cached_tokens": end.cached_tokens,
+            "ttft_ms": None if ttft_ms is None else round(ttft_ms, 1),
+            "duration_ms": round(1000 * duration_s, 1),
+        }
+        logger.info(
+            "turn %s ended: %s, %d tokens, %.2f s",
+            *(name, end.finish_reason, end.completion_tokens, duration_s),
+            extra={FIELDS: fields},
+        )
+
+
+class TextFormatter(logging.Formatter):
+    """A record as a line; the turn is at its end, unless it is said in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """See `logging.Formatter.formatMessage`."""
+        text = super().formatMessage(record)
+        turn = _turn.get()
+        return text if turn is None or turn in text else f"{text} (turn {turn})"
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as a JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        time = datetime.fromtimestamp(record.created, UTC)
+        said: dict[str, object] = {
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        turn = _turn.get()
+        if turn is not None:
+            said["turn"] = turn
+        said |= getattr(record, FIELDS, {})
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        return json.dumps(said, default=str)

@@ -1,0 +1,142 @@
+"""Logs: what a line has, which turn it is about, and what it never has."""
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from eloquent.core.events import End
+from eloquent_server.logs import (
+    FIELDS,
+    LogFormat,
+    LogLevel,
+    TurnClock,
+    about_turn,
+    configure,
+    configured,
+)
+
+NAMES = ("", "eloquent", "eloquent_server", "eloquent.websocket", "quic")
+logger = logging.getLogger("eloquent_server.some")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Leave the logging of the other tests alone."""
+    root = logging.getLogger()
+    handlers, levels = root.handlers[:], [logging.getLogger(name).level for name in NAMES]
+    for handler in handlers:
+        root.removeHandler(handler)
+    yield
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    for handler in handlers:
+        root.addHandler(handler)
+    for name, level in zip(NAMES, levels, strict=True):
+        logging.getLogger(name).setLevel(level)
+
+
+def logging_to(level: LogLevel = "info", log_format: LogFormat = "json") -> io.StringIO:
+    stream = io.StringIO()
+    configure(level, log_format, stream)
+    return stream
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_record_is_one_line_of_json() -> None:
+    stream = logging_to()
+    logger.info("two\nlines and %d", 7, extra={FIELDS: {"tokens": 3}})
+    (line,) = lines(stream)
+    assert str(line.pop("time")).endswith("Z")
+    assert line == {
+        "level": "info",
+        "logger": "eloquent_server.some",
+        "message": "two\nlines and 7",
+        "tokens": 3,
+    }
+
+
+def test_an_exception_is_in_its_line() -> None:
+    stream = logging_to()
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logger.exception("failed")
+    (line,) = lines(stream)
+    assert "ValueError: why" in str(line["exception"])
+
+
+async def test_each_record_has_the_turn_in_which_it_was_made() -> None:
+    stream = logging_to()
+
+    async def handle(name: str) -> None:
+        with about_turn(name):
+            logger.info("begun")
+            await asyncio.sleep(0)
+            await asyncio.gather(work())
+
+    async def work() -> None:
+        logging.getLogger("another.library").warning("within")
+
+    await asyncio.gather(handle("aa"), handle("bb"))
+    logger.info("of none")
+    said = sorted((str(line["message"]), str(line.get("turn"))) for line in lines(stream))
+    assert said == [
+        ("begun", "aa"),
+        ("begun", "bb"),
+        ("of none", "None"),
+        ("within", "aa"),
+        ("within", "bb"),
+    ]
+
+
+def test_text_has_the_turn_once() -> None:
+    stream = logging_to(log_format="text")
+    with about_turn("aa17"):
+        logger.info("something")
+        logger.info("turn aa17 ended")
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("INFO eloquent_server.some: something (turn aa17)")
+    assert second.endswith("turn aa17 ended")
+
+
+def test_the_end_of_a_turn_says_what_it_was() -> None:
+    stream = logging_to()
+    clock = TurnClock()
+    clock.event()
+    end = End("stop", "m", 5, 7, length=9, digest=b"", cached_tokens=2)
+    clock.say_end("aa17", "alice", end)
+    TurnClock().say_end("bb", "alice", end)
+    line, silent = lines(stream)
+    assert isinstance(line["ttft_ms"], float)
+    assert isinstance(line["duration_ms"], float)
+    assert line["ttft_ms"] <= line["duration_ms"]
+    assert silent["ttft_ms"] is None
+    wanted = {"turn": "aa17", "tenant": "alice", "model": "m", "reason": "stop"}
+    counts = {"prompt_tokens": 5, "completion_tokens": 7, "cached_tokens": 2}
+    assert (wanted | counts).items() <= line.items()
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_child_process_can_be_told_the_same(level: LogLevel, log_format: LogFormat) -> None:
+    logging_to(level, log_format)
+    assert configured() == (level, log_format)
+
+
+def test_what_other_libraries_write_down_is_left_out() -> None:
+    stream = logging_to("debug")
+    for name in ("websockets", "httpx2", "uvicorn.access", "asyncio"):
+        logging.getLogger(name).info("what was said")
+    logging.getLogger("eloquent.websocket.server").debug("what was said")
+    logging.getLogger("quic").warning("what a peer did")
+    assert stream.getvalue() == ""
+    logging.getLogger("eloquent.quic.listen").debug("ours")
+    logging.getLogger("uvicorn.error").error("broken")
+    assert [line["message"] for line in lines(stream)] == ["ours", "broken"]
