@@ -93,6 +93,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    cache_salt: Any = None
+    "Taken and ignored: whose prefixes are shared is the server's to say (`tenants`)."
 
     def __post_init__(self) -> None:
         if self.top_logprobs is not None and not self.logprobs:

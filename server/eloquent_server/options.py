@@ -68,6 +68,11 @@ class ServerOptions:
     restart, and unfinished answers go on. Without it both end with the server."""
     durable: bool = False
     "Wait for the disk at each commit, so that the turns in --state survive a loss of power."
+    keys: Path | None = None
+    """File of the keys that are let in, which `eloquent keys new` begins; it is read again when it
+    changes. Without one, whoever reaches the port can chat."""
+    max_turns: int | None = None
+    "The most answers that are generated at once; more requests are told to come back."
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None
     """Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes,
     times, and no text."""

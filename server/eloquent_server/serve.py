@@ -20,6 +20,7 @@ from eloquent.serving import TurnService
 from eloquent.url import ServerUrl
 from eloquent.websocket import server as websocket
 from eloquent_server import models
+from eloquent_server.admission import open_gate
 from eloquent_server.backends import echo
 from eloquent_server.backends.base import Backend
 from eloquent_server.backends.echo import EchoBackend
@@ -31,6 +32,7 @@ from eloquent_server.options import ServerOptions
 from eloquent_server.state import open_store, open_tickets, server_certificate
 from eloquent_server.store import TokenStore
 from eloquent_server.swiftqueue_records import marking_with
+from eloquent_server.tenants import tenants
 from eloquent_server.turns import TurnHub
 
 READY_PREFIX = "LISTENING"
@@ -86,6 +88,7 @@ async def run_server(options: ServerOptions) -> None:
         split=options.swiftqueue_records_split,
     )
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
+    gate = open_gate(options.keys, host=options.host, max_turns=options.max_turns)
     now = datetime.datetime.now(datetime.UTC)
     certificate = server_certificate(options.state, options.host, now)
     async with AsyncExitStack() as stack:
@@ -100,8 +103,8 @@ async def run_server(options: ServerOptions) -> None:
         stack.push_async_callback(backend.close)
         tidying = asyncio.ensure_future(_tidy(store))
         stack.callback(tidying.cancel)
-        gateway = Gateway(backend)
-        hub = TurnHub(gateway.handle, store, go_on=gateway.go_on)
+        gateway = Gateway(backend, tenant_of=tenants(options.state))
+        hub = TurnHub(gateway.handle, store, admission=gate, go_on=gateway.go_on)
         listen = partial(
             quic.listen,
             options.host,

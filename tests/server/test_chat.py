@@ -28,6 +28,11 @@ def test_stop_is_a_string_or_several(stop: Any, strings: tuple[str, ...]) -> Non
     assert parse(stop=stop).stop_strings == strings
 
 
+@pytest.mark.parametrize("salt", ["mine", "", 5, None])
+def test_a_client_does_not_say_whose_prefixes_are_shared(salt: Any) -> None:
+    assert parse(cache_salt=salt).messages == parse().messages
+
+
 def test_biases_are_by_token_id() -> None:
     assert parse(logit_bias={"7": -100, "12": 0.5}).bias == ((7, -100.0), (12, 0.5))
 
