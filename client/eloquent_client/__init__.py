@@ -7,13 +7,18 @@ from eloquent.core.events import (
     ChosenLogprob,
     End,
     Event,
+    Extra,
     Failure,
     Logprobs,
+    ReasoningDelta,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
 )
 from eloquent.core.pacer import Pacer
 from eloquent.errors import ConfigurationError, EloquentError
+from eloquent.link import Rung
+from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
 from eloquent_client.errors import (
@@ -22,13 +27,24 @@ from eloquent_client.errors import (
     APIResponseError,
     APIStatusError,
     APITimeoutError,
+    AuthenticationError,
     BadRequestError,
     LocalServerError,
     NotFoundError,
+    OverloadedError,
+    RateLimitError,
     ServerFaultError,
+    UpstreamError,
 )
 from eloquent_client.local import local_client, local_server
-from eloquent_client.messages import Message, PromptTokensDetails, StreamStats, Usage
+from eloquent_client.messages import (
+    LinkSnapshot,
+    Message,
+    PromptTokensDetails,
+    StreamStats,
+    ToolCall,
+    Usage,
+)
 from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
 
@@ -38,6 +54,7 @@ __all__ = [
     "APIResponseError",
     "APIStatusError",
     "APITimeoutError",
+    "AuthenticationError",
     "BadRequestError",
     "ChosenLogprob",
     "Client",
@@ -45,19 +62,29 @@ __all__ = [
     "EloquentError",
     "End",
     "Event",
+    "Extra",
     "Failure",
+    "LinkSnapshot",
+    "LinkState",
     "LocalServerError",
     "Logprobs",
     "Message",
     "MessageStream",
     "NotFoundError",
+    "OverloadedError",
     "Pacer",
     "PromptTokensDetails",
+    "RateLimitError",
+    "ReasoningDelta",
+    "Rung",
     "ServerFaultError",
     "ServerUrl",
     "StreamStats",
     "TextDelta",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
+    "UpstreamError",
     "Usage",
     "local_client",
     "local_server",

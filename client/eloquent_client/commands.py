@@ -94,15 +94,14 @@ def resume(name: str, *, url: str, offset: int = 0, watch: bool = False) -> None
         watch: Only look on: ending this command does not stop the answer.
     """
     logging.getLogger().addHandler(logging.NullHandler())
-    match = re.fullmatch(r"([0-9a-f]{32}):([0-9a-f]{32})", name)
-    if match is None:
+    if re.fullmatch(r"[0-9a-f]{32}:[0-9a-f]{32}", name) is None:
         raise ConfigurationError(
             f"{name!r} is no turn's name: it has 32 hexadecimal digits, a colon, and 32 more, as "
             "`eloquent ask` printed it."
         )
     if offset < 0:
         raise ConfigurationError(f"The offset is {offset}: it counts bytes, from 0 on.")
-    asyncio.run(_resume(parse_url(url), match[1], match[2], offset, is_owner=not watch))
+    asyncio.run(_resume(parse_url(url), name, offset, is_owner=not watch))
 
 
 def chat(
@@ -204,11 +203,9 @@ def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
     )
 
 
-async def _resume(
-    url: ServerUrl, turn_id: str, secret: str, offset: int, *, is_owner: bool
-) -> None:
+async def _resume(url: ServerUrl, name: str, offset: int, *, is_owner: bool) -> None:
     async with resuming(url) as client:
-        stream = client.resume(turn_id, secret, offset=offset, is_owner=is_owner)
+        stream = client.resume(name, offset=offset, is_owner=is_owner)
         async with stream:
             try:
                 await _print_text(stream)

@@ -2,18 +2,45 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
+from dataclasses import dataclass
+from random import Random
 from types import TracebackType
 from typing import Self
 
 from eloquent.core.events import End, Event, Failure, TextDelta, encode_event
 from eloquent.core.receiver import ReceiverStats
-from eloquent.core.wire import Request
+from eloquent.core.wire import KEYLESS_VERSION, PROTOCOL_VERSION, Request
 from eloquent.errors import EloquentError
 from eloquent.session.session import Session
+from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
-from eloquent_client.errors import APIError, APITimeoutError, api_error, status_error
-from eloquent_client.messages import Message, PromptTokensDetails, StreamStats, Usage
+from eloquent_client.errors import (
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    BadRequestError,
+    status_error,
+    translated,
+)
+from eloquent_client.messages import Message, StreamStats, Usage, message_of, text_of, usage_of
+from eloquent_client.retries import Retries
+
+OpenTurn = Callable[[Request], Awaitable[tuple[Session, ClientTurn]]]
+"Connects if need be and asks for a turn."
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a turn is waited for, and how often it is asked again."""
+
+    timeout_s: float
+    "Seconds for all of it, connecting and waiting to ask again included."
+    idle_timeout_s: float | None
+    "Seconds without an event; None: any number."
+    max_retries: int
+    "How often a turn that has not begun is asked again."
+    rng: Random
+    "For the jitter of the waits before."
 
 
 class MessageStream:
@@ -24,15 +51,13 @@ class MessageStream:
     """
 
     def __init__(
-        self,
-        open_turn: Callable[[Request], Awaitable[tuple[Session, ClientTurn]]],
-        request: Request,
-        *,
-        timeout_s: float,
+        self, open_turn: OpenTurn, request: Request, patience: Patience, running: "Running"
     ) -> None:
         self._open_turn = open_turn
         self._request = request
-        self._timeout_s = timeout_s
+        self._patience = patience
+        self._running = running
+        self._retries = Retries(patience.max_retries, patience.rng)
         self._session: Session | None = None
         self._turn: ClientTurn | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -40,10 +65,12 @@ class MessageStream:
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._received = ReceiverStats()
+        self._is_detached = False
         self._rtt_ms = 0.0
         self._log_bytes = 0
         "Bytes of the log that the events handed out stand for, `End` aside."
         self._started_s: float | None = None
+        self._deadline_s = 0.0
         self._first_text_s: float | None = None
         self._ended_s: float | None = None
 
@@ -54,22 +81,35 @@ class MessageStream:
 
     @property
     def secret(self) -> str:
-        """What `Client.resume` needs besides the id, in hexadecimal; keep it to yourself."""
+        """What reading the turn takes besides the id, in hexadecimal; keep it to yourself."""
         return self._request.secret.hex()
 
     @property
     def offset(self) -> int:
-        """Up to where in the answer's log the events go that have come; for `Client.resume`."""
+        """Up to where in the answer's log the events go that have come."""
         return self._turn.receiver.decoded if self._turn is not None else self._request.offset
+
+    @property
+    def token(self) -> str:
+        """What `Client.resume` goes on with: the id, the secret and the offset; not the key.
+
+        It changes with each event. Keep it to yourself: who has it may read the answer.
+        """
+        return f"{self.turn_id}:{self.secret}:{self.offset}"
 
     @property
     def text(self) -> str:
         """The answer up to now; what has come stays, however the turn ends."""
-        return "".join(event.text for event in self._events if isinstance(event, TextDelta))
+        return text_of(self._events)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the turn cost; None: its end has not come."""
+        return None if self._end is None else usage_of(self._end)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come: the answer is whole, failed or was cancelled."""
+        """Whether nothing more will come: the answer is whole, failed or was given up."""
         return self._ended_s is not None
 
     @property
@@ -91,6 +131,14 @@ class MessageStream:
             duration_ms=self._since_start(now_s),
             rtt_ms=self._rtt_ms,
         )
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of the answer's log that arrived, those that came twice included."""
+        if self._turn is None:
+            return 0
+        receiver = self._turn.receiver
+        return receiver.contiguous - self._request.offset + receiver.stats.repeated_bytes
 
     @property
     async def text_stream(self) -> AsyncIterator[str]:
@@ -118,20 +166,23 @@ class MessageStream:
         """
         async for _ in self.text_stream:
             pass
-        end = self._end
-        if end is None:
+        if self._end is None:
             raise APIError(
                 "The answer was cancelled on this side; `text` is what had come by then."
             )
-        return Message(
-            self.text,
-            end.finish_reason,
-            end.model,
-            Usage(end.prompt_tokens, end.completion_tokens, PromptTokensDetails(end.cached_tokens)),
-        )
+        return message_of(self._events, self._end)
+
+    def detach(self) -> None:
+        """Let the answer go on when the block is left, and when the client is closed.
+
+        `token` then reads it, in another process too. A server goes on for two minutes with an
+        answer that nobody reads, unless it was told otherwise.
+        """
+        self._is_detached = True
 
     async def close(self) -> None:
-        """Cancel the turn if it is unfinished; whoever reads it comes to its end."""
+        """Cancel the turn if it is unfinished, detached or not; its readers come to their end."""
+        self._is_detached = False
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait((self._reader,))
@@ -162,15 +213,16 @@ class MessageStream:
         if self._reader is not None:
             raise RuntimeError("a turn is asked once: call client.stream(...) for another")
         self._started_s = self._now()
-        deadline_s = self._started_s + self._timeout_s
+        self._deadline_s = self._started_s + self._patience.timeout_s
         try:
-            self._session, self._turn = await self._open_turn(self._request)
-        except EloquentError as error:
+            await self._in_time(self._ask)
+        except BaseException:
             self._ended_s = self._now()
-            raise api_error(error) from error
-        self._reader = asyncio.create_task(self._read(self._turn, deadline_s))
+            raise
+        self._running.begin(self)
+        self._reader = asyncio.create_task(self._in_time(self._read))
         # A callback, because a task that is cancelled before its first step runs none of its code.
-        self._reader.add_done_callback(partial(self._on_over, turn=self._turn))
+        self._reader.add_done_callback(self._on_over)
         return self
 
     async def __aexit__(
@@ -179,33 +231,115 @@ class MessageStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.close()
+        if not self._is_detached:
+            await self.close()
+
+    def leave(self) -> None:
+        """Hear no more of the turn; a detached one goes on."""
+        if self._turn is not None and self._session is not None:
+            if self._is_detached:
+                self._session.detach(self._turn)
+            self._turn.cancel()  # does nothing to a turn that has ended
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether the answer goes on when nobody reads it here any more."""
+        return self._is_detached
 
     @property
     def _end(self) -> End | None:
         last = self._events[-1] if self._events else None
         return last if isinstance(last, End) else None
 
-    async def _read(self, turn: ClientTurn, deadline_s: float) -> None:
-        """Collect what comes; as a task of its own it times arrivals, not the reader's pace."""
+    async def _in_time(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            async with asyncio.timeout_at(deadline_s):
-                async for event in turn:
-                    self._take(event)
+            async with asyncio.timeout_at(self._deadline_s):
+                await work()
         except TimeoutError as error:
             raise APITimeoutError(
-                f"The answer was not complete within {self._timeout_s:g} s and was cancelled: ask "
-                "for less, or allow more with Client(timeout_s=...)."
+                f"The answer was not complete within {self._patience.timeout_s:g} s and was given "
+                "up: ask for less, or allow more with Client(timeout_s=...).",
+                self._link_state,
             ) from error
-        except EloquentError as error:
-            raise api_error(error) from error
 
-    def _on_over(self, reader: asyncio.Task[None], turn: ClientTurn) -> None:
+    async def _ask(self) -> None:
+        """Ask the turn, and again if no connection can be made."""
+        while True:
+            try:
+                with translated():
+                    self._session, self._turn = await self._open_turn(self._request)
+            except EloquentError as failure:
+                await self._wait_to_ask_again(failure)
+            else:
+                return
+
+    async def _read(self) -> None:
+        """Collect what comes; as a task of its own it times arrivals, not the reader's pace."""
+        while True:
+            assert self._turn is not None
+            try:
+                with translated():
+                    await self._collect(self._turn)
+            except APIStatusError as failure:
+                if self._events:
+                    raise
+                await self._wait_to_ask_again(self._explained(failure))
+            else:
+                return
+            await self._ask()
+
+    async def _collect(self, turn: ClientTurn) -> None:
+        idle_s = self._patience.idle_timeout_s
+        try:
+            async with asyncio.timeout(idle_s) as idle:
+                async for event in turn:
+                    self._take(event)
+                    if idle_s is not None:
+                        idle.reschedule(self._now() + idle_s)
+        except TimeoutError as error:
+            raise self._idle_error() from error
+
+    async def _wait_to_ask_again(self, failure: EloquentError) -> None:
+        """Wait; or raise `failure`, if asking again is of no use or would come too late."""
+        wait_s = self._retries.wait_s(failure)
+        if wait_s is None or self._now() + wait_s >= self._deadline_s:
+            raise failure
+        await asyncio.sleep(wait_s)
+
+    def _explained(self, failure: APIStatusError) -> APIStatusError:
+        if failure.code == "unsupported_version" and self._request.key:
+            return BadRequestError(
+                failure.code,
+                f"The server is too old for keys: they came with version {PROTOCOL_VERSION} of the "
+                f"protocol, and it speaks version {KEYLESS_VERSION}. Update it, or ask without a "
+                "key.",
+            )
+        return failure
+
+    def _idle_error(self) -> APITimeoutError:
+        state = self._link_state
+        why = (
+            "The link is in order, so it is the model that is slow"
+            if state is LinkState.UP
+            else f"The link is {state.value}, so nothing is known of the model"
+        )
+        return APITimeoutError(
+            f"Nothing came for {self._patience.idle_timeout_s:g} s, and the answer was given up. "
+            f"{why}. Allow more with Client(idle_timeout_s=...), or go on later with the token.",
+            state,
+        )
+
+    @property
+    def _link_state(self) -> LinkState:
+        return LinkState.IDLE if self._session is None else self._session.state
+
+    def _on_over(self, reader: asyncio.Task[None]) -> None:
         if not reader.cancelled():
             self._error = reader.exception()
         self._refresh()
-        turn.cancel()  # does nothing to a turn that has ended
+        self.leave()
         self._ended_s = self._now()
+        self._running.end(self)
         self._news.set()
 
     def _take(self, event: Event) -> None:
@@ -229,3 +363,38 @@ class MessageStream:
 
     def _since_start(self, time_s: float) -> float:
         return 0.0 if self._started_s is None else (time_s - self._started_s) * 1e3
+
+
+class Running:
+    """The streams of a client that run, and what those that ran before have received."""
+
+    def __init__(self) -> None:
+        self._streams: dict[MessageStream, None] = {}
+        self._loss_before = 0
+        self._bytes_before = 0
+
+    @property
+    def loss_recovered(self) -> int:
+        """Datagrams of all turns that were lost, and whose content came with another."""
+        return self._loss_before + sum(each.stats.loss_recovered for each in self._streams)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of all answers' logs that arrived, those that came twice included."""
+        return self._bytes_before + sum(each.bytes_received for each in self._streams)
+
+    def begin(self, stream: MessageStream) -> None:
+        """Take note that a stream runs."""
+        self._streams[stream] = None
+
+    def end(self, stream: MessageStream) -> None:
+        """Take note that a stream is over."""
+        self._streams.pop(stream, None)
+        self._loss_before += stream.stats.loss_recovered
+        self._bytes_before += stream.bytes_received
+
+    def leave_detached(self) -> None:
+        """Hear no more of those that go on without a reader."""
+        for stream in list(self._streams):
+            if stream.is_detached:
+                stream.leave()

@@ -40,13 +40,13 @@ async def read(stream: MessageStream) -> str:
 async def test_text_and_message_arrive(start_server: StartServer) -> None:
     server = await start_server(saying(*WORDS))
     async with Client(str(server.url)) as client:
-        assert not client.is_connected
-        assert client.rtt_ms is None
+        assert not client.link.is_up
+        assert client.link.rtt_ms is None
         async with asyncio.timeout(DEADLINE_S), client.stream(messages=HELLO) as stream:
             assert await read(stream) == "".join(WORDS)
             message = await stream.get_final_message()
-            assert client.is_connected
-            assert client.rtt_ms is not None
+            assert client.link.is_up
+            assert client.link.rtt_ms is not None
     assert message.text == stream.text == "".join(WORDS)
     assert (message.finish_reason, message.model) == ("stop", "told")
     assert message.usage == Usage(prompt_tokens=7, completion_tokens=len(WORDS))
@@ -112,7 +112,7 @@ async def test_leaving_the_block_cancels(start_server: StartServer) -> None:
         async with client.stream(HELLO) as stream:
             assert await anext(stream.text_stream) == "And then"
         await hanging.cancelled.wait()
-        assert client.is_connected
+        assert client.link.is_up
     assert stream.is_over
     assert stream.stats.datagrams > 0
     with pytest.raises(APIError, match="cancelled on this side"):
@@ -306,7 +306,7 @@ async def test_a_server_that_comes_back(start_server: StartServer) -> None:
         async with client.stream(HELLO) as stream:
             assert await read(stream) == "here"
         await server.close()
-        while client.is_connected:  # noqa: ASYNC110  (the news of the end is on its way)
+        while client.link.is_up:  # noqa: ASYNC110  (the news of the end is on its way)
             await asyncio.sleep(0.01)
         with pytest.raises(APIConnectionError):
             await client.connect()
@@ -325,7 +325,7 @@ async def test_a_server_that_goes_in_mid_answer(start_server: StartServer) -> No
                 await stream.get_final_message()
         assert stream.text == "So far"
         assert stream.stats.datagrams > 0
-        while client.is_connected:  # noqa: ASYNC110  (the news of the end is on its way)
+        while client.link.is_up:  # noqa: ASYNC110  (the news of the end is on its way)
             await asyncio.sleep(0.01)
 
 
@@ -372,6 +372,6 @@ async def test_a_ticket_lets_another_client_resume(start_server: StartServer) ->
         assert first.take_ticket() is None, "a ticket is good once"
     async with (
         Client(server.url, ticket=ticket) as second,
-        second.resume(stream.turn_id, stream.secret) as resumed,
+        second.resume(stream.token, offset=0) as resumed,
     ):
         assert (await resumed.get_final_message()).text == "one two three"

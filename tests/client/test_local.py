@@ -86,7 +86,7 @@ async def test_a_client_knows_at_once_that_its_server_died(fake_server: Path) ->
                 await stream.get_final_message()
         assert "Its last words" in str(error.value)
         assert stream.text
-        assert not client.is_connected
+        assert not client.link.is_up
         with pytest.raises(LocalServerError, match="-9"):
             await client.connect()
 

@@ -28,7 +28,7 @@ def test_a_resume_with_a_ticket_is_a_round_trip_faster(has_ticket: bool) -> None
             begun_s = now()
             async with (
                 Client(URL, ticket=ticket if has_ticket else None) as second,
-                second.resume(stream.turn_id, stream.secret) as resumed,
+                second.resume(stream.token, offset=0) as resumed,
             ):
                 async for _ in resumed.text_stream:
                     break
@@ -95,7 +95,7 @@ async def test_resume_uses_the_ticket_that_was_saved_and_saves_the_next(
     assert ticket is not None
     save_ticket(server.url, ticket)
     async with resuming(server.url) as client:
-        async with client.resume(stream.turn_id, stream.secret) as resumed:
+        async with client.resume(stream.token, offset=0) as resumed:
             assert (await resumed.get_final_message()).text == "one two three"
         assert take_saved_ticket(server.url) is None, "it was used"
     next_ticket = take_saved_ticket(server.url)

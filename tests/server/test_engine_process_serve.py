@@ -174,12 +174,12 @@ async def test_an_answer_goes_on_though_nobody_reads_it(tmp_path: Path) -> None:
             async with stream:
                 await anext(stream.text_stream)
                 await server.kill()
-                name = (stream.turn_id, stream.secret)
+                token = stream.token
                 await client.close()
         await server.start()
         while "ended: stop" not in server.log:  # noqa: ASYNC110 (another process writes it)
             await asyncio.sleep(0.05)
-        async with Client(server.url) as other, other.resume(*name) as resumed:
+        async with Client(server.url) as other, other.resume(token, offset=0) as resumed:
             assert (await resumed.get_final_message()).text == words
 
 

@@ -125,7 +125,7 @@ class ChatScreen(Screen[None]):
         failure: EloquentError | None = None
         is_whole = False
         try:
-            self._is_connecting = not self._client.is_connected
+            self._is_connecting = not self._client.link.is_up
             async with stream:
                 self._is_connecting = False
                 failure = await self._receive(stream, reply)
@@ -194,7 +194,8 @@ class ChatScreen(Screen[None]):
         await self.query_one(Conversation).add(Notice(text, is_error=True))
 
     def _show_status(self) -> None:
-        link = self._client.link_state
+        now = self._client.link
+        link = now.state
         if link is LinkState.IDLE and self._is_connecting:
             link = LinkState.CONNECTING
         self._had_link = self._had_link or link is LinkState.UP
@@ -204,7 +205,7 @@ class ChatScreen(Screen[None]):
                 link,
                 is_answering=self._is_answering,
                 had_link=self._had_link,
-                rtt_ms=self._client.rtt_ms,
+                rtt_ms=now.rtt_ms,
                 stats=self._stream.stats if self._stream is not None else None,
                 tokens=self._tokens,
                 quiet_s=time.monotonic() - self._heard_s if is_running else 0.0,
