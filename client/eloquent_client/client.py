@@ -143,7 +143,7 @@ class Client:
         """
         body = _encoded({"messages": list(messages), "model": model, **parameters})
         turn_id, secret = token_bytes(TURN_ID_BYTES), token_bytes(SECRET_BYTES)
-        return self._stream(Request(turn_id, body, secret, key=self._key))
+        return self.ask(Request(turn_id, body, secret, key=self._key))
 
     def resume(
         self, token: str, *, offset: int | None = None, is_owner: bool = True
@@ -165,7 +165,11 @@ class Client:
             )
         turn_id, secret = bytes.fromhex(match[1]), bytes.fromhex(match[2])
         start = int(match[3] or 0) if offset is None else offset
-        return self._stream(Request(turn_id, b"", secret, start, is_owner, self._key))
+        return self.ask(Request(turn_id, b"", secret, start, is_owner, self._key))
+
+    def ask(self, request: Request) -> MessageStream:
+        """Return a turn for a request that is made already; it has its own key, or none."""
+        return MessageStream(self._open, request, self._patience, self._running)
 
     async def connect(self) -> None:
         """Connect unless connected already; turns do it on their own, and try more than once.
@@ -215,9 +219,6 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-    def _stream(self, request: Request) -> MessageStream:
-        return MessageStream(self._open, request, self._patience, self._running)
 
     def _get_session(self) -> Session:
         if self._is_closed:
