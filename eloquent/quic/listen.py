@@ -141,6 +141,11 @@ class Listener:
         """Show another certificate to those who connect from now on."""
         show_certificate(self._configuration, certificate)
 
+    @property
+    def channels(self) -> int:
+        """How many connections carry their turns over a QUIC stream."""
+        return sum(peer.connection.has_channel for peer in self._peers)
+
     async def close(self) -> None:
         """Close all connections and release the socket."""
         for peer in list(self._peers):

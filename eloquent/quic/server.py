@@ -155,6 +155,11 @@ class ServerConnection(Connection):
         """Whether nothing proves yet that the client takes part in the handshake."""
         return self._early is not None and not self._is_ended
 
+    @property
+    def has_channel(self) -> bool:
+        """Whether turns run over a stream, because the client takes no datagrams."""
+        return self._channel is not None
+
     def is_silent(self, now: float) -> bool:
         """Return whether turns are open and the link to the client is dead, one way or both."""
         if self._channel is not None:
