@@ -16,6 +16,7 @@ from aioquic.quic.packet import (
 )
 from aioquic.quic.retry import QuicRetryTokenHandler
 
+from eloquent.addresses import MAX_PER_ADDRESS, Sites
 from eloquent.core.beat import BeatLimit
 from eloquent.core.counts import LinkCounts
 from eloquent.core.path import Path
@@ -34,6 +35,7 @@ from eloquent.quic.server import ServerConnection, server_configuration, show_ce
 from eloquent.quic.tickets import TicketBook
 from eloquent.quic.udp import UdpTransport, open_udp
 from eloquent.readers import Readers
+from eloquent.seldom import Seldom
 from eloquent.serving import TurnService
 
 INITIAL_MIN_BYTES = 1200
@@ -117,6 +119,8 @@ class Listener:
         self._routes: dict[bytes, _Peer] = {}
         self._peers: dict[_Peer, None] = {}
         self._handshakes = Handshakes(MAX_HANDSHAKES, self._give_up)
+        self._sites: Sites[_Peer] = Sites(MAX_PER_ADDRESS)
+        self._seldom = Seldom(logger)
         self._retry = QuicRetryTokenHandler()
         self._transport: UdpTransport | None = None
         self.service = service
@@ -183,6 +187,7 @@ class Listener:
 
     def _drop(self, peer: _Peer) -> None:
         self._handshakes.done(peer)
+        self._sites.done(peer)
         self._peers.pop(peer, None)
         for connection_id in peer.connection_ids:
             del self._routes[connection_id]
@@ -251,14 +256,15 @@ class Listener:
 
     def _admit(self, header: QuicHeader, addr: Address) -> _Peer | None:
         """Begin a connection, if there is room for one, or have the client show its address."""
-        if len(self._peers) >= MAX_CONNECTIONS:
-            self.counts.refused += 1
-            logger.warning("refused a connection: %d are open", len(self._peers))
-            return None
         now = asyncio.get_running_loop().time()
+        if len(self._peers) >= MAX_CONNECTIONS or not self._sites.has_room(addr[0]):
+            self.counts.refused += 1
+            text = f"refused a connection of {addr[0]}: {len(self._peers)} are open"
+            self._seldom.warn(now, text)
+            return None
         if not header.token:
             if len(self._handshakes) < RETRY_FROM:
-                return self._new_peer(header.destination_cid, retried=None)
+                return self._new_peer(header.destination_cid, addr, retried=None)
             self._send_retry(header, addr, now)
             return None
         try:
@@ -267,7 +273,7 @@ class Listener:
             )
         except ValueError:
             return None  # no token of ours, or an old one: the client begins anew
-        return self._new_peer(original, retried=header.destination_cid)
+        return self._new_peer(original, addr, retried=header.destination_cid)
 
     def _send_retry(self, header: QuicHeader, addr: Address, now: float) -> None:
         assert header.version is not None
@@ -288,7 +294,7 @@ class Listener:
         self.counts.retries += 1
         self.send(retry, addr)
 
-    def _new_peer(self, original_cid: bytes, *, retried: bytes | None) -> _Peer:
+    def _new_peer(self, original_cid: bytes, addr: Address, *, retried: bytes | None) -> _Peer:
         """`retried` is the connection id of the Retry that the client answers."""
         policy = self._marking.policy() if self._marking is not None else None
         connection = ServerConnection(
@@ -308,7 +314,8 @@ class Listener:
         self.counts.handshakes += 1
         peer = _Peer(self, connection, policy)
         self._peers[peer] = None
-        self._handshakes.begin(peer)
+        self._handshakes.begin(peer, addr[0])
+        self._sites.begin(peer, addr[0])
         for connection_id in (retried or original_cid, connection.quic.host_cid):
             self.route(connection_id, peer, is_issued=True)
         return peer

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from eloquent.addresses import MAX_PER_ADDRESS, Sites
 from eloquent.core.channel import MAX_TO_SERVER_BYTES
 from eloquent.core.channel_server import ServerChannel
 from eloquent.core.counts import LinkCounts
@@ -20,6 +20,7 @@ from eloquent.errors import ConfigurationError
 from eloquent.handshakes import HANDSHAKE_S, Handshakes
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.readers import Readers
+from eloquent.seldom import Seldom
 from eloquent.serving import TurnService
 from eloquent.websocket.driver import (
     CLOSE_TIMEOUT_S,
@@ -45,14 +46,12 @@ class _HeardServer(HeardConnection, ServerConnection):
 
     def __init__(
         self,
-        handshakes: "Handshakes[_HeardServer]",
-        tls: Callable[[], ssl.SSLContext],
+        listener: "WebSocketListener",
         *given: Any,
         **options: Any,
     ) -> None:
         super().__init__(*given, **options)
-        self._handshakes = handshakes
-        self._tls = tls
+        self._listener = listener
         self._below: asyncio.Transport | None = None
         "TCP, while TLS is being made."
         self._early = bytearray()
@@ -62,8 +61,11 @@ class _HeardServer(HeardConnection, ServerConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`: there is TCP."""
         self._below = cast(asyncio.Transport, transport)
-        self._handshakes.begin(self)
-        self._securing = asyncio.ensure_future(self._secure(self._below))
+        host = (transport.get_extra_info("peername") or ("",))[0]
+        if self._listener.begin(self, host):
+            self._securing = asyncio.ensure_future(self._secure(self._below))
+        else:
+            self._below.abort()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -79,7 +81,7 @@ class _HeardServer(HeardConnection, ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._handshakes.done(self)
+        self._listener.end(self)
         if self._below is None:
             super().connection_lost(exc)
 
@@ -93,7 +95,7 @@ class _HeardServer(HeardConnection, ServerConnection):
             secured = await self.loop.start_tls(
                 below,
                 self,
-                self._tls(),
+                self._listener.tls,
                 server_side=True,
                 ssl_handshake_timeout=HANDSHAKE_S,
                 ssl_shutdown_timeout=CLOSE_TIMEOUT_S,
@@ -102,7 +104,7 @@ class _HeardServer(HeardConnection, ServerConnection):
             logger.debug("no TLS: %s", error)
             secured = None
         if secured is None or secured.is_closing():
-            self._handshakes.done(self)
+            self._listener.end(self)
             return
         self._below = None
         super().connection_made(secured)
@@ -150,6 +152,8 @@ class WebSocketListener:
         self._server: Server | None = None
         self._tls: ssl.SSLContext | None = None
         self._handshakes: Handshakes[_HeardServer] = Handshakes(MAX_HANDSHAKES, self._give_up)
+        self._sites: Sites[_HeardServer] = Sites(MAX_PER_ADDRESS)
+        self._seldom = Seldom(logger)
         self.counts = LinkCounts()
 
     @property
@@ -170,7 +174,7 @@ class WebSocketListener:
             OSError: the address cannot be had.
         """
         self.show(certificate)
-        connection = partial(_HeardServer, self._handshakes, self._shown)
+        connection = partial(_HeardServer, self)
         self._server = await serve(
             self._handle,
             host,
@@ -194,6 +198,26 @@ class WebSocketListener:
             ssl.SSLError: it is not accepted; the one before is still shown.
         """
         self._tls = certificate.tls()
+
+    @property
+    def tls(self) -> ssl.SSLContext:
+        """What those who connect now are shown."""
+        assert self._tls is not None
+        return self._tls
+
+    def begin(self, connection: _HeardServer, host: str) -> bool:
+        """Return whether there is room for a connection from an address, and count it."""
+        if not self._sites.has_room(host):
+            self._refuse(host)
+            return False
+        self._sites.begin(connection, host)
+        self._handshakes.begin(connection, host)
+        return True
+
+    def end(self, connection: _HeardServer) -> None:
+        """Take note that a connection is over; a second call does nothing."""
+        self._handshakes.done(connection)
+        self._sites.done(connection)
 
     async def close(self) -> None:
         """Tell all readers what there is to tell, close their connections, release the port."""
@@ -221,17 +245,17 @@ class WebSocketListener:
         self.counts.given_up += 1
         connection.give_up()
 
-    def _shown(self) -> ssl.SSLContext:
-        assert self._tls is not None
-        return self._tls
+    def _refuse(self, host: str) -> None:
+        self.counts.refused += 1
+        text = f"refused a connection of {host}: {len(self._sites)} are open"
+        self._seldom.warn(asyncio.get_running_loop().time(), text)
 
     def _refuse_too_many(
         self, websocket: ServerConnection, request: HttpRequest
     ) -> Response | None:
         if len(self._peers) < MAX_CONNECTIONS:
             return None
-        self.counts.refused += 1
-        logger.warning("refused a connection: %d are open", MAX_CONNECTIONS)
+        self._refuse((websocket.remote_address or ("",))[0])
         return websocket.respond(BUSY, "Too many connections are open: come back later.\n")
 
 

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import rungs
-from session_world import CERTIFICATE, SERVER, URL, World, in_world, now, read, tokens
+from half_open import HalfOpen, sent_by
+from session_world import URL, World, in_world, now, read, tokens
 from telling import Telling
 
 from eloquent.core.receiver import Receiver
@@ -13,11 +14,9 @@ from eloquent.core.wire import Request, encode_request
 from eloquent.errors import RequestError
 from eloquent.handshakes import HANDSHAKE_S
 from eloquent.quic import listen as quic_listen
-from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connect import QuicLink
 from eloquent.quic.connect import connect as connect_quic
-from eloquent.quic.ecn import Ecn
-from eloquent.quic.listen import RETRY_FROM, Listener
+from eloquent.quic.listen import RETRY_FROM
 from eloquent.quic.server import REQUEST_DEADLINE_S
 from eloquent.session.session import Session
 from eloquent.websocket import server as websocket
@@ -54,42 +53,6 @@ def test_a_request_that_is_never_finished_is_declined_by_name() -> None:
     assert text == ALL
     assert REQUEST_DEADLINE_S <= waited_s < REQUEST_DEADLINE_S + 0.2
     assert held == 0
-
-
-class HalfOpen:
-    """A client that begins a handshake and never finishes it."""
-
-    def __init__(self, listener: Listener, number: int) -> None:
-        configuration = client_configuration(SERVER, pin=CERTIFICATE.pin)
-        self._connection = ClientConnection(configuration, pin=CERTIFICATE.pin)
-        self._listener = listener
-        self.address = (f"198.51.100.{number % 250}", 10_000 + number)
-        self._connection.connect((SERVER, 1), now())
-        self._send()
-
-    def answer(self, retry: bytes) -> None:
-        """Take a Retry, and begin anew with its token."""
-        self._connection.receive(retry, (SERVER, 1), now())
-        self._send()
-
-    def _send(self) -> None:
-        for data, _, _ in self._connection.send(now()):
-            self._listener.datagram_received(data, self.address, Ecn.NOT_ECT)
-
-
-def sent_by(listener: Listener) -> list[tuple[bytes, object]]:
-    """Return what the listener sends from now on, which reaches nobody."""
-    sent: list[tuple[bytes, object]] = []
-    usual = listener.send
-
-    def send(data: bytes, address: object, ecn: Ecn = Ecn.NOT_ECT) -> None:
-        if str(address).startswith("('198.51.100."):
-            sent.append((data, address))
-        else:
-            usual(data, address, ecn)
-
-    listener.send = send  # type: ignore[method-assign]
-    return sent
 
 
 def test_handshakes_from_made_up_addresses_leave_room_for_those_that_are_meant() -> None:
