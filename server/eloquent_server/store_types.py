@@ -1,7 +1,9 @@
 """What the token store keeps of a turn, and the errors it raises."""
 
 import enum
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from eloquent.errors import EloquentError
 
@@ -24,6 +26,14 @@ class StoreFullError(StoreError):
 
 class TurnTooLargeError(StoreError):
     """One turn would hold more bytes than a turn may."""
+
+
+class StoreAwayError(StoreError):
+    """The store does not answer at the moment; whether it did what was asked is not known."""
+
+
+class StaleOwnerError(StoreError):
+    """The turn is another process's by now, so that nothing of this one's is added to it."""
 
 
 class TurnEndedError(StoreError):
@@ -79,6 +89,8 @@ class TurnRecord:
     "Bytes that count against the limits: body, log and continuations."
     chunks: int = 0
     "How many appends it took."
+    fence: int = 0
+    "The number of this ownership of the turn; each is higher. 0: there is one owner, or none."
     failure: StoreError | None = None
     "Why nothing more can be stored of this turn; set by the writer when a commit failed."
 
@@ -101,3 +113,119 @@ class StoredTurn:
     "The request; empty once the turn is ended, since only going on needs it."
     continuations: tuple[bytes, ...] = field(repr=False)
     "What was given as `continuation`, in order; empty once the turn is ended."
+    is_elsewhere: bool = False
+    "Whether another process generates it: it is to be followed, and nothing to be appended."
+
+
+OnStored = Callable[[StoreError | None], None]
+"Called on the event loop: with None once it is stored, else with why it is not and never will be."
+
+OnRecord = Callable[[TurnRecord], None]
+
+
+class TurnStore(Protocol):
+    """What a server needs of its token store, of which it may be one of several owners.
+
+    All methods are called on one event loop, and never keep it waiting.
+    """
+
+    def known(self, principal: str, turn_id: bytes) -> bool | None:
+        """Say whether there is such a turn or its tombstone; None: only `claim` can tell."""
+
+    async def begin(
+        self, principal: str, turn_id: bytes, secret_hash: bytes, body: bytes, body_hash: bytes
+    ) -> TurnRecord:
+        """Make a turn, owned by this process.
+
+        Raises:
+            TurnExistsError: there is such a turn, or its tombstone.
+            TurnTooLargeError, StoreFullError: there is no room for the body.
+            StoreError: it cannot be stored.
+        """
+
+    async def claim(self, principal: str, turn_id: bytes) -> StoredTurn | None:
+        """Read a turn, and become the owner of one that has no end and no owner.
+
+        None: there is no such turn, or only its tombstone.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    async def load(self, principal: str, turn_id: bytes) -> StoredTurn | None:
+        """Read a turn, whoever owns it; see `claim`."""
+
+    def append(
+        self,
+        record: TurnRecord,
+        offset: int,
+        data: bytes,
+        *,
+        continuation: bytes | None = None,
+        on_stored: OnStored | None = None,
+    ) -> None:
+        """Add bytes to an owned turn's log, and to what going on with it needs; returns at once.
+
+        Raises:
+            StoreError: it cannot be added; nothing was.
+        """
+
+    def close_turn(
+        self,
+        record: TurnRecord,
+        offset: int,
+        data: bytes = b"",
+        *,
+        on_stored: OnStored | None = None,
+    ) -> None:
+        """End an owned turn, with the last bytes of its log; returns at once.
+
+        Raises:
+            As `append`.
+        """
+
+    def let_go(self, record: TurnRecord) -> None:
+        """Give up an owned turn without an end, until somebody asks for it.
+
+        One to which nothing was appended is forgotten: its id is free again.
+        """
+
+    async def delete(self, principal: str, turn_id: bytes) -> bool:
+        """Remove a turn, open or ended, and leave its tombstone; say whether there was one.
+
+        Raises:
+            StoreError: it could not be removed; ask again.
+        """
+
+    def attend(self, on_lost: OnRecord, on_cancel: OnRecord) -> None:
+        """Have it said when an owned turn is owned no longer, or is to be cancelled."""
+
+    def abandoned(self) -> AsyncGenerator[tuple[str, bytes]]:
+        """Yield principals and ids of open turns without an owner, as they are found."""
+
+    def follow(self, record: TurnRecord) -> AsyncGenerator[bytes]:
+        """Yield what another process appends to a turn, until it has no owner any more.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+
+    async def cancel_elsewhere(self, record: TurnRecord) -> None:
+        """Have the process that owns a turn cancel it.
+
+        Raises:
+            StoreError: it could not be told.
+        """
+
+    async def is_read_elsewhere(self, record: TurnRecord) -> bool:
+        """Say whether another process follows an owned turn for its readers.
+
+        Raises:
+            StoreError: that is not known at the moment.
+        """
+
+    def expire(self) -> None:
+        """Let go of what is kept no longer; to be called now and then."""
+
+    async def close(self) -> None:
+        """Store what was handed over, and release the store; a second call does nothing."""
