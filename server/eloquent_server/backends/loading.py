@@ -37,6 +37,12 @@ class LoadingBackend:
         await asyncio.shield(self._starting)
 
     @property
+    def backend(self) -> Backend | None:
+        """The backend, once it is there."""
+        is_there = self._starting.done() and not self._starting.cancelled()
+        return self._starting.result() if is_there and not self._starting.exception() else None
+
+    @property
     def models(self) -> Sequence[str]:
         """The names under which it answers; none are known before it is ready."""
         return self._starting.result().models if self._starting.done() else ()

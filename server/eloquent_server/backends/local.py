@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -21,6 +21,8 @@ from eloquent_server.engine.client_turn import AnswerSoFar, EngineTurn
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import Tokens
 
+STATS_S = 0.5
+"How long an engine that is busy is waited for."
 HINT_EVERY_S = 0.25
 "So often the engine hears for how long a turn's readers have text."
 INTERRUPTED = "The server was restarted in mid-answer and cannot go on with it: {}. Ask again."
@@ -101,6 +103,10 @@ class LocalBackend:
                 read; else as `generate`.
         """
         return self._answer(body, answer, asker)
+
+    async def stats(self) -> Mapping[str, int]:
+        """Return the engine's counts, by the names of `EngineStats`; none while it is down."""
+        return await self._engine.stats(STATS_S)
 
     async def close(self) -> None:
         """Fail the turns that are running and stop the engine; takes one step."""

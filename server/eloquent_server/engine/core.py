@@ -38,6 +38,8 @@ class EngineStats:
     preemptions: int
     kv_bytes: int
     "Keys and values of running turns and of the prefix cache."
+    kv_capacity_bytes: int
+    "What they may take."
     prompt_tokens: int
     "Of prompts whose prefill began."
     cached_tokens: int
@@ -134,6 +136,7 @@ class Core:
             steps=self._steps,
             preemptions=self._preemptions,
             kv_bytes=self._cache.used_bytes,
+            kv_capacity_bytes=self._cache.budget_bytes,
             prompt_tokens=cached.prompt_tokens,
             cached_tokens=cached.cached_tokens,
             restored_tokens=cached.restored_tokens,

@@ -76,7 +76,7 @@ class PrefixCache:
         self._layout = layout
         self._token_bytes = layout.shape.token_bytes
         self._block_bytes = BLOCK_TOKENS * self._token_bytes
-        self._budget = budget_bytes
+        self.budget_bytes = budget_bytes
         self._tenant_blocks = None if tenant_bytes is None else tenant_bytes // self._block_bytes
         self._fingerprint = fingerprint
         self._tier = tier
@@ -99,7 +99,7 @@ class PrefixCache:
         """Evict until the rows can take `tokens` more; False if that cannot be."""
         if self._row_tokens + tokens > self._layout.capacity_tokens:
             return False
-        while self._bytes_with(self._row_tokens + tokens) > self._budget:
+        while self._bytes_with(self._row_tokens + tokens) > self.budget_bytes:
             if not self._evict():
                 return False
         return True
@@ -237,7 +237,7 @@ class PrefixCache:
         # What was of use in this very step stays, or a turn would evict its own first blocks.
         if over and not self._evict(tenant=turn.tenant, before=now):
             return False
-        while self.used_bytes + self._block_bytes > self._budget:
+        while self.used_bytes + self._block_bytes > self.budget_bytes:
             if not self._evict(before=now):
                 return False
         if block is None:
