@@ -1,35 +1,35 @@
 """The subcommands `eloquent serve` and `eloquent models`."""
 
 import asyncio
-import logging
 import sys
 
 from cyclopts import App
 
+from eloquent_server import config, logs
 from eloquent_server import models as model_store
 from eloquent_server.options import ServerOptions
 
 models = App(name="models", help="List the models on this machine; fetch the embedded one.")
 
+serve = App(
+    name="serve",
+    help="""Answer chats over Eloquent.
+
+When it is ready it prints one line, `LISTENING URL`; give that URL to `eloquent chat --url` or
+`eloquent ask --url`. Each option can also be set in the environment, and in a file: see --config.
+""",
+    config=config.sources(),
+)
+
 DEFAULTS = ServerOptions()
 
 
-def serve(*, options: ServerOptions = DEFAULTS) -> None:
-    """Answer chats over Eloquent with a local model.
-
-    When it is ready it prints one line, `LISTENING URL`; give that URL to `eloquent chat --url`
-    or `eloquent ask --url`. The URL pins the certificate, which is made anew at each start unless
-    there is a --state directory.
-    """
+@serve.default
+def run(*, options: ServerOptions = DEFAULTS) -> None:
+    """Run a server until it is told to stop."""
     from eloquent_server.serve import run_server
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if options.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    # aioquic logs every handshake, and as a warning whatever a peer does wrong; we say the latter.
-    logging.getLogger("quic").setLevel(logging.ERROR)
+    logs.configure(options.log_level, options.log_format)
     asyncio.run(run_server(options))
 
 

@@ -18,6 +18,7 @@ from eloquent.core.events import End
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 OURS = ("eloquent", "eloquent_server")
@@ -56,12 +57,16 @@ def configure(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stder
 
 def configured() -> tuple[LogLevel, LogFormat]:
     """Return what `configure` was told, for a child process."""
-    level = logging.getLogger(OURS[0]).getEffectiveLevel()
-    levels: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
-    found = next((each for each in levels if level <= logging.getLevelName(each.upper())), "error")
+    least = logging.getLogger(OURS[0]).getEffectiveLevel()
+    names = logging.getLevelNamesMapping()
+    level: LogLevel = "error"
+    for name in LEVELS:
+        if least <= names[name.upper()]:
+            level = name
+            break
     handlers = logging.getLogger().handlers
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
-    return found, "json" if is_json else "text"
+    return level, "json" if is_json else "text"
 
 
 class TurnClock:

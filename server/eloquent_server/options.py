@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from eloquent.url import DEFAULT_PORT
 from eloquent_server.engine.settings import KvOptions
+from eloquent_server.logs import LogFormat, LogLevel
 from eloquent_server.models import EMBEDDED_MODEL
 
 
@@ -16,6 +17,9 @@ from eloquent_server.models import EMBEDDED_MODEL
 class ServerOptions:
     """The options of a server."""
 
+    config: Path | None = None
+    """File of options (TOML): `kv-memory = 4` is `--kv-memory 4`. The command line comes first,
+    then the environment (`ELOQUENT_SERVE_KV_MEMORY=4`), then the file."""
     host: str = "127.0.0.1"
     "Address to listen on."
     port: int = DEFAULT_PORT
@@ -80,8 +84,11 @@ class ServerOptions:
     "Answer over WebSocket (TLS over TCP), too, for clients whose network lets no UDP through."
     exit_with_parent: bool = False
     "Stop when standard input closes."
-    verbose: bool = False
-    "Log every turn, and every connection that a client broke, to standard error."
+    log_level: LogLevel = "warning"
+    """What is logged to standard error, at least; `info` has a line for each turn, and for each
+    connection that a client broke. No log has text of conversations."""
+    log_format: LogFormat = "text"
+    "`json` for programs: an object on a line, with the turn's id."
 
     @property
     def kv(self) -> KvOptions:

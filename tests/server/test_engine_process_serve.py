@@ -55,7 +55,8 @@ class Serving:
         with self._stderr.open("ab") as stderr:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "eloquent", "serve", "--model", self._model),
-                *("--port", str(self._port), "--state", str(self._state / "state"), "--verbose"),
+                *("--port", str(self._port), "--state", str(self._state / "state")),
+                "--log-level=info",
                 stdout=PIPE,
                 stderr=stderr,
                 start_new_session=True,

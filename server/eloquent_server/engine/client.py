@@ -17,6 +17,7 @@ import msgspec
 
 from eloquent.core.events import Failure
 from eloquent.errors import ConfigurationError, RequestError
+from eloquent_server import logs
 from eloquent_server.backends.base import ANYBODY, Tenant
 from eloquent_server.chat import ChatRequest
 from eloquent_server.engine import ipc
@@ -268,7 +269,6 @@ class EngineClient:
         watching = asyncio.ensure_future(self._watch(process))
         try:
             options = self._options
-            level = logging.getLogger().getEffectiveLevel()
             process.send(
                 ipc.Load(
                     options.model,
@@ -276,7 +276,7 @@ class EngineClient:
                     options.precision,
                     options.max_running,
                     options.kv,
-                    level,
+                    *logs.configured(),
                 )
             )
             if self._closing.is_set():

@@ -16,6 +16,7 @@ from eloquent.core.events import Failure
 from eloquent_server.backends.base import Finish
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.engine.turn import EngineEvent
+from eloquent_server.logs import LogFormat, LogLevel
 
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH_BYTES = 4
@@ -31,7 +32,8 @@ class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     max_running: int | None
     "None: the engine's own default."
     kv: KvOptions
-    log_level: int
+    log_level: LogLevel
+    log_format: LogFormat
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit", array_like=True):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from eloquent.errors import ConfigurationError, RequestError
-from eloquent_server import models
+from eloquent_server import logs, models
 from eloquent_server.backends.base import Finish
 from eloquent_server.chat import ChatRequest, parse_chat_body
 from eloquent_server.engine import ipc
@@ -86,11 +86,7 @@ def main(load: Loader = load_model) -> None:
     with socket.socket(fileno=descriptor) as channel:
         first = ipc.receive(channel)
         if isinstance(first, ipc.Load):
-            logging.basicConfig(
-                stream=sys.stderr,
-                level=first.log_level,
-                format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            )
+            logs.configure(first.log_level, first.log_format)
             EngineProcess(channel).run(first, load)
 
 

@@ -1,0 +1,63 @@
+"""Where options come from: the command line, else the environment, else a file, else the default.
+
+Names are those of the command line: `--kv-memory` is `ELOQUENT_SERVE_KV_MEMORY` in the environment,
+and `kv-memory` in the file. A name that is none is an error everywhere, since whoever misspells
+`keys` would else run a server that is open to all.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, ArgumentCollection
+from cyclopts.config import Dict, Env
+
+from eloquent.errors import ConfigurationError
+
+PREFIX = "ELOQUENT_"
+FILE_OPTION = "--config"
+
+
+def sources() -> tuple[Any, ...]:
+    """Return what an `App` takes as `config`: whoever comes first in it decides."""
+    return (Env(PREFIX, show=False), _refuse_unknown_variables, _read_file)
+
+
+def _refuse_unknown_variables(
+    app: App, commands: tuple[str, ...], arguments: ArgumentCollection
+) -> None:
+    """Raise `ConfigurationError` for a variable that looks like ours and names no option."""
+    prefix = PREFIX + "".join(f"{command.upper()}_" for command in commands)
+    known = {
+        prefix + name.removeprefix("--").replace("-", "_").upper()
+        for argument in arguments
+        for name in argument.names
+    }
+    for variable in os.environ:
+        if variable.startswith(prefix) and variable not in known:
+            raise ConfigurationError(
+                f"The environment has {variable}, and `eloquent {' '.join(commands)}` has no such "
+                "option: correct the name, or unset it. `--help` lists the options."
+            )
+
+
+def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take from the file that --config names what is not set yet."""
+    chosen = [
+        token.value for each in arguments for token in each.tokens if FILE_OPTION in each.names
+    ]
+    if not chosen:
+        return
+    path = Path(chosen[-1])
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"The options in {path} cannot be read: {error}. Give a TOML file with {FILE_OPTION}; "
+            'its lines are like `host = "0.0.0.0"`.'
+        ) from error
+    if FILE_OPTION.removeprefix("--") in found:
+        raise ConfigurationError(f"{path} names another file of options: put them into one.")
+    Dict(found, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
