@@ -1,0 +1,167 @@
+"""Running the proxy: a server's client, HTTP on a port of this machine, and one end for both."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from eloquent.errors import ConfigurationError
+from eloquent.url import ServerUrl
+from eloquent_client.client import Client
+from eloquent_client.local import local_client
+from eloquent_client.proxy.app import LOOPBACK_HOSTS, ProxyApp
+from eloquent_client.proxy.handler import Handler, client_options
+from eloquent_client.proxy.link import LinkWatch
+
+READY_PREFIX = "LISTENING"
+"Starts the line on standard output that tells a parent process where to ask."
+
+STOP_S = 1
+"After a signal, programs have so long to take their last words."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyOptions:
+    """What `eloquent proxy` was asked to do; see its help."""
+
+    url: ServerUrl | None
+    model: str | None
+    host: str
+    port: int
+    key_env: str | None
+    grace_s: float
+    allow_remote: bool
+    qlog: Path | None
+
+
+async def run_proxy(options: ProxyOptions) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigurationError: the address cannot be had, or options do not go together.
+        LocalServerError: there is no URL, and the server on this machine does not start.
+    """
+    if not options.allow_remote and not _is_loopback(options.host):
+        raise ConfigurationError(
+            f"At {options.host} everybody on the network could ask in your name, since the proxy "
+            "asks for no key and does not encrypt. Leave --host out, or say --allow-remote."
+        )
+    key = _key(options.key_env)
+    listening = _listen(options.host, options.port)
+    link = LinkWatch(asyncio.get_running_loop().time)
+    with contextlib.closing(listening):
+        async with _client(options, link) as client:
+            handler = Handler(client, link, key=key, grace_s=options.grace_s)
+            hosts = None if options.allow_remote else LOOPBACK_HOSTS | {options.host}
+            await _serve(ProxyApp(handler, hosts=hosts), listening, handler)
+
+
+async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> None:
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=STOP_S,
+    )
+    host, port = listening.getsockname()[:2]
+    base = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    def say() -> None:
+        print(READY_PREFIX, base, flush=True)  # noqa: T201
+        print(  # noqa: T201
+            f"Programs for OpenAI's API use it with OPENAI_BASE_URL={base}; {base[:-3]}/health "
+            "tells how the link is.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    server = _Server(config, on_ready=say)
+    serving = asyncio.ensure_future(server.serve([listening]))
+    stopping = asyncio.ensure_future(server.stopped.wait())
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await handler.close()
+        await serving
+    finally:
+        stopping.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, that tells when it is ready, and the loop at once when a signal has come.
+
+    What it would do after the last answer, to raise the signal anew, is left out: the client is
+    still to be closed.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.stopped = asyncio.Event()
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self.stopped.set)
+
+
+@asynccontextmanager
+async def _client(options: ProxyOptions, link: LinkWatch) -> AsyncIterator[Client]:
+    """Give a client of the server, or of one that runs on this machine as long."""
+    made = {"qlog_dir": options.qlog, **client_options(link)}
+    if options.url is None:
+        async with local_client(options.model, on_progress=_print_progress, **made) as client:
+            yield client
+    else:
+        async with Client(options.url, **made) as client:
+            yield client
+
+
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name)
+    if not key:
+        raise ConfigurationError(f"There is no key in the environment: {name} is not set.")
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot listen at {host} port {port} ({error.strerror}): choose another port with "
+            "--port, or 0 for any that is free."
+        ) from error
