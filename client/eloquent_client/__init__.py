@@ -29,6 +29,7 @@ from eloquent_client.errors import (
     APITimeoutError,
     AuthenticationError,
     BadRequestError,
+    ClientClosedError,
     LocalServerError,
     NotFoundError,
     OverloadedError,
@@ -47,6 +48,7 @@ from eloquent_client.messages import (
 )
 from eloquent_client.pacing import paced
 from eloquent_client.stream import MessageStream
+from eloquent_client.sync import SyncClient, SyncMessageStream
 
 __all__ = [
     "APIConnectionError",
@@ -58,6 +60,7 @@ __all__ = [
     "BadRequestError",
     "ChosenLogprob",
     "Client",
+    "ClientClosedError",
     "ConfigurationError",
     "EloquentError",
     "End",
@@ -80,6 +83,8 @@ __all__ = [
     "ServerFaultError",
     "ServerUrl",
     "StreamStats",
+    "SyncClient",
+    "SyncMessageStream",
     "TextDelta",
     "TokenLogprob",
     "ToolCall",

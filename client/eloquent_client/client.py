@@ -20,7 +20,7 @@ from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
 from eloquent.url import ServerUrl, parse_url
-from eloquent_client.errors import APIError, APITimeoutError, BadRequestError, translated
+from eloquent_client.errors import APITimeoutError, BadRequestError, ClientClosedError, translated
 from eloquent_client.messages import LinkSnapshot
 from eloquent_client.retries import MAX_RETRIES
 from eloquent_client.stream import MessageStream, Patience, Running
@@ -177,7 +177,7 @@ class Client:
         Raises:
             APIConnectionError: no server answers, or it is not the one that the URL's pin names.
             APITimeoutError: that took longer than `connect_timeout_s`.
-            APIError: the client is closed.
+            ClientClosedError: that.
             EloquentError: what `fail` was given.
         """
         with translated():
@@ -222,7 +222,7 @@ class Client:
 
     def _get_session(self) -> Session:
         if self._is_closed:
-            raise APIError("The client is closed: make another one.")
+            raise ClientClosedError
         if self._session is None:
             race = Race(qlog=self._qlog, tickets=self._tickets)
             self._session = Session(

@@ -11,7 +11,8 @@ APIError
 │       └── UpstreamError       the engine behind it failed, or said no
 ├── APIConnectionError          the link failed
 │   └── APITimeoutError         it took too long
-└── APIResponseError            what came is no valid answer
+├── APIResponseError            what came is no valid answer
+└── ClientClosedError           the client was closed before
 LocalServerError                a server started on this machine did not come up, or died
 """
 
@@ -91,6 +92,13 @@ class APITimeoutError(APIConnectionError):
 
 class APIResponseError(APIError):
     """What arrived is no answer of this protocol, or not what the server generated."""
+
+
+class ClientClosedError(APIError):
+    """The client was closed before it was asked for this."""
+
+    def __init__(self) -> None:
+        super().__init__("The client is closed: make another one.")
 
 
 class LocalServerError(EloquentError):
