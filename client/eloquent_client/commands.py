@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
@@ -25,6 +25,9 @@ from eloquent_client.printable import printable
 from eloquent_client.saved import save_ticket, take_saved_ticket
 from eloquent_client.stream import MessageStream
 
+KEY_ENV = "ELOQUENT_KEY"
+"Where a key is looked for. On a command line others could read it."
+
 EXIT_BROKEN_PIPE = 141
 "As a shell reports a program that SIGPIPE ended."
 
@@ -40,6 +43,7 @@ def ask(
     seed: int | None = None,
     json: bool = False,
     pace: PaceMode = "off",
+    key_env: str = KEY_ENV,
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
 ) -> None:
     """Ask one question and print the answer as it comes.
@@ -59,12 +63,14 @@ def ask(
             `missing` are bytes of the answer.
         pace: How text appears: `off`, as it comes; `smooth`, evenly; `reading`, no faster than one
             reads. Nothing is held for more than half a second.
+        key_env: The environment variable that has the key, where the server wants one.
         qlog: Directory for a log of the connection in qlog's format (`.sqlog`): packets, sizes,
             times, and no text.
     """
     # What goes wrong is raised; without a handler Python would print QUIC's log beside it.
     logging.getLogger().addHandler(logging.NullHandler())
     server_url = None if url is None else parse_url(url)
+    client: AbstractAsyncContextManager[Client]
     messages = [{"role": "user", "content": _read_prompt(prompt)}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -76,14 +82,20 @@ def ask(
         "seed": seed,
     }
     try:
-        asyncio.run(_ask(server_url, model, body, as_json=json, pace=pace, qlog_dir=qlog))
+        if server_url is None:
+            client = local_client(model, on_progress=_print_progress, qlog_dir=qlog)
+        else:
+            client = Client(server_url, key=_key(key_env), qlog_dir=qlog)
+        asyncio.run(_ask(server_url, client, body, as_json=json, pace=pace))
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
 
 
-def resume(name: str, *, url: str, offset: int = 0, watch: bool = False) -> None:
+def resume(
+    name: str, *, url: str, offset: int = 0, watch: bool = False, key_env: str = KEY_ENV
+) -> None:
     """Go on with an answer that was asked before, here or elsewhere, and print the rest of it.
 
     Args:
@@ -92,6 +104,7 @@ def resume(name: str, *, url: str, offset: int = 0, watch: bool = False) -> None
         url: The server that was asked.
         offset: Where to go on, as `eloquent ask` gave it; 0 is the whole answer.
         watch: Only look on: ending this command does not stop the answer.
+        key_env: The environment variable that has the key, where the server wants one.
     """
     logging.getLogger().addHandler(logging.NullHandler())
     if re.fullmatch(r"[0-9a-f]{32}:[0-9a-f]{32}", name) is None:
@@ -101,7 +114,7 @@ def resume(name: str, *, url: str, offset: int = 0, watch: bool = False) -> None
         )
     if offset < 0:
         raise ConfigurationError(f"The offset is {offset}: it counts bytes, from 0 on.")
-    asyncio.run(_resume(parse_url(url), name, offset, is_owner=not watch))
+    asyncio.run(_resume(parse_url(url), _key(key_env), name, offset, is_owner=not watch))
 
 
 def chat(
@@ -110,6 +123,7 @@ def chat(
     model: str | None = None,
     system: str | None = None,
     pace: PaceMode = "off",
+    key_env: str = KEY_ENV,
     qlog: Annotated[Path | None, Parameter(env_var="ELOQUENT_QLOG")] = None,
 ) -> None:
     """Chat in the terminal.
@@ -121,6 +135,7 @@ def chat(
         system: Instructions that stand before every conversation.
         pace: How text appears: `off`, as it comes; `smooth`, evenly; `reading`, no faster than one
             reads. Nothing is held for more than half a second.
+        key_env: The environment variable that has the key, where the server wants one.
         qlog: Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes,
             times, and no text.
     """
@@ -137,7 +152,19 @@ def chat(
     from eloquent_client.tui.run import run_chat
 
     server_url = None if url is None else parse_url(url)
-    asyncio.run(run_chat(server_url, model=model, system=system, pace=pace, qlog_dir=qlog))
+    key = "" if server_url is None else _key(key_env)
+    asyncio.run(run_chat(server_url, key=key, model=model, system=system, pace=pace, qlog_dir=qlog))
+
+
+def _key(name: str) -> str:
+    """Return the key in this environment variable; the usual one need not be there."""
+    key = os.environ.get(name, "").strip()
+    if not key and name != KEY_ENV:
+        raise ConfigurationError(
+            f"There is no key in the environment variable {name}: put one there, or leave "
+            "--key-env out."
+        )
+    return key
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -165,18 +192,12 @@ def _read_prompt(prompt: str | None) -> str:
 
 async def _ask(
     url: ServerUrl | None,
-    model: str | None,
+    client: AbstractAsyncContextManager[Client],
     body: dict[str, Any],
     *,
     as_json: bool,
     pace: PaceMode,
-    qlog_dir: Path | None,
 ) -> None:
-    client = (
-        Client(url, qlog_dir=qlog_dir)
-        if url is not None
-        else local_client(model, on_progress=_print_progress, qlog_dir=qlog_dir)
-    )
     try:
         async with client as connected, connected.stream(**body) as stream:
             try:
@@ -203,8 +224,8 @@ def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
     )
 
 
-async def _resume(url: ServerUrl, name: str, offset: int, *, is_owner: bool) -> None:
-    async with resuming(url) as client:
+async def _resume(url: ServerUrl, key: str, name: str, offset: int, *, is_owner: bool) -> None:
+    async with resuming(url, key) as client:
         stream = client.resume(name, offset=offset, is_owner=is_owner)
         async with stream:
             try:
@@ -214,9 +235,9 @@ async def _resume(url: ServerUrl, name: str, offset: int, *, is_owner: bool) -> 
 
 
 @asynccontextmanager
-async def resuming(url: ServerUrl) -> AsyncIterator[Client]:
+async def resuming(url: ServerUrl, key: str = "") -> AsyncIterator[Client]:
     """Give a client of a server with the ticket that a command before left; leave the next."""
-    async with Client(url, ticket=take_saved_ticket(url)) as client:
+    async with Client(url, key=key, ticket=take_saved_ticket(url)) as client:
         try:
             yield client
         finally:

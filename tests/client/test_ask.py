@@ -194,3 +194,26 @@ def test_chat_needs_textual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"eloquent-stream\[chat\]"):
         commands.chat()
+
+
+async def test_the_key_comes_from_the_environment(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+
+    async def handle(turn: Turn) -> None:
+        keys.append(turn.request.key)
+        await saying("yes")(turn)
+
+    server = await start_server(handle)
+    url = str(server.url)
+    monkeypatch.setenv("ELOQUENT_KEY", "usual\n")
+    monkeypatch.setenv("OTHER_KEY", "other")
+    assert await run("Hi", "--url", url) == (0, "yes\n", "")
+    assert await run("Hi", "--url", url, "--key-env", "OTHER_KEY") == (0, "yes\n", "")
+    monkeypatch.delenv("ELOQUENT_KEY")
+    assert await run("Hi", "--url", url) == (0, "yes\n", "")
+    assert keys == ["usual", "other", ""]
+    code, out, err = await run("Hi", "--url", url, "--key-env", "NO_SUCH_KEY")
+    assert (code, out) == (1, "")
+    assert "environment variable NO_SUCH_KEY" in err

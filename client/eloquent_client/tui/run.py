@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from eloquent_client.tui.app import ChatApp
 async def run_chat(
     url: ServerUrl | None,
     *,
+    key: str = "",
     model: str | None,
     system: str | None,
     pace: PaceMode = "off",
@@ -28,7 +28,12 @@ async def run_chat(
     """
     progress: asyncio.Queue[str] = asyncio.Queue()
     async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_start(stack, url, model, progress.put_nowait, qlog_dir))
+        client = (
+            local_client(model, on_progress=progress.put_nowait, qlog_dir=qlog_dir)
+            if url is None
+            else Client(url, key=key, qlog_dir=qlog_dir)
+        )
+        starting = asyncio.create_task(stack.enter_async_context(client))
         asked_model = None if url is None else model
         app = ChatApp(starting, progress, model=asked_model, system=system, pace=pace)
         try:
@@ -40,16 +45,3 @@ async def run_chat(
         starting.result()
     if app.return_code:
         sys.exit(app.return_code)
-
-
-async def _start(
-    stack: AsyncExitStack,
-    url: ServerUrl | None,
-    model: str | None,
-    on_progress: Callable[[str], None],
-    qlog_dir: Path | None,
-) -> Client:
-    if url is None:
-        own = local_client(model, on_progress=on_progress, qlog_dir=qlog_dir)
-        return await stack.enter_async_context(own)
-    return await stack.enter_async_context(Client(url, qlog_dir=qlog_dir))
