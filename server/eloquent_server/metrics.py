@@ -11,11 +11,13 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Protocol, runtime_checkable
 
 from eloquent.core.counts import LinkCounts
 from eloquent.errors import ConfigurationError
 from eloquent.quic.listen import Listener
 from eloquent.websocket.server import WebSocketListener
+from eloquent_server.backends.base import Backend
 from eloquent_server.metered import MeteredBackend
 from eloquent_server.meters import Histogram, HttpMeters, ModelMeters
 from eloquent_server.store import TokenStore
@@ -49,6 +51,30 @@ Row = tuple[Sequence[str], float]
 "The values of a metric's labels, and its own."
 
 
+@runtime_checkable
+class _Counting(Protocol):
+    """A backend with an engine of ours."""
+
+    async def stats(self) -> Mapping[str, int]:
+        """Return counts by the names of `EngineStats`; none while it is down."""
+
+
+class _Upstream(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_up(self) -> bool: ...
+
+
+@runtime_checkable
+class _Upstreams(Protocol):
+    """A backend with engines behind the server."""
+
+    @property
+    def upstreams(self) -> Sequence[_Upstream]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """The parts of a server that are looked at."""
@@ -59,22 +85,32 @@ class Sources:
     quic: Listener
     websocket: WebSocketListener | None = None
     http: HttpMeters = field(default_factory=HttpMeters)
-    upstreams: Callable[[], Mapping[str, bool]] = dict
-    "Whether each engine behind the server is well, by its name."
-    engine: Callable[[], Mapping[str, int]] = dict
-    "The newest `EngineStats` of the local engine; empty: there is none."
+    inner: Callable[[], Backend | None] = lambda: None
+    """The backend that generates, once it is there: an engine of ours has counts, and engines
+    behind the server are well or not."""
 
 
 class Metrics:
     """What `/metrics` says."""
 
     def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._collector = _Collector(sources)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Collector(sources))
+        self._registry.register(self._collector)
         ProcessCollector(registry=self._registry)
 
+    async def scrape(self) -> tuple[bytes, str]:
+        """Ask the engine for its counts, which it may take half a second for, and `render`."""
+        backend = self._sources.inner()
+        self._collector.stats = await backend.stats() if isinstance(backend, _Counting) else {}
+        return self.render()
+
     def render(self) -> tuple[bytes, str]:
-        """Return the metrics in Prometheus' text format, and its content type."""
+        """Return the metrics in Prometheus' text format, and its content type.
+
+        What an engine in a process of its own says is as old as the last `scrape`.
+        """
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
 
@@ -83,12 +119,14 @@ class _Collector:
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
+        self.stats: Mapping[str, int] = {}
+        "`EngineStats` of the local engine; empty: there is none, or it is down."
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric as it is now."""
         sources = self._sources
         yield from _models(sources.backend)
-        yield from _engines(sources)
+        yield from _engines(sources, self.stats)
         yield from _turns(sources.hub)
         yield from _connections(sources)
         yield from _sent(sources.quic.counts)
@@ -165,9 +203,9 @@ def _models(backend: MeteredBackend) -> Iterator[Metric]:
     )
 
 
-def _engines(sources: Sources) -> Iterator[Metric]:
+def _engines(sources: Sources, stats: Mapping[str, int]) -> Iterator[Metric]:
     """Yield what the local engine, or the engines behind the server, say of themselves."""
-    stats = sources.engine()
+    backend = sources.inner()
     if stats:
         of_model = (next(iter(sources.backend.models), ""), ENGINE)
         capacity = stats["kv_capacity_bytes"]
@@ -179,10 +217,11 @@ def _engines(sources: Sources) -> Iterator[Metric]:
             *("vllm:num_preemptions", "Turns that gave up their row for a while.", OF_MODEL),
             [(of_model, stats["preemptions"])],
         )
-    yield _gauges(
-        *("eloquent:upstream_up", "Whether an engine behind the server is well.", ("upstream",)),
-        (((name,), is_well) for name, is_well in sources.upstreams().items()),
-    )
+    if isinstance(backend, _Upstreams):
+        yield _gauges(
+            *("eloquent:upstream_up", "Whether an engine behind the server is up.", ("upstream",)),
+            (((each.name,), each.is_up) for each in backend.upstreams),
+        )
 
 
 def _turns(hub: TurnHub) -> Iterator[Metric]:
