@@ -115,6 +115,10 @@ class QuicLink:
         self._driver.pump()
         self._end()
 
+    def abandon(self) -> None:
+        """End the connection without a word, as a machine does that loses power."""
+        self._end()
+
     async def open(self, address: Address, timeout_s: float) -> None:
         """Shake hands with the server at `address`.
 
