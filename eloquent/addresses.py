@@ -29,6 +29,14 @@ def site_of(host: str) -> str:
     return f"{ipaddress.IPv6Address(network)}/{IPV6_PREFIX}"
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address always means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Sites(Generic[T]):
     """Where the connections of one endpoint come from."""
 

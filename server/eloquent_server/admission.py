@@ -1,6 +1,5 @@
 """Who may ask, and how much: what the hub asks before a reader gets anything."""
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from eloquent.addresses import is_loopback
 from eloquent.errors import RequestError
 from eloquent.seldom import Seldom
 from eloquent_server.keys import Key, KeyFile
@@ -168,14 +168,7 @@ def open_gate(
     Raises:
         ConfigurationError: the file of keys cannot be used.
     """
-    if keys is None and not _is_loopback(host):
+    if keys is None and not is_loopback(host):
         logger.warning(EVERYBODY, host)
     file = None if keys is None else KeyFile(keys)
     return Gate(file, max_turns=max_turns, on_refused=on_refused)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

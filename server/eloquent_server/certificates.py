@@ -5,21 +5,31 @@ import contextlib
 import datetime
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import PrivateKey, ServerCertificate
+from eloquent.url import ServerUrl
+from eloquent_server.options import ServerOptions
+from eloquent_server.state import server_certificate
 
 CHECK_EVERY_S = 60.0
 "How often the files are looked at."
 
 CURVES = (ec.SECP256R1, ec.SECP384R1)
 KINDS = "Take ECDSA with P-256 or P-384, Ed25519, or RSA."
+
+SELF_MADE = (
+    "The certificate is self-made: clients know it by its pin, the part of the URL after `#`. "
+    "For a name that any client can check give files with --cert and --cert-key; --dev-cert says "
+    "that this is meant."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +69,7 @@ class CertificateFiles:
         if shown[0].public_key() != key.public_key():
             raise ConfigurationError(
                 f"The key in {self._key} is not that of the certificate in {self._certificate}: "
-                "give two files that belong together with --cert and --key; the server's own "
+                "give two files that belong together with --cert and --cert-key; the server's own "
                 "certificate comes first in its file."
             )
         until = shown[0].not_valid_after_utc
@@ -86,7 +96,7 @@ class CertificateFiles:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(
                 f"The private key in {self._key} cannot be used ({error}): give a PEM file without "
-                "a password, which this user can read, with --key."
+                "a password, which this user can read, with --cert-key."
             ) from error
         is_taken = isinstance(key, ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) or (
             isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, CURVES)
@@ -111,12 +121,14 @@ class CertificateFiles:
 
 async def follow(
     files: CertificateFiles,
-    show: Callable[[ServerCertificate], None],
+    shown: Sequence[Callable[[ServerCertificate], None]],
     asked: asyncio.Event,
     *,
     every_s: float = CHECK_EVERY_S,
 ) -> None:
     """Show the certificate anew whenever its files change, or `asked` is set, until cancelled.
+
+    `shown` are what shows it.
 
     Files that cannot be used are logged, once, and the certificate before stays.
     """
@@ -132,17 +144,44 @@ async def follow(
         except ConfigurationError as error:
             logger.error("The certificate stays what it was. %s", error)
         else:
-            show(certificate)
+            for show in shown:
+                show(certificate)
             until = certificate.certificate.not_valid_after_utc
             logger.info("The certificate was read anew; good until %s", until.isoformat())
 
 
-def url_host(certificate: ServerCertificate, host: str) -> str:
-    """Return what clients should call a server that listens on `host`.
+def chosen_certificate(
+    options: ServerOptions, now: datetime.datetime
+) -> tuple[ServerCertificate, CertificateFiles | None]:
+    """Return the certificate that a server is to show, and the files that it comes from, if any.
 
-    That is the first name in its certificate, unless this is for `host` itself.
+    Raises:
+        ConfigurationError: it cannot be used, or options contradict each other.
     """
+    if options.cert is not None:
+        if options.dev_cert:
+            raise ConfigurationError(
+                "--cert and --dev-cert exclude each other: show a certificate from files, or have "
+                "one made."
+            )
+        files = CertificateFiles(options.cert, options.cert_key or options.cert)
+        return files.read(), files
+    if options.cert_key is not None:
+        raise ConfigurationError("--cert-key needs --cert FILE: the certificate of that key.")
+    if not options.dev_cert and not is_loopback(options.host):
+        logger.warning(SELF_MADE)
+    return server_certificate(options.state, options.host, now), None
+
+
+def url_of(certificate: ServerCertificate, host: str, port: int) -> ServerUrl:
+    """Return the URL at which clients reach a server that listens on `host`.
+
+    One that an authority vouches for goes by the first name in its certificate, unless this is for
+    `host` itself; any other is known by its pin.
+    """
+    if certificate.is_self_signed:
+        return ServerUrl(host, port, certificate.pin)
     names = certificate.names
-    if host in names:
-        return host
-    return next((name for name in names if "*" not in name), host)
+    if host not in names:
+        host = next((name for name in names if "*" not in name), host)
+    return ServerUrl(host, port)

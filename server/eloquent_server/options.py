@@ -70,8 +70,19 @@ class ServerOptions:
     state: Path | None = None
     """Directory for the certificate and the turns, so that readers can resume an answer after a
     restart, and unfinished answers go on. Without it both end with the server."""
+    turn_ttl: float = 24.0
+    "Hours for which an answer is kept after its end."
+    store_limit: float = 4.0
+    "The most that all answers together may take, in GB; new ones are refused beyond."
     durable: bool = False
     "Wait for the disk at each commit, so that the turns in --state survive a loss of power."
+    cert: Path | None = None
+    """File of the certificate to show (PEM), with its chain. Without one a certificate is made,
+    which the URL pins. It is read again when it changes, and on SIGHUP."""
+    cert_key: Path | None = None
+    "File of its private key (PEM, no password); the certificate's own if it is left out."
+    dev_cert: bool = False
+    "Make a certificate, for trials, and do not warn on addresses that others reach."
     keys: Path | None = None
     """File of the keys that are let in, which `eloquent keys new` begins; it is read again when it
     changes. Without one, whoever reaches the port can chat."""
@@ -82,6 +93,10 @@ class ServerOptions:
     times, and no text."""
     websocket: bool = True
     "Answer over WebSocket (TLS over TCP), too, for clients whose network lets no UDP through."
+    drain_timeout: float = 30.0
+    """Seconds that SIGTERM leaves the answers under way; no new ones begin meanwhile. With --state,
+    what is not finished then goes on after the next start. A second SIGTERM, or SIGINT, stops at
+    once."""
     exit_with_parent: bool = False
     "Stop when standard input closes."
     log_level: LogLevel = "warning"

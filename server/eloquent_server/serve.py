@@ -3,13 +3,13 @@
 import asyncio
 import datetime
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
 from eloquent.core.schemes import scheme
 from eloquent.errors import ConfigurationError
@@ -17,7 +17,6 @@ from eloquent.quic import listen as quic
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.serving import TurnService
-from eloquent.url import ServerUrl
 from eloquent.websocket import server as websocket
 from eloquent_server import models
 from eloquent_server.admission import open_gate
@@ -26,10 +25,12 @@ from eloquent_server.backends.base import Backend
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.backends.local import LocalBackend
+from eloquent_server.certificates import chosen_certificate, follow, url_of
+from eloquent_server.drain import Door, Signals, drain, notify
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
 from eloquent_server.options import ServerOptions
-from eloquent_server.state import open_store, open_tickets, server_certificate
+from eloquent_server.state import open_store, open_tickets
 from eloquent_server.store import TokenStore
 from eloquent_server.swiftqueue_records import marking_with
 from eloquent_server.tenants import tenants
@@ -62,24 +63,20 @@ async def start_backend(model: str, device: str, precision: str, kv: KvOptions) 
 
 
 async def run_server(options: ServerOptions) -> None:
-    """Serve until SIGINT or SIGTERM, or until standard input closes if `exit_with_parent`.
+    """Serve until the process is told to stop, or until its standard input closes.
+
+    The latter if `exit_with_parent`; see `drain` for the former.
 
     Raises:
         ConfigurationError: the model cannot be loaded, the address cannot be had, or options do
             not go together.
         StoreError: the turns cannot be kept where they are to be.
     """
-    if options.durable and options.state is None:
-        raise ConfigurationError(
-            "--durable needs --state DIRECTORY: without one the turns are kept in memory, and end "
-            "with the server."
-        )
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    signals = Signals()
+    signals.watch(loop)
     if options.exit_with_parent:
-        _watch_parent(loop, stop)
+        _watch_parent(loop, signals.end)
     make_sender = scheme(options.scheme)
     marks, records = marking_with(
         options.ecn,
@@ -89,22 +86,24 @@ async def run_server(options: ServerOptions) -> None:
     )
     qlog = None if options.qlog is None else QlogDirectory(options.qlog)
     gate = open_gate(options.keys, host=options.host, max_turns=options.max_turns)
+    if options.keys is not None:
+        signals.on_hangup(loop, gate.reload)
     now = datetime.datetime.now(datetime.UTC)
-    certificate = server_certificate(options.state, options.host, now)
+    certificate, files = chosen_certificate(options, now)
     async with AsyncExitStack() as stack:
         if records is not None:
             stack.push_async_callback(records.close)  # after the last connection's end
-        store = open_store(options.state, durable=options.durable)
+        store = open_store(options)
         stack.push_async_callback(store.close)
         # Readers of turns that are stored need no model, and would take a closed port for the end.
         backend = LoadingBackend(
             start_backend(options.model, options.device, options.precision, options.kv)
         )
         stack.push_async_callback(backend.close)
-        tidying = asyncio.ensure_future(_tidy(store))
-        stack.callback(tidying.cancel)
+        _work(stack, _tidy(store))
+        door = Door(gate, loop.time)
         gateway = Gateway(backend, tenant_of=tenants(options.state))
-        hub = TurnHub(gateway.handle, store, admission=gate, go_on=gateway.go_on)
+        hub = TurnHub(gateway.handle, store, admission=door, go_on=gateway.go_on)
         listen = partial(
             quic.listen,
             options.host,
@@ -116,38 +115,49 @@ async def run_server(options: ServerOptions) -> None:
             qlog=qlog,
             tickets=open_tickets(options.state),
         )
-        if options.websocket:
-            port = await _listen_both(stack, listen, options, certificate, hub)
-        else:
-            listener = await listen(options.port)
-            stack.push_async_callback(listener.close)
-            port = listener.port
+        over_udp, over_tcp = await _listen(stack, listen, options, certificate, hub)
+        shown = [over_udp.show]
+        if over_tcp is not None:
+            shown.append(over_tcp.show)
+        if files is not None:
+            asked = asyncio.Event()
+            signals.on_hangup(loop, asked.set)
+            _work(stack, follow(files, shown, asked))
         stack.push_async_callback(hub.close, is_restart=options.state is not None)
         loading = asyncio.ensure_future(backend.ready())
-        stopping = asyncio.ensure_future(stop.wait())
+        stopping = asyncio.ensure_future(signals.stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
             return
         loading.result()
         hub.recover()
-        url = ServerUrl(options.host, port, certificate.pin)
+        url = url_of(certificate, options.host, over_udp.port)
         print(READY_PREFIX, url, flush=True)  # noqa: T201
+        notify("READY=1")
         await stopping
+        notify("STOPPING=1")
+        await drain(door, hub, signals, options.drain_timeout)
 
 
-async def _listen_both(
+async def _listen(
     stack: AsyncExitStack,
     listen: Callable[[int], Awaitable[quic.Listener]],
     options: ServerOptions,
     certificate: ServerCertificate,
     service: TurnService,
-) -> int:
-    """Listen for QUIC and for WebSocket at one port until `stack` is left; return the port."""
+) -> tuple[quic.Listener, websocket.WebSocketListener | None]:
+    """Listen for QUIC, and for WebSocket at the same port unless it is left out.
+
+    Both end when `stack` is left.
+    """
     tries_left = 1 if options.port else FREE_PORT_TRIES
     while True:
         tries_left -= 1
         over_udp = await listen(options.port)
+        if not options.websocket:
+            stack.push_async_callback(over_udp.close)
+            return over_udp, None
         try:
             over_tcp = await websocket.listen(
                 options.host,
@@ -163,7 +173,12 @@ async def _listen_both(
         else:
             stack.push_async_callback(over_udp.close)
             stack.push_async_callback(over_tcp.close)
-            return over_udp.port
+            return over_udp, over_tcp
+
+
+def _work(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Do this beside everything else until `stack` is left."""
+    stack.callback(asyncio.ensure_future(work).cancel)
 
 
 async def _tidy(store: TokenStore) -> None:
@@ -173,11 +188,11 @@ async def _tidy(store: TokenStore) -> None:
         store.expire()
 
 
-def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _watch_parent(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1024):
             pass
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(stop)
         time.sleep(STOP_DEADLINE_S)
         os._exit(1)
 

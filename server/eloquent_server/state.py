@@ -11,24 +11,40 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate, make_certificate
 from eloquent.quic.tickets import TicketBook
+from eloquent_server.options import GB, ServerOptions
 from eloquent_server.store import TokenStore
 
 CERTIFICATE_FILE = "certificate.pem"
 STORE_FILE = "turns.sqlite"
 TICKETS_FILE = "tickets"
 
+HOUR_S = 3600.0
+
 CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
 RENEW_BEFORE = datetime.timedelta(days=1)
 "A kept certificate that ends sooner is made anew, and the server's URL changes."
 
 
-def open_store(directory: Path | None, *, durable: bool) -> TokenStore:
+def open_store(options: ServerOptions) -> TokenStore:
     """Open the store in the state directory, or one that ends with the process.
 
     Raises:
-        EloquentError: it cannot be used; the text says why.
+        EloquentError: it cannot be used, or options contradict each other; the text says why.
     """
-    return TokenStore.open(directory / STORE_FILE if directory else None, durable=durable)
+    directory = options.state
+    if options.durable and directory is None:
+        raise ConfigurationError(
+            "--durable needs --state DIRECTORY: without one the turns are kept in memory, and end "
+            "with the server."
+        )
+    if options.turn_ttl <= 0 or options.store_limit <= 0:
+        raise ConfigurationError("--turn-ttl and --store-limit are above 0.")
+    return TokenStore.open(
+        directory / STORE_FILE if directory else None,
+        ttl_s=options.turn_ttl * HOUR_S,
+        max_bytes=round(options.store_limit * GB),
+        durable=options.durable,
+    )
 
 
 def open_tickets(directory: Path | None) -> TicketBook:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from loopback import DEADLINE_S, HOST, saying
 
 from eloquent.core.events import TextDelta
 from eloquent.errors import ConfigurationError, EloquentError
-from eloquent.quic.certificate import ServerCertificate
+from eloquent.quic.certificate import ServerCertificate, make_certificate
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.listen import Listener
 from eloquent.quic.listen import listen as listen_quic
@@ -22,11 +23,13 @@ from eloquent.url import ServerUrl
 from eloquent.websocket.client import connect as connect_websocket
 from eloquent.websocket.server import WebSocketListener
 from eloquent.websocket.server import listen as listen_websocket
-from eloquent_server.certificates import CertificateFiles, follow, url_host
+from eloquent_server.certificates import CertificateFiles, chosen_certificate, follow, url_of
+from eloquent_server.options import ServerOptions
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
+NOW = datetime.datetime.now(datetime.UTC)
 KINDS = ("p256", "p384", "ed25519", "rsa")
 RUNGS = (connect_quic, connect_websocket)
 
@@ -125,7 +128,7 @@ def test_what_cannot_be_used_is_named(authority: Authority, tmp_path: Path) -> N
     missing = tmp_path / "missing"
     with pytest.raises(ConfigurationError, match=r"certificate in .*missing.*--cert"):
         CertificateFiles(missing, key).read()
-    with pytest.raises(ConfigurationError, match=r"private key in .*missing.*--key"):
+    with pytest.raises(ConfigurationError, match=r"private key in .*missing.*--cert-key"):
         CertificateFiles(cert, missing).read()
     with pytest.raises(ConfigurationError, match=r"certificate in .*server.key"):
         CertificateFiles(key, key).read()
@@ -147,13 +150,47 @@ def test_clients_call_the_server_by_a_name_in_its_certificate(
     authority: Authority, tmp_path: Path
 ) -> None:
     for names, host, called in (
-        (("*.example.com", "chat.example.com"), "0.0.0.0", "chat.example.com"),
-        (("chat.example.com", "10.0.0.7"), "10.0.0.7", "10.0.0.7"),
-        (("*.example.com",), "0.0.0.0", "0.0.0.0"),
-        (("fe80::7",), "::", "fe80::7"),
+        (("*.example.com", "chat.example.com"), "0.0.0.0", "eloquent://chat.example.com:7"),
+        (("chat.example.com", "10.0.0.7"), "10.0.0.7", "eloquent://10.0.0.7:7"),
+        (("*.example.com",), "0.0.0.0", "eloquent://0.0.0.0:7"),
+        (("fe80::7",), "::", "eloquent://[fe80::7]:7"),
     ):
         certificate = files_of(authority.issue(*names), tmp_path).read()
-        assert url_host(certificate, host) == called
+        assert str(url_of(certificate, host, 7)) == called
+
+
+def test_a_certificate_that_nobody_vouches_for_is_pinned(tmp_path: Path) -> None:
+    made = make_certificate(HOST, NOW)
+    assert url_of(made, HOST, 7) == ServerUrl(HOST, 7, made.pin)
+    path = tmp_path / "made.pem"
+    path.write_bytes(made.pem())
+    from_file, files = chosen_certificate(ServerOptions(cert=path), NOW)
+    assert files is not None
+    assert url_of(from_file, HOST, 7) == ServerUrl(HOST, 7, made.pin)
+
+
+def test_a_self_made_one_is_said_to_be_so_where_others_reach_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for options, is_said in (
+        (ServerOptions(), False),
+        (ServerOptions(host="localhost"), False),
+        (ServerOptions(host="0.0.0.0"), True),
+        (ServerOptions(host="0.0.0.0", dev_cert=True), False),
+    ):
+        caplog.clear()
+        certificate, files = chosen_certificate(options, NOW)
+        assert certificate.is_self_signed
+        assert files is None
+        assert ("self-made" in caplog.text) == is_said, options
+
+
+def test_options_that_contradict_each_other(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue(HOST).write(tmp_path)
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        chosen_certificate(ServerOptions(cert=cert, cert_key=key, dev_cert=True), NOW)
+    with pytest.raises(ConfigurationError, match="--cert-key needs --cert"):
+        chosen_certificate(ServerOptions(cert_key=key), NOW)
 
 
 class Following:
@@ -163,7 +200,7 @@ class Following:
         self.asked = asyncio.Event()
         self._shown: asyncio.Queue[ServerCertificate] = asyncio.Queue()
         self._task = asyncio.ensure_future(
-            follow(files, self._shown.put_nowait, self.asked, every_s=every_s)
+            follow(files, [self._shown.put_nowait], self.asked, every_s=every_s)
         )
 
     async def next(self) -> ServerCertificate:
