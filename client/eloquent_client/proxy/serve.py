@@ -17,6 +17,7 @@ import uvicorn
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
+from eloquent_client.errors import LocalServerError
 from eloquent_client.local import local_client
 from eloquent_client.proxy.app import LOOPBACK_HOSTS, ProxyApp
 from eloquent_client.proxy.handler import Handler, client_options
@@ -127,8 +128,12 @@ async def _client(options: ProxyOptions, link: LinkWatch) -> AsyncIterator[Clien
     """Give a client of the server, or of one that runs on this machine as long."""
     made = {"qlog_dir": options.qlog, **client_options(link)}
     if options.url is None:
-        async with local_client(options.model, on_progress=_print_progress, **made) as client:
-            yield client
+        try:
+            async with local_client(options.model, on_progress=_print_progress, **made) as client:
+                yield client
+        except LocalServerError as error:
+            # What the server said has been printed as it said it.
+            raise LocalServerError(error.message) from error
     else:
         async with Client(options.url, **made) as client:
             yield client
