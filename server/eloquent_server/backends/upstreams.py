@@ -1,0 +1,204 @@
+"""The backend that passes turns on to OpenAI-compatible engines: vLLM, SGLang, llama.cpp, others.
+
+Of several engines each conversation has two, by hashes of its head, so that its next turn finds the
+prompt in a prefix cache. Of the two, the first gets the turn unless it is clearly the busier one
+(power of two choices: Mitzenmacher, IEEE TPDS 12(10), 2001; for prefix caches: DualMap).
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from hashlib import blake2b
+
+from eloquent.core.events import Delta, Failure
+from eloquent.errors import RequestError
+from eloquent_server.backends.base import (
+    ANYBODY,
+    Asker,
+    BackendEvent,
+    Continuation,
+    Finish,
+    StoredAnswer,
+)
+from eloquent_server.backends.upstream import Patience, Upstream, open_client
+from eloquent_server.backends.upstream_errors import UpstreamError
+from eloquent_server.backends.upstream_request import ChatBody, Continues
+
+CANDIDATES = 2
+SLACK_TURNS = 4
+"""So many more turns the first may have under way than the second: a few more in a batch cost less
+than a prompt computed anew (`tests/server/test_upstreams_affinity.py`)."""
+
+PROBE_EVERY_S = 5.0
+PROBE_JITTER = 0.2
+"Part of that time, either way, so that gateways do not ask in step."
+MAX_TRIES = 3
+"Of engines that are there and fail: it may be the request that makes them."
+RESUME_WAIT_S = 60.0
+"An engine that was started together with this server may take so long."
+
+logger = logging.getLogger(__name__)
+
+
+def choose(upstreams: Sequence[Upstream], head: bytes) -> list[Upstream]:
+    """Return the engines in the order in which a turn is to try them; those that are down last.
+
+    The order of the others stays when one goes (rendezvous hashing).
+    """
+    order = sorted(upstreams, key=lambda each: blake2b(head + each.name.encode()).digest())
+    order.sort(key=lambda each: not each.is_up)
+    first, *others = order
+    if others and others[0].is_up and first.in_flight > others[0].in_flight + SLACK_TURNS:
+        order[:2] = others[0], first
+    return order
+
+
+class UpstreamBackend:
+    """Answers with the engines behind the server; a `ContinuingBackend`."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        model: str = "",
+        key: str = "",
+        salt: bool = False,
+        continues: Continues = "no",
+        patience: Patience | None = None,
+        rng: random.Random,
+    ) -> None:
+        """Nothing is sent before `start`.
+
+        `model` is the default; empty: the first that the first engine names. `salt` sends each
+        tenant's as `cache_salt`. `rng` spreads the probes.
+
+        Raises:
+            ConfigurationError: a URL is none of an engine.
+        """
+        self._client = open_client(key)
+        self._upstreams = [Upstream(url, self._client, patience or Patience()) for url in urls]
+        self._default = model
+        self._salt = salt
+        self._continues: Continues = continues
+        self._rng = rng
+        self._probing: list[asyncio.Task[None]] = []
+        self._news = asyncio.Event()
+
+    async def start(self) -> None:
+        """Look at all engines, and go on looking; those that are not up yet may come later."""
+        await asyncio.gather(*(each.probe() for each in self._upstreams))
+        for each in self._upstreams:
+            self._probing.append(asyncio.ensure_future(self._watch(each)))
+
+    @property
+    def models(self) -> Sequence[str]:
+        """The default, then what the engines name; empty if neither is known."""
+        named = [name for each in self._upstreams for name in each.models or ()]
+        return tuple(dict.fromkeys([self._default, *named] if self._default else named))
+
+    async def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
+        """Answer one request; see `Backend.generate`.
+
+        Raises:
+            RequestError: `invalid_request`, `unknown_model`, `prompt_too_long`, `rate_limited`,
+                `request_too_large`, `upstream_error` or `upstream_timeout`; before the first event.
+        """
+        chat = ChatBody(body)
+        model = chat.model or self._default_model
+        yield Continuation(model.encode())
+        async with aclosing(self._answer(chat, model, asker)) as events:
+            async for event in events:
+                yield event
+
+    async def resume(
+        self, body: bytes, answer: StoredAnswer, asker: Asker = ANYBODY
+    ) -> AsyncGenerator[BackendEvent]:
+        """Go on with an answer; see `ContinuingBackend.resume`.
+
+        An engine tokenises the text anew and counts from there, so what follows need not be what an
+        undisturbed answer had, nor the counts.
+
+        Raises:
+            RequestError: `interrupted`: it cannot be continued; else as `generate`.
+        """
+        chat = ChatBody(body)
+        model = answer.continuations[0].decode() if answer.continuations else chat.model
+        tokens = chat.go_on(answer.events, self._continues) if answer.events else 0
+        await self._wait_for(model)
+        if chat.has_no_room:
+            yield Finish("length", 0, tokens, model=model)
+            return
+        async with aclosing(self._answer(chat, model, asker)) as events:
+            async for event in events:
+                if isinstance(event, Finish) and tokens:
+                    prompt_tokens = max(event.prompt_tokens - tokens, 0)
+                    completion_tokens = event.completion_tokens + tokens
+                    yield Finish(event.reason, prompt_tokens, completion_tokens, model=event.model)
+                else:
+                    yield event
+
+    async def close(self) -> None:
+        """Stop looking after the engines, and close all connections to them."""
+        for task in self._probing:
+            task.cancel()
+        await asyncio.gather(*self._probing, return_exceptions=True)
+        await self._client.aclose()
+
+    @property
+    def _default_model(self) -> str:
+        return next(iter(self.models), "")
+
+    async def _answer(
+        self, chat: ChatBody, model: str, asker: Asker
+    ) -> AsyncGenerator[Delta | Finish]:
+        """Have an engine answer, and if it does not take the turn, another."""
+        those = [each for each in self._upstreams if each.has(model)]
+        if not those:
+            raise RequestError(
+                "unknown_model",
+                f"The engines behind this server have no model {model!r}, only "
+                f"{', '.join(map(repr, self.models))}. Ask for one of these, or leave `model` out.",
+            )
+        salt = asker.tenant.salt
+        body = chat.encode(model, salt if self._salt else "")
+        order = choose(those, chat.head(model, salt))
+        tries = 0
+        for upstream in order:
+            has_begun = False
+            try:
+                async with aclosing(upstream.answer(body, model)) as events:
+                    async for event in events:
+                        has_begun = True
+                        yield event
+                return
+            except UpstreamError as error:
+                if has_begun:
+                    yield Failure(_in_mid_answer(error.code), error.message)
+                    return
+                tries += upstream.is_up
+                is_last = upstream is order[-1] or tries == MAX_TRIES
+                if is_last or not error.may_go_elsewhere:
+                    raise
+
+    async def _wait_for(self, model: str) -> None:
+        """Wait until an engine is up that has a model, if that does not take too long."""
+        try:
+            async with asyncio.timeout(RESUME_WAIT_S):
+                while not any(each.is_up and each.has(model) for each in self._upstreams):
+                    await self._news.wait()
+        except TimeoutError:
+            logger.warning("no engine with the model %r is up to go on with an answer", model)
+
+    async def _watch(self, upstream: Upstream) -> None:
+        while True:
+            jitter = self._rng.uniform(-PROBE_JITTER, PROBE_JITTER)
+            await asyncio.sleep(PROBE_EVERY_S * (1 + jitter))
+            await upstream.probe()
+            self._news.set()
+            self._news.clear()
+
+
+def _in_mid_answer(code: str) -> str:
+    return code if code in ("upstream_error", "upstream_timeout") else "upstream_error"
