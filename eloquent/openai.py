@@ -51,6 +51,7 @@ _STATUS = {
     "bad_offset": 400,
     "unsupported_version": 400,
     "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "unknown_model": 404,
     "unknown_turn": 404,
@@ -70,7 +71,7 @@ _STATUS = {
     "unavailable": 503,
     "upstream_timeout": 504,
 }
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def http_status(code: str) -> int:

@@ -1,0 +1,72 @@
+"""What no route gets to see: requests of other sites' pages, and more than there is room for."""
+
+import ipaddress
+from urllib.parse import SplitResult, urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from eloquent.errors import RequestError
+from eloquent_server.http.responses import error_response
+
+MAX_REQUESTS = 1000
+"As many requests under `/v1` are answered at once."
+
+WRONG_HOST = (
+    "This server listens on this machine only and is not called {!r}: use localhost or 127.0.0.1. "
+    "A web page that has its name lead here gets nothing."
+)
+WRONG_ORIGIN = "Pages of {} may not ask this server; programs send no Origin."
+TOO_MANY = f"{MAX_REQUESTS} requests are being answered: come back in a moment."
+
+
+class Guard:
+    """Lets requests through to an application that it may see."""
+
+    def __init__(self, app: ASGIApp, *, is_local: bool, most: int = MAX_REQUESTS) -> None:
+        """`is_local`: the server listens on a loopback address, and so has no other name."""
+        self._app = app
+        self._is_local = is_local
+        self._room = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Guard`."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(Headers(scope=scope))
+            is_counted = scope["path"].startswith("/v1/")
+            if is_counted and not self._room:
+                raise RequestError("overloaded", TOO_MANY)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        self._room -= is_counted
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._room += is_counted
+
+    def _check(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        # Against DNS rebinding: a page whose name was made to lead here is a page of that name.
+        if self._is_local and not is_local_name(_parts(f"//{host}").hostname or ""):
+            raise RequestError("misdirected", WRONG_HOST.format(host[:80]))
+        if origin is not None and _parts(origin).netloc != host:
+            raise RequestError("forbidden", WRONG_ORIGIN.format(origin[:80]))
+
+
+def is_local_name(host: str) -> bool:
+    """Return whether a host name or address always means the machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
