@@ -23,7 +23,8 @@ from eloquent.url import ServerUrl, parse_url
 from eloquent_client.errors import APITimeoutError, BadRequestError, ClientClosedError, translated
 from eloquent_client.messages import LinkSnapshot
 from eloquent_client.retries import MAX_RETRIES
-from eloquent_client.stream import MessageStream, Patience, Running
+from eloquent_client.running import Running
+from eloquent_client.stream import MessageStream, Patience
 
 ANSWER_TIMEOUT_S = 600.0
 "How long a turn may take in all, connecting included."
@@ -169,7 +170,13 @@ class Client:
 
     def ask(self, request: Request) -> MessageStream:
         """Return a turn for a request that is made already; it has its own key, or none."""
-        return MessageStream(self._open, request, self._patience, self._running)
+        return MessageStream(
+            request,
+            open_turn=self._open,
+            link_state=lambda: self.link.state,
+            patience=self._patience,
+            running=self._running,
+        )
 
     async def connect(self) -> None:
         """Connect unless connected already; turns do it on their own, and try more than once.

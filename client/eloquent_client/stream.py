@@ -24,6 +24,7 @@ from eloquent_client.errors import (
 )
 from eloquent_client.messages import Message, StreamStats, Usage, message_of, text_of, usage_of
 from eloquent_client.retries import Retries
+from eloquent_client.running import Running
 
 OpenTurn = Callable[[Request], Awaitable[tuple[Session, ClientTurn]]]
 "Connects if need be and asks for a turn."
@@ -51,11 +52,18 @@ class MessageStream:
     """
 
     def __init__(
-        self, open_turn: OpenTurn, request: Request, patience: Patience, running: "Running"
+        self,
+        request: Request,
+        *,
+        open_turn: OpenTurn,
+        link_state: Callable[[], LinkState],
+        patience: Patience,
+        running: Running,
     ) -> None:
         self._open_turn = open_turn
         self._request = request
         self._patience = patience
+        self._link_state = link_state
         self._running = running
         self._retries = Retries(patience.max_retries, patience.rng)
         self._session: Session | None = None
@@ -259,7 +267,7 @@ class MessageStream:
             raise APITimeoutError(
                 f"The answer was not complete within {self._patience.timeout_s:g} s and was given "
                 "up: ask for less, or allow more with Client(timeout_s=...).",
-                self._link_state,
+                self._link_state(),
             ) from error
 
     async def _ask(self) -> None:
@@ -317,7 +325,7 @@ class MessageStream:
         return failure
 
     def _idle_error(self) -> APITimeoutError:
-        state = self._link_state
+        state = self._link_state()
         why = (
             "The link is in order, so it is the model that is slow"
             if state is LinkState.UP
@@ -328,10 +336,6 @@ class MessageStream:
             f"{why}. Allow more with Client(idle_timeout_s=...), or go on later with the token.",
             state,
         )
-
-    @property
-    def _link_state(self) -> LinkState:
-        return LinkState.IDLE if self._session is None else self._session.state
 
     def _on_over(self, reader: asyncio.Task[None]) -> None:
         if not reader.cancelled():
@@ -363,38 +367,3 @@ class MessageStream:
 
     def _since_start(self, time_s: float) -> float:
         return 0.0 if self._started_s is None else (time_s - self._started_s) * 1e3
-
-
-class Running:
-    """The streams of a client that run, and what those that ran before have received."""
-
-    def __init__(self) -> None:
-        self._streams: dict[MessageStream, None] = {}
-        self._loss_before = 0
-        self._bytes_before = 0
-
-    @property
-    def loss_recovered(self) -> int:
-        """Datagrams of all turns that were lost, and whose content came with another."""
-        return self._loss_before + sum(each.stats.loss_recovered for each in self._streams)
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes of all answers' logs that arrived, those that came twice included."""
-        return self._bytes_before + sum(each.bytes_received for each in self._streams)
-
-    def begin(self, stream: MessageStream) -> None:
-        """Take note that a stream runs."""
-        self._streams[stream] = None
-
-    def end(self, stream: MessageStream) -> None:
-        """Take note that a stream is over."""
-        self._streams.pop(stream, None)
-        self._loss_before += stream.stats.loss_recovered
-        self._bytes_before += stream.bytes_received
-
-    def leave_detached(self) -> None:
-        """Hear no more of those that go on without a reader."""
-        for stream in list(self._streams):
-            if stream.is_detached:
-                stream.leave()
