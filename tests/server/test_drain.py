@@ -1,0 +1,183 @@
+"""A server that is told to stop: it takes no more, lets answers end, and does so in time."""
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from server_process import DEADLINE_S, ServerProcess, server_process
+
+from eloquent.core.events import Event, Failure, TextDelta
+from eloquent.errors import RequestError
+from eloquent.session.session import Session
+from eloquent.url import ServerUrl
+from eloquent_server.admission import LOCAL, Gate
+from eloquent_server.drain import MIN_RETRY_AFTER_S, Door, notify
+
+WORDS = " ".join(f"word{number}" for number in range(100))
+"""Two seconds of the echo backend."""
+
+
+def body(text: str) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+class Reading:
+    """An answer that is being read."""
+
+    def __init__(self, url: ServerUrl) -> None:
+        self._session = Session(url)
+        self.events: list[Event] = []
+        self._begun = asyncio.Event()
+        self._task = asyncio.ensure_future(self._read())
+
+    async def begun(self) -> None:
+        """Wait for the first event."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self._begun.wait()
+
+    async def whole(self) -> str:
+        """Wait for the end; return the text."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self._task
+        return text_of(self.events)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        await self._session.close()
+
+    async def _read(self) -> None:
+        async for event in self._session.ask(body(WORDS)):
+            self.events.append(event)
+            self._begun.set()
+
+
+@asynccontextmanager
+async def reading(server: ServerProcess) -> AsyncIterator[Reading]:
+    found = Reading(server.url)
+    try:
+        await found.begun()
+        yield found
+    finally:
+        await found.close()
+
+
+async def refusal(url: ServerUrl) -> RequestError:
+    """Ask for a new turn, which is refused."""
+    session = Session(url)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            with pytest.raises(RequestError) as refused:
+                async for _ in session.ask(body("hello")):
+                    pass
+    finally:
+        await session.close()
+    return refused.value
+
+
+async def test_answers_end_and_no_new_ones_begin(tmp_path: Path) -> None:
+    async with server_process(tmp_path, "--log-level", "info") as server:
+        async with reading(server) as answer:
+            server.signal(signal.SIGTERM)
+            await server.says("stopping: 1 turns under way")
+            refused = await refusal(server.url)
+            assert refused.code == "overloaded"
+            assert refused.retry_after_s >= MIN_RETRY_AFTER_S
+            assert await answer.whole() == WORDS
+        assert await server.wait() == 0
+
+
+async def test_an_idle_server_stops_at_once(tmp_path: Path) -> None:
+    async with server_process(tmp_path, "--drain-timeout", "1000000") as server:
+        server.signal(signal.SIGTERM)
+        assert await server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT,)]
+)
+async def test_a_second_signal_and_an_interrupt_stop_at_once(
+    numbers: tuple[signal.Signals, ...], tmp_path: Path
+) -> None:
+    options = ("--drain-timeout", "1000000", "--log-level", "info")
+    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+        for number in numbers:
+            server.signal(number)
+            if number is not numbers[-1]:
+                await server.says("stopping: 1 turns under way")
+        text = await answer.whole()
+        assert await server.wait() == 0
+        assert text != WORDS
+        assert WORDS.startswith(text)
+        assert any(isinstance(event, Failure) for event in answer.events)
+
+
+async def test_what_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
+    options = ("--drain-timeout", "0.2")
+    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+        server.signal(signal.SIGTERM)
+        text = await answer.whole()
+        assert await server.wait() == 0
+        assert WORDS.startswith(text)
+        assert any(isinstance(event, Failure) for event in answer.events)
+        assert "stopping with 1 turns under way" in server.log
+
+
+async def test_with_a_state_directory_it_goes_on_after_the_restart(tmp_path: Path) -> None:
+    options = ("--state", str(tmp_path / "state"), "--drain-timeout", "0.2")
+    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+        server.signal(signal.SIGTERM)
+        assert await server.wait() == 0
+        port = str(server.url.port)
+        async with server_process(tmp_path, *options, "--port", port):
+            assert await answer.whole() == WORDS
+
+
+async def test_systemd_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(path))
+        systemd.settimeout(DEADLINE_S)
+        async with server_process(tmp_path, environment={"NOTIFY_SOCKET": str(path)}) as server:
+            assert systemd.recv(100) == b"READY=1"
+            server.signal(signal.SIGTERM)
+            assert await server.wait() == 0
+            assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_systemd_that_is_gone_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nothing"))
+    notify("READY=1")
+    assert "could not be told READY=1" in caplog.text
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    caplog.clear()
+    notify("READY=1")
+    assert not caplog.records
+
+
+def test_a_shut_door_says_when_to_come_back() -> None:
+    times = [10.0]
+    door = Door(Gate(), lambda: times[-1])
+    door.admit(door.principal(""), 5)
+    assert (door.open_turns, door.is_shut) == (1, False)
+    door.shut(30.0)
+    for now, wait_s in ((15.0, 25.0), (39.5, MIN_RETRY_AFTER_S), (100.0, MIN_RETRY_AFTER_S)):
+        times.append(now)
+        with pytest.raises(RequestError) as refused:
+            door.admit(LOCAL, 5)
+        assert refused.value.code == "overloaded"
+        assert refused.value.retry_after_s == wait_s
+    assert door.principal("") == LOCAL, "readers of what there is come in"
+    door.ended(LOCAL, 100)
+    assert (door.open_turns, door.is_shut) == (0, True)
