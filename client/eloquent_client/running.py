@@ -10,7 +10,7 @@ class Running:
     """The streams of a client that run, and what those that ran before have received."""
 
     def __init__(self) -> None:
-        self._streams: dict["MessageStream", None] = {}
+        self._streams: dict[MessageStream, None] = {}
         self._loss_before = 0
         self._bytes_before = 0
 
