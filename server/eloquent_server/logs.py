@@ -49,8 +49,8 @@ def configure(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stder
     logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(least)
-    # websockets writes each frame into the logger that it was given.
-    logging.getLogger("eloquent.websocket").setLevel(max(least, logging.INFO))
+    # websockets writes each connection and frame into the logger that it was given.
+    logging.getLogger("eloquent.websocket").setLevel(max(least, logging.WARNING))
     # aioquic logs as a warning whatever a peer does wrong; we say that ourselves.
     logging.getLogger("quic").setLevel(logging.ERROR)
 

@@ -1,14 +1,26 @@
 """Logs: what a line has, which turn it is about, and what it never has."""
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
+import signal
 from collections.abc import Iterator
+from pathlib import Path
+from secrets import token_bytes
 
 import pytest
+from server_process import DEADLINE_S, server_process
 
 from eloquent.core.events import End
+from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
+from eloquent.errors import RequestError
+from eloquent.quic.connect import connect as connect_quic
+from eloquent.session.session import Connector, Session
+from eloquent.url import ServerUrl
+from eloquent.websocket.client import connect as connect_websocket
+from eloquent_server.keys import entry_for, new_key
 from eloquent_server.logs import (
     FIELDS,
     LogFormat,
@@ -140,3 +152,51 @@ def test_what_other_libraries_write_down_is_left_out() -> None:
     logging.getLogger("eloquent.quic.listen").debug("ours")
     logging.getLogger("uvicorn.error").error("broken")
     assert [line["message"] for line in lines(stream)] == ["ours", "broken"]
+
+
+SECRET = "quetzalcoatl"
+"A word of the conversation; the echo backend says it back."
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_no_log_of_a_server_has_text_or_keys(log_format: str, tmp_path: Path) -> None:
+    key = new_key()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(entry_for(key, "alice"))
+    keys.chmod(0o600)
+    options = ("--log-level", "debug", "--log-format", log_format, "--keys", str(keys))
+    async with server_process(tmp_path, *options, "--state", str(tmp_path / "state")) as server:
+        for connector in (connect_quic, connect_websocket):
+            for shown in (key, "elq_wrong", ""):
+                await ask(server.url, connector, shown)
+        server.signal(signal.SIGTERM)
+        assert await server.wait() == 0
+    log = server.log
+    for word in (SECRET, SECRET[::-1], key.removeprefix("elq_"), "elq_wrong"):
+        assert word not in log
+    assert "BINARY" not in log, "websockets' frames, of which it shows a part in hexadecimal"
+    if log_format == "json":
+        said = [json.loads(line) for line in log.splitlines()]
+        ends = [line for line in said if "reason" in line]
+        assert [(line["tenant"], line["model"], line["reason"]) for line in ends] == [
+            ("alice", "echo", "stop"),
+            ("alice", "echo", "stop"),
+        ]
+        assert all(line["completion_tokens"] == 2 for line in ends)
+    else:
+        assert log.count("ended: stop, 2 tokens") == 2
+
+
+async def ask(url: ServerUrl, connector: Connector, key: str) -> None:
+    """Have the secret said back, or be refused."""
+    text = f"{SECRET} {SECRET[::-1]}"
+    body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+    request = Request(token_bytes(TURN_ID_BYTES), body, token_bytes(SECRET_BYTES), key=key)
+    session = Session(url, connector=connector)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            with contextlib.suppress(RequestError):
+                async for _ in session.open(request):
+                    pass
+    finally:
+        await session.close()
