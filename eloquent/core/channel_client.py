@@ -1,6 +1,7 @@
 """The client's end of a channel: requests go out, bundles come in and become events."""
 
 from collections import deque
+from dataclasses import replace
 
 from eloquent.core.channel import (
     BEAT_S,
@@ -22,6 +23,7 @@ from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress
 from eloquent.core.varint import encode_varint
 from eloquent.core.wire import (
+    MAX_REQUEST_BODY_BYTES,
     Bundle,
     Rejected,
     Request,
@@ -66,7 +68,10 @@ class ClientChannel(Channel):
         receiver = receiver or Receiver()
         receiver.attach(turn)
         self._receivers[turn] = receiver
-        self._unsent[turn] = request
+        # One that is too large is cut, and still too large: so the server declines it, where a
+        # message beyond its limit would end the channel for all turns, each time it is asked.
+        body = request.body[: MAX_REQUEST_BODY_BYTES + 1]
+        self._unsent[turn] = replace(request, body=body)
         return turn
 
     def cancel(self, turn: int) -> None:

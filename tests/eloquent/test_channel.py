@@ -8,6 +8,7 @@ from eloquent.core.channel import (
     BEAT_S,
     MAX_BUNDLE_DATA_BYTES,
     MAX_OPEN_TURNS,
+    MAX_TO_SERVER_BYTES,
     MESSAGE_BEAT,
     MESSAGE_CANCEL,
     MESSAGE_OPEN,
@@ -440,6 +441,22 @@ def test_a_request_that_cannot_be_taken_is_rejected(data: bytes, code: str) -> N
     assert reply[0] == MESSAGE_REPLY
     assert code.encode() in reply
     assert server.next_event() is None
+
+
+def test_a_request_of_any_size_is_declined_and_the_channel_goes_on() -> None:
+    client, server = ClientChannel(0.0), ServerChannel(0.0)
+    turn = client.request(Request(bytes(16), bytes(5 * MAX_REQUEST_BODY_BYTES), key="k" * 256))
+    message = client.next_message(0.0)
+    assert message is not None
+    assert len(message) <= MAX_TO_SERVER_BYTES
+    server.receive(message, 0.0)
+    reply = server.next_message(0.0)
+    assert reply is not None
+    client.receive(reply, 0.0)
+    failed = client.next_event()
+    assert isinstance(failed, TurnFailed)
+    assert isinstance(failed.error, RequestError)
+    assert (failed.turn, failed.error.code) == (turn, "request_too_large")
 
 
 @pytest.mark.parametrize(
