@@ -33,14 +33,14 @@ class _Server(uvicorn.Server):
 class HttpListener:
     """Answers HTTP at one address."""
 
-    def __init__(self, front: Front, socket_: socket.socket, *, is_local: bool) -> None:
+    def __init__(self, front: Front, socket_: socket.socket, door: Door, *, is_local: bool) -> None:
         """Use `listen`."""
         self._front = front
         self._socket = socket_
-        self._door = Door()
-        self._tls: ssl.SSLContext | None = None
+        self._door = door
+        self._guard = Guard(front.app(), is_local=is_local)
         config = uvicorn.Config(
-            Guard(front.app(), is_local=is_local),
+            self._guard,
             http=cast(Any, partial(Connection, self._door)),
             ws="none",
             lifespan="off",
@@ -75,6 +75,11 @@ class HttpListener:
         """How many connections were refused or given up, by reason."""
         return self._door.refused
 
+    @property
+    def statuses(self) -> Counter[int]:
+        """How many responses had which status."""
+        return self._guard.statuses
+
     def show(self, certificate: ServerCertificate) -> None:
         """Answer over TLS, with this certificate, those who connect from now on.
 
@@ -102,11 +107,16 @@ class HttpListener:
 
 
 async def listen(
-    host: str, port: int, behind: Behind, *, certificate: ServerCertificate | None = None
+    host: str,
+    port: int,
+    behind: Behind,
+    *,
+    certificate: ServerCertificate | None = None,
+    door: Door | None = None,
 ) -> HttpListener:
     """Listen on a TCP address; `port` 0 takes a free one (`HttpListener.port` tells).
 
-    Without a certificate it is plain HTTP.
+    Without a certificate it is plain HTTP. `door` has the bounds on connections.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -123,7 +133,8 @@ async def listen(
             f"Cannot listen on {host}, TCP port {port}: {reason}. Choose another address with "
             "--http HOST:PORT."
         ) from error
-    listener = HttpListener(Front(behind), socket_, is_local=is_local_name(str(address[0])))
+    is_local = is_local_name(str(address[0]))
+    listener = HttpListener(Front(behind), socket_, door or Door(), is_local=is_local)
     if certificate is not None:
         listener.show(certificate)
     listener.open()
