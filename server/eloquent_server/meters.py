@@ -81,13 +81,3 @@ class StoreMeters:
         self.flush.observe(seconds)
         self.writes.observe(writes)
         self.failures += not is_stored
-
-
-@dataclass(slots=True)
-class HttpMeters:
-    """What the HTTP front counts."""
-
-    readers: int = 0
-    "Answers that are being read over HTTP, now."
-    refusals: Counter[str] = field(default_factory=Counter)
-    "By the code that the client was told."

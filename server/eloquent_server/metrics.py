@@ -8,47 +8,34 @@ Importing this module raises `ConfigurationError` where prometheus-client is not
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from eloquent.core.counts import LinkCounts
-from eloquent.errors import ConfigurationError
 from eloquent.quic.listen import Listener
 from eloquent.websocket.server import WebSocketListener
 from eloquent_server.backends.base import Backend
+from eloquent_server.families import (
+    Family,
+    Row,
+    as_text,
+    by,
+    counter,
+    counters,
+    gauge,
+    gauges,
+    histograms,
+    quantiles,
+    registry_of,
+)
 from eloquent_server.metered import MeteredBackend
-from eloquent_server.meters import Histogram, HttpMeters, ModelMeters
-from eloquent_server.store import TokenStore
+from eloquent_server.meters import Histogram, ModelMeters, StoreMeters
 from eloquent_server.turns import TurnHub
 
-try:
-    from prometheus_client import (
-        CONTENT_TYPE_LATEST,
-        CollectorRegistry,
-        ProcessCollector,
-        generate_latest,
-    )
-    from prometheus_client.core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        HistogramMetricFamily,
-        Metric,
-    )
-except ImportError as _error:
-    raise ConfigurationError(
-        "Metrics need the package prometheus-client, which is not installed: pip install "
-        "'eloquent-stream[server]'."
-    ) from _error
-
-QUANTILES = (0.5, 0.9, 0.99)
 OF_MODEL = ("model_name", "engine")
 ENGINE = "0"
 "vLLM numbers the engines of a server; here each model has one."
-
-Row = tuple[Sequence[str], float]
-"The values of a metric's labels, and its own."
 
 
 @runtime_checkable
@@ -75,16 +62,52 @@ class _Upstreams(Protocol):
     def upstreams(self) -> Sequence[_Upstream]: ...
 
 
+class StoreSource(Protocol):
+    """What of a store is looked at."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of requests and answers."""
+
+    @property
+    def turns(self) -> int:
+        """How many turns it knows."""
+
+    @property
+    def meters(self) -> StoreMeters:
+        """How its commits went."""
+
+
+class HttpFront(Protocol):
+    """What of `eloquent_server.http.listen` is looked at; that needs more packages than this."""
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+
+    @property
+    def readers(self) -> int:
+        """How many turns are being read."""
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How many connections were refused or given up, by reason."""
+
+    @property
+    def statuses(self) -> Mapping[int, int]:
+        """How many responses had which status."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """The parts of a server that are looked at."""
 
     backend: MeteredBackend
     hub: TurnHub
-    store: TokenStore
+    store: StoreSource
     quic: Listener
     websocket: WebSocketListener | None = None
-    http: HttpMeters = field(default_factory=HttpMeters)
+    http: HttpFront | None = None
     inner: Callable[[], Backend | None] = lambda: None
     """The backend that generates, once it is there: an engine of ours has counts, and engines
     behind the server are well or not."""
@@ -96,9 +119,7 @@ class Metrics:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._collector = _Collector(sources)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self._collector)
-        ProcessCollector(registry=self._registry)
+        self._registry = registry_of(self._collector)
 
     async def scrape(self) -> tuple[bytes, str]:
         """Ask the engine for its counts, which it may take half a second for, and `render`."""
@@ -111,7 +132,7 @@ class Metrics:
 
         What an engine in a process of its own says is as old as the last `scrape`.
         """
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        return as_text(self._registry)
 
 
 class _Collector:
@@ -122,19 +143,21 @@ class _Collector:
         self.stats: Mapping[str, int] = {}
         "`EngineStats` of the local engine; empty: there is none, or it is down."
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Family]:
         """Yield every metric as it is now."""
         sources = self._sources
         yield from _models(sources.backend)
         yield from _engines(sources, self.stats)
         yield from _turns(sources.hub)
         yield from _connections(sources)
+        if sources.http is not None:
+            yield from _http(sources.http)
         yield from _sent(sources.quic.counts)
         yield from _store(sources.store)
-        yield _gauge("eloquent:asyncio_tasks", "Tasks of the server.", len(asyncio.all_tasks()))
+        yield gauge("eloquent:asyncio_tasks", "Tasks of the server.", len(asyncio.all_tasks()))
 
 
-def _models(backend: MeteredBackend) -> Iterator[Metric]:
+def _models(backend: MeteredBackend) -> Iterator[Family]:
     """Yield what is known of turns by model; but for the last two the names are vLLM's."""
     first = next(iter(backend.models), "")
     by_model = backend.by_model or {first: ModelMeters()}
@@ -145,31 +168,31 @@ def _models(backend: MeteredBackend) -> Iterator[Metric]:
     def times(of: Callable[[ModelMeters], Histogram]) -> list[tuple[Sequence[str], Histogram]]:
         return [((model, ENGINE), of(meters)) for model, meters in by_model.items()]
 
-    yield _gauges(
+    yield gauges(
         *("vllm:num_requests_running", "Turns that have begun and not ended.", OF_MODEL),
         rows(lambda of: of.running),
     )
-    yield _gauges(
+    yield gauges(
         *("vllm:num_requests_waiting", "Turns that have said nothing yet.", OF_MODEL),
         rows(lambda of: of.waiting),
     )
-    yield _counters(
+    yield counters(
         *("vllm:prompt_tokens", "Prompt tokens of turns that ended.", OF_MODEL),
         rows(lambda of: of.prompt_tokens),
     )
-    yield _counters(
+    yield counters(
         *("vllm:generation_tokens", "An event counts one; the end adds what lacks.", OF_MODEL),
         rows(lambda of: of.generation_tokens),
     )
-    yield _counters(
+    yield counters(
         *("vllm:prefix_cache_queries", "Prompt tokens that were looked for.", OF_MODEL),
         rows(lambda of: of.prompt_tokens),
     )
-    yield _counters(
+    yield counters(
         *("vllm:prefix_cache_hits", "Prompt tokens that were cached.", OF_MODEL),
         rows(lambda of: of.cached_tokens),
     )
-    yield _counters(
+    yield counters(
         "vllm:request_success",
         "Turns that ended, by reason; abort: cancelled, or nobody read them.",
         (*OF_MODEL, "finished_reason"),
@@ -179,23 +202,23 @@ def _models(backend: MeteredBackend) -> Iterator[Metric]:
             for reason, count in meters.finished.items()
         ),
     )
-    yield _histograms(
+    yield histograms(
         *("vllm:time_to_first_token_seconds", "From the request to the first text.", OF_MODEL),
         times(lambda of: of.ttft),
     )
-    yield _histograms(
+    yield histograms(
         *("vllm:inter_token_latency_seconds", "From one event with text to the next.", OF_MODEL),
         times(lambda of: of.gap),
     )
-    yield _histograms(
+    yield histograms(
         *("vllm:e2e_request_latency_seconds", "From the request to the answer's end.", OF_MODEL),
         times(lambda of: of.latency),
     )
-    yield _counters(
+    yield counters(
         *("eloquent:generations", "Turns that were generated, each once.", OF_MODEL),
         rows(lambda of: of.generations),
     )
-    yield _counters(
+    yield counters(
         "eloquent:generations_continued",
         "Turns that a process before this one began, and that were gone on with.",
         OF_MODEL,
@@ -203,44 +226,44 @@ def _models(backend: MeteredBackend) -> Iterator[Metric]:
     )
 
 
-def _engines(sources: Sources, stats: Mapping[str, int]) -> Iterator[Metric]:
+def _engines(sources: Sources, stats: Mapping[str, int]) -> Iterator[Family]:
     """Yield what the local engine, or the engines behind the server, say of themselves."""
     backend = sources.inner()
     if stats:
         of_model = (next(iter(sources.backend.models), ""), ENGINE)
         capacity = stats["kv_capacity_bytes"]
-        yield _gauges(
+        yield gauges(
             *("vllm:kv_cache_usage_perc", "Share of its memory in use; 1 is all.", OF_MODEL),
             [(of_model, stats["kv_bytes"] / capacity if capacity else 0.0)],
         )
-        yield _counters(
+        yield counters(
             *("vllm:num_preemptions", "Turns that gave up their row for a while.", OF_MODEL),
             [(of_model, stats["preemptions"])],
         )
     if isinstance(backend, _Upstreams):
-        yield _gauges(
+        yield gauges(
             *("eloquent:upstream_up", "Whether an engine behind the server is up.", ("upstream",)),
             (((each.name,), each.is_up) for each in backend.upstreams),
         )
 
 
-def _turns(hub: TurnHub) -> Iterator[Metric]:
+def _turns(hub: TurnHub) -> Iterator[Family]:
     """Yield what the hub knows."""
-    yield _gauges(
+    yield gauges(
         "eloquent:turns",
         "Turns in memory: all, those being generated, those of these that nobody reads now.",
         ("state",),
-        _by({"open": hub.open, "generating": hub.generating, "unread": hub.unread}),
+        by({"open": hub.open, "generating": hub.generating, "unread": hub.unread}),
     )
-    yield _gauge("eloquent:readers", "Readers of turns.", hub.readers)
-    yield _counter(
+    yield gauge("eloquent:readers", "Readers of turns.", hub.readers)
+    yield counter(
         "eloquent:resumes",
         "Readers that came to a turn which was there: over another connection, or others.",
         hub.resumes,
     )
 
 
-def _connections(sources: Sources) -> Iterator[Metric]:
+def _connections(sources: Sources) -> Iterator[Family]:
     """Yield how many connections there are, what they are like, and who was refused."""
     quic, websocket = sources.quic, sources.websocket
     paths = quic.paths()
@@ -248,28 +271,28 @@ def _connections(sources: Sources) -> Iterator[Metric]:
     counts = {"quic": quic.counts}
     if websocket is not None:
         counts["websocket"] = websocket.counts
-    yield _gauges(
+    yield gauges(
         "eloquent:connections",
-        "Open connections by rung: QUIC datagrams, a QUIC stream, WebSocket; readers over HTTP.",
+        "Open connections by rung: QUIC datagrams, a QUIC stream, WebSocket, and HTTP.",
         ("rung",),
-        _by(
+        by(
             {
                 "datagrams": len(paths) - channels,
                 "stream": channels,
                 "websocket": 0 if websocket is None else websocket.connections,
-                "http": sources.http.readers,
+                "http": 0 if sources.http is None else sources.http.connections,
             }
         ),
     )
-    yield _quantiles(
+    yield quantiles(
         *("eloquent:rtt_seconds", "Smoothed round-trip times of open QUIC connections."),
         sorted(path.srtt_s for path in paths),
     )
-    yield _quantiles(
+    yield quantiles(
         *("eloquent:loss_ratio", "Shares of bundles lost of late, of open QUIC connections."),
         sorted(path.loss for path in paths),
     )
-    yield _counters(
+    yield counters(
         "eloquent:handshakes",
         "Connections that were begun, that first had to show their address (retried), that were "
         "not made in time (given_up), and that were refused because too many are open.",
@@ -280,16 +303,28 @@ def _connections(sources: Sources) -> Iterator[Metric]:
             for outcome, count in _handshakes(of).items()
         ),
     )
-    refusals = {name: of.refusals for name, of in counts.items()} | {"http": sources.http.refusals}
-    yield _counters(
+    yield counters(
         "eloquent:refusals",
         "What readers were told instead of an answer, or of the rest of it.",
         ("transport", "code"),
         (
             ((transport, code), count)
-            for transport, by_code in refusals.items()
-            for code, count in by_code.items()
+            for transport, of in counts.items()
+            for code, count in of.refusals.items()
         ),
+    )
+
+
+def _http(front: HttpFront) -> Iterator[Family]:
+    """Yield what the HTTP front says of itself."""
+    yield gauge("eloquent:http_readers", "Turns that are being read over HTTP.", front.readers)
+    yield counters(
+        *("eloquent:http_responses", "Responses, by their status.", ("status",)),
+        by({str(status): count for status, count in front.statuses.items()}),
+    )
+    yield counters(
+        *("eloquent:http_connections_refused", "Refused or given up, by reason.", ("reason",)),
+        by(front.refused),
     )
 
 
@@ -302,25 +337,25 @@ def _handshakes(counts: LinkCounts) -> dict[str, int]:
     }
 
 
-def _sent(counts: LinkCounts) -> Iterator[Metric]:
+def _sent(counts: LinkCounts) -> Iterator[Family]:
     """Yield what QUIC sent, and what became of it."""
-    yield _counters(
+    yield counters(
         "eloquent:udp_bytes",
         "UDP payload; what goes to clients by generated tokens is the bytes per token.",
         ("to",),
-        _by({"clients": counts.bytes_out, "server": counts.bytes_in}),
+        by({"clients": counts.bytes_out, "server": counts.bytes_in}),
     )
-    yield _counters(
+    yield counters(
         *("eloquent:udp_datagrams", "UDP datagrams.", ("to",)),
-        _by({"clients": counts.datagrams_out, "server": counts.datagrams_in}),
+        by({"clients": counts.datagrams_out, "server": counts.datagrams_in}),
     )
-    yield _counters(
+    yield counters(
         "eloquent:bundles",
         "Datagrams with text: all that were sent; those lost; lost ones whose text others had "
         "carried anyway (recovered), of which something had to be sent again (resent), and that "
         "came after all (late).",
         ("fate",),
-        _by(
+        by(
             {
                 "sent": counts.bundles,
                 "lost": counts.lost_bundles,
@@ -332,66 +367,16 @@ def _sent(counts: LinkCounts) -> Iterator[Metric]:
     )
 
 
-def _store(store: TokenStore) -> Iterator[Metric]:
+def _store(store: StoreSource) -> Iterator[Family]:
     """Yield what the token store holds, and how long it takes."""
     meters = store.meters
-    yield _gauge("eloquent:store_bytes", "Requests and answers that are stored.", store.size)
-    yield _gauge("eloquent:store_turns", "Turns that are stored, or remembered.", store.turns)
-    yield _histograms(
+    yield gauge("eloquent:store_bytes", "Requests and answers that are stored.", store.size)
+    yield gauge("eloquent:store_turns", "Turns that are stored, or remembered.", store.turns)
+    yield histograms(
         *("eloquent:store_flush_seconds", "Duration of the store's commits.", ()),
         [((), meters.flush)],
     )
-    yield _histograms(
+    yield histograms(
         *("eloquent:store_flush_writes", "Writes in each commit.", ()), [((), meters.writes)]
     )
-    yield _counter("eloquent:store_flush_failures", "Commits that failed.", meters.failures)
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value)
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(name, text, value)
-
-
-def _gauges(name: str, text: str, labels: Sequence[str], rows: Iterable[Row]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def _counters(name: str, text: str, labels: Sequence[str], rows: Iterable[Row]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def _histograms(
-    name: str,
-    text: str,
-    labels: Sequence[str],
-    rows: Iterable[tuple[Sequence[str], Histogram]],
-) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=labels)
-    for values, histogram in rows:
-        total, buckets = 0, []
-        for bound, count in zip((*histogram.bounds, inf), histogram.counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == inf else str(float(bound)), float(total)))
-        family.add_metric(values, buckets, histogram.sum)
-    return family
-
-
-def _quantiles(name: str, text: str, ordered: Sequence[float]) -> Metric:
-    last = len(ordered) - 1
-    chosen = QUANTILES if ordered else ()
-    rows = [((str(each),), ordered[round(each * last)]) for each in chosen]
-    return _gauges(name, text, ("quantile",), rows)
-
-
-def _by(values: Mapping[str, float]) -> list[Row]:
-    """Return rows of one label."""
-    return [((name,), value) for name, value in values.items()]
+    yield counter("eloquent:store_flush_failures", "Commits that failed.", meters.failures)

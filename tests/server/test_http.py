@@ -383,9 +383,11 @@ async def test_models_are_listed_and_found() -> None:
 
 async def test_operators_see_health_readiness_and_metrics() -> None:
     why = [""]
-    async with front_with(
-        Scripted(), why_not_ready=lambda: why[0], metrics=lambda: (b"up 1\n", "text/plain; v=1")
-    ) as front:
+
+    async def metrics_now() -> tuple[bytes, str]:
+        return b"up 1\n", "text/plain; v=1"
+
+    async with front_with(Scripted(), why_not_ready=lambda: why[0], metrics=metrics_now) as front:
         assert (await front.http.get("/health")).status_code == 200
         assert (await front.http.get("/ready")).status_code == 200
         why[0] = "It drains."

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -49,7 +49,7 @@ class Behind:
     "The names under which the backend answers; the first is the default."
     why_not_ready: Callable[[], str] = str
     "Returns why the server takes no turns now; empty: it does."
-    metrics: Callable[[], tuple[bytes, str]] | None = None
+    metrics: Callable[[], Awaitable[tuple[bytes, str]]] | None = None
     "Returns the metrics and their content type."
     pass_through: PassThrough | None = None
     "Takes what is no chat."
@@ -139,7 +139,7 @@ class Front:
     async def _metrics(self, http: HttpRequest) -> Response:
         if self._behind.metrics is None:
             raise HTTPException(404)
-        content, media_type = self._behind.metrics()
+        content, media_type = await self._behind.metrics()
         return Response(content, headers={"Content-Type": media_type})
 
     async def _other(self, http: HttpRequest) -> Response:

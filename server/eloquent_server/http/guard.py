@@ -1,10 +1,11 @@
 """What no route gets to see: requests of other sites' pages, and more than there is room for."""
 
 import ipaddress
+from collections import Counter
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eloquent.errors import RequestError
 from eloquent_server.http.responses import error_response
@@ -28,12 +29,15 @@ class Guard:
         self._app = app
         self._is_local = is_local
         self._room = most
+        self.statuses: Counter[int] = Counter()
+        "How many responses had which status."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Guard`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = self._counting(send)
         try:
             self._check(Headers(scope=scope))
             is_counted = scope["path"].startswith("/v1/")
@@ -47,6 +51,14 @@ class Guard:
             await self._app(scope, receive, send)
         finally:
             self._room += is_counted
+
+    def _counting(self, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.statuses[message["status"]] += 1
+            await send(message)
+
+        return counted
 
     def _check(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
