@@ -2,20 +2,16 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 
 import pytest
 from loopback import DEADLINE_S, HOST, Hanging, StartServer, saying
 
 from eloquent.core.events import End, Event, Failure, TextDelta, encode_event
-from eloquent.errors import ConfigurationError, IntegrityError, RequestError, WireError
+from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl
 from eloquent_client import (
     APIConnectionError,
     APIError,
-    APIResponseError,
-    APIStatusError,
     APITimeoutError,
     BadRequestError,
     Client,
@@ -24,7 +20,6 @@ from eloquent_client import (
     ServerFaultError,
     Usage,
 )
-from eloquent_client.errors import api_error
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.turns import Turn
@@ -343,23 +338,9 @@ async def test_a_stream_is_asked_once_and_read_inside(start_server: StartServer)
                 pass
 
 
-def test_errors_are_translated() -> None:
-    assert type(api_error(RequestError("new_code", "no"))) is APIStatusError
-    assert isinstance(api_error(WireError("no")), APIResponseError)
-    assert isinstance(api_error(IntegrityError("no")), APIResponseError)
-
-
 def test_a_url_that_is_none() -> None:
     with pytest.raises(ConfigurationError):
         Client("https://example.org")
-
-
-def test_the_library_needs_neither_textual_nor_torch() -> None:
-    code = "import sys, eloquent_client; print('textual' in sys.modules, 'torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == ["False", "False"]
 
 
 async def test_a_ticket_lets_another_client_resume(start_server: StartServer) -> None:
