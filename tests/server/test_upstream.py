@@ -100,6 +100,9 @@ async def test_the_salt_is_sent_where_the_engine_takes_it() -> None:
         await all_of(engines.generate(body(cache_salt="mine"), asker))
         await all_of(engines.generate(body(cache_salt="mine"), ANYBODY))
         assert [asked.json.get("cache_salt") for asked in engine.chats] == ["salty", None]
+    async with BadEngine() as engine, backend(engine) as engines:
+        await all_of(engines.generate(body(), asker))
+        assert "cache_salt" not in engine.chats[0].json
 
 
 async def test_the_key_goes_to_the_engine_and_into_no_log(
@@ -257,6 +260,14 @@ async def test_an_engine_that_cannot_stream() -> None:
     assert "application/json" in error.message
 
 
+async def test_an_error_that_calls_itself_a_stream() -> None:
+    sick = replying(500, '{"error":"out of memory"}', Content_Type="text/event-stream")
+    async with BadEngine(sick) as engine, backend(engine) as engines:
+        error = await declined(engines.generate(body()))
+    assert error.code == "upstream_error"
+    assert "out of memory" in error.message
+
+
 async def test_its_wish_to_be_left_alone_is_passed_on() -> None:
     async with (
         BadEngine(replying(429, "{}", Retry_After="7")) as engine,
@@ -341,11 +352,11 @@ async def test_a_sick_engine_is_left_alone_until_it_is_well() -> None:
     async with BadEngine() as engine, open_client() as client:
         upstream = Upstream(engine.url, client, Patience())
         seen = []
-        for health in (200, 503, 503, 503, 200):
+        for health in (503, 200, 503, 503, 503, 200, 503):
             engine.health = health
             await upstream.probe()
             seen.append(upstream.is_up)
-    assert seen == [True, True, False, False, True]
+    assert seen == [True, True, True, False, False, True, True]
 
 
 async def test_an_engine_without_health_is_asked_for_its_models() -> None:

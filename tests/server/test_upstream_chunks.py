@@ -253,8 +253,11 @@ def test_the_largest_event_fits_a_log() -> None:
 
 def test_lines() -> None:
     stream = b": comment\r\ndata: a\rdata:b\n\nevent: x\nid: 7\ndata\n\n\n\n"
-    stream += b"retry: 1\n\ndata:  c\r\n\r\nx"
-    assert SseDecoder().feed(stream) == [b"a\nb", b"", b" c"]
+    stream += b"retry: 1\n\ndata:  c\r\ndata:d\r\n\r\nx"
+    events = [b"a\nb", b"", b" c\nd"]
+    assert SseDecoder().feed(stream) == events
+    sse = SseDecoder()
+    assert [event for byte in stream for event in sse.feed(bytes((byte,)))] == events
 
 
 def test_any_number_of_comments_is_let_by() -> None:

@@ -205,12 +205,10 @@ class Upstream:
 
     async def _list_models(self) -> tuple[str, ...] | None:
         response = await self._client.get(self._url("models"))
-        if not response.is_success:
-            logger.info("engine %s does not list its models: %d", self.name, response.status_code)
-            return None
         try:
             listed = msgspec.json.decode(response.content, type=_Models)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            logger.info("engine %s does not list its models: %d", self.name, response.status_code)
             return None
         return tuple(model.id for model in listed.data)
 
