@@ -33,6 +33,8 @@ class TokenLog:
         self._released = 0
         self._digest = log_digest()
         self._end: End | None = None
+        self._decoder: EventDecoder | None = None
+        "Has seen all that is in the log, if there is one."
 
     @classmethod
     def restored(cls, data: bytes) -> tuple[Self, list[Event]]:
@@ -45,13 +47,8 @@ class TokenLog:
             IntegrityError: the log's end does not agree with what is before it.
         """
         log = cls(is_held=True)
-        decoder = EventDecoder()
-        events = decoder.feed(data)
-        whole = data[: len(data) - decoder.pending]
-        log._bytes += whole
-        log._digest.update(whole)
-        log._end = decoder.end
-        log._released = len(whole)
+        events = log.extend(data)
+        log._released = len(log._bytes)
         return log, events
 
     @property
@@ -83,6 +80,7 @@ class TokenLog:
         if self._end is not None:
             raise ValueError("the log is closed: nothing follows its End event")
         encoded = encode_event(event)
+        self._decoder = None
         self._digest.update(encoded)
         self._bytes += encoded
 
@@ -103,6 +101,7 @@ class TokenLog:
         """
         if self._end is not None:
             raise ValueError("the log is closed already")
+        self._decoder = None
         self._end = End(
             finish_reason=finish_reason,
             model=model,
@@ -115,6 +114,36 @@ class TokenLog:
         )
         self._bytes += encode_event(self._end)
         return self._end
+
+    def extend(self, data: bytes) -> list[Event]:
+        """Add events as another log of the same turn has them, the end too, and return them.
+
+        Bytes of an event that is not whole are left out.
+
+        Raises:
+            WireError: the bytes are no log's.
+            IntegrityError: the log's end does not agree with what is before it.
+        """
+        if self._decoder is None:
+            self._decoder = EventDecoder()
+            self._decoder.feed(bytes(self._bytes))
+        events = self._decoder.feed(data)
+        whole = data[: len(data) - self._decoder.pending]
+        self._end = self._decoder.end
+        if len(whole) < len(data):
+            self._decoder = None
+        self._bytes += whole
+        self._digest.update(whole)
+        return events
+
+    def rewind(self) -> None:
+        """Take back what was not released."""
+        del self._bytes[self.length :]
+        self._digest = log_digest()
+        self._digest.update(bytes(self._bytes))
+        self._decoder = None
+        if self._end is not None and len(self._bytes) <= self._end.length:
+            self._end = None
 
     def written_from(self, offset: int) -> bytes:
         """Return the bytes from `offset` on, released or not: what the store is to keep."""

@@ -9,7 +9,7 @@ import asyncio
 import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from eloquent.core.wire import TURN_ID_BYTES
 from eloquent_server.meters import StoreMeters
 from eloquent_server.store_sqlite import StoreDatabase
 from eloquent_server.store_types import (
+    OnStored,
+    SoleOwner,
     StoreClosedError,
     StoredTurn,
     StoreError,
@@ -60,14 +62,11 @@ MAX_BYTES = 4 << 30
 HASH_BYTES = 32
 "SHA-256."
 
-OnStored = Callable[[StoreError | None], None]
-"Called on the event loop: with None once it is stored, else with why it is not and never will be."
-
 logger = logging.getLogger(__name__)
 
 
-class TokenStore:
-    """One store file, or a private one in memory and temporary files.
+class TokenStore(SoleOwner):
+    """One store file, or a private one in memory and temporary files; a `TurnStore`.
 
     All methods but `open` are called on an event loop, and `on_stored` is called on the same one.
     """
@@ -267,6 +266,29 @@ class TokenStore:
             return None
         return StoredTurn(record, *found)
 
+    async def begin(
+        self, principal: str, turn_id: bytes, secret_hash: bytes, body: bytes, body_hash: bytes
+    ) -> TurnRecord:
+        """See `TurnStore.begin`; does not wait.
+
+        Raises:
+            As `create`.
+        """
+        return self.create(principal, turn_id, secret_hash, body, body_hash)
+
+    async def claim(self, principal: str, turn_id: bytes) -> StoredTurn | None:
+        """See `TurnStore.claim`; does not wait to say that there is none.
+
+        Raises:
+            As `load`.
+        """
+        return await self.load(principal, turn_id)
+
+    def let_go(self, record: TurnRecord) -> None:
+        """See `TurnStore.let_go`."""
+        if record.state is TurnState.OPEN and not record.chunks and not self._is_closed:
+            self._forget(record)
+
     async def delete(self, principal: str, turn_id: bytes) -> bool:
         """Remove a turn, open or ended, and leave its tombstone; say whether there was one.
 
@@ -293,6 +315,11 @@ class TokenStore:
         turns = [record for record in self._records.values() if record.state is TurnState.OPEN]
         return sorted(turns, key=lambda record: record.row)
 
+    async def abandoned(self) -> AsyncGenerator[tuple[str, bytes]]:
+        """See `TurnStore.abandoned`: those of `unfinished`."""
+        for record in self.unfinished():
+            yield record.key
+
     def expire(self) -> None:
         """Turn ended turns whose time is over into tombstones, and remove old tombstones.
 
@@ -309,9 +336,7 @@ class TokenStore:
             if record.state is TurnState.ENDED:
                 self._entomb(record, None)
             else:
-                del self._records[record.key]
-                row = record.row
-                self._writer.put(Write(partial(StoreDatabase.forget, row=row)))
+                self._forget(record)
 
     async def close(self) -> None:
         """Store what was handed over, then release the file; a second call does nothing."""
@@ -378,6 +403,13 @@ class TokenStore:
         record.updated_s = now = self._now()
         self._schedule(record)
         self._write(lambda database: database.entomb(record.row, now), None, done)
+
+    def _forget(self, record: TurnRecord) -> None:
+        """Remove a turn and its id."""
+        if self._records.get(record.key) is record:
+            del self._records[record.key]
+            self._release(record, record.size)
+            self._writer.put(Write(partial(StoreDatabase.forget, row=record.row)))
 
     def _on_created(self, record: TurnRecord, error: StoreError | None) -> None:
         """Free the id of a turn that is not in the file."""

@@ -118,10 +118,6 @@ class RedisTokenStore:
         """How its round trips went."""
         return self._writer.meters
 
-    def known(self, principal: str, turn_id: bytes) -> bool | None:
-        """See `TurnStore.known`: another gateway may have made it a moment ago."""
-        return True if self._leases.of(principal, turn_id) else None
-
     async def begin(
         self, principal: str, turn_id: bytes, secret_hash: bytes, body: bytes, body_hash: bytes
     ) -> TurnRecord:

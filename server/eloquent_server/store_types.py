@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from eloquent.errors import EloquentError
+from eloquent_server.meters import StoreMeters
 
 
 class StoreError(EloquentError):
@@ -129,8 +130,17 @@ class TurnStore(Protocol):
     All methods are called on one event loop, and never keep it waiting.
     """
 
-    def known(self, principal: str, turn_id: bytes) -> bool | None:
-        """Say whether there is such a turn or its tombstone; None: only `claim` can tell."""
+    @property
+    def size(self) -> int:
+        """Bytes of the turns that it knows: bodies, logs and continuations."""
+
+    @property
+    def turns(self) -> int:
+        """How many turns it knows."""
+
+    @property
+    def meters(self) -> StoreMeters:
+        """How its commits went."""
 
     async def begin(
         self, principal: str, turn_id: bytes, secret_hash: bytes, body: bytes, body_hash: bytes
@@ -229,3 +239,22 @@ class TurnStore(Protocol):
 
     async def close(self) -> None:
         """Store what was handed over, and release the store; a second call does nothing."""
+
+
+class SoleOwner:
+    """What a store with one owner has to say of others: there are none."""
+
+    def attend(self, on_lost: OnRecord, on_cancel: OnRecord) -> None:
+        """See `TurnStore.attend`."""
+
+    async def follow(self, record: TurnRecord) -> AsyncGenerator[bytes]:
+        """See `TurnStore.follow`."""
+        return
+        yield
+
+    async def cancel_elsewhere(self, record: TurnRecord) -> None:
+        """See `TurnStore.cancel_elsewhere`."""
+
+    async def is_read_elsewhere(self, record: TurnRecord) -> bool:
+        """See `TurnStore.is_read_elsewhere`."""
+        return False

@@ -10,27 +10,40 @@ be any number and none. A turn's life (`State`):
     GENERATING --a fault--> ENDED ("error", a Failure before it)
     GENERATING --the store cannot keep it--> forgotten, its readers told
     GENERATING --the server stops, and its store is kept--> GENERATING, in the next process
+    GENERATING --its lease is lost--> FOLLOWED
+    FOLLOWED --the log's end--> ENDED
+    FOLLOWED --nobody reads it here--> forgotten
+    FOLLOWED --its owner is gone, and this process becomes it--> GENERATING
 
 An ended turn leaves the memory as soon as the store has it and nobody reads it; a request for it
 brings it back. One that the store has without its end was cut off with its server: it is generated
-further from where it was, or gets a Failure and its end if that is not possible.
+further from where it was, or gets a Failure and its end if that is not possible. Where several
+servers share a store, one of them owns a turn and generates it; the others follow it, that is, they
+serve their readers from what it stores.
 """
 
 import asyncio
-import hashlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from contextlib import aclosing
 
-from eloquent.core.events import Delta, Event, Failure
-from eloquent.core.log import TokenLog
+from eloquent.core.events import Failure
 from eloquent.core.wire import Request
-from eloquent.errors import EloquentError, RequestError
+from eloquent.errors import RequestError
 from eloquent.serving import Reader
 from eloquent_server.admission import Admission, Gate, Principal
-from eloquent_server.logs import TurnClock
-from eloquent_server.store import StoredTurn, StoreError, TokenStore, TurnRecord, TurnState
+from eloquent_server.following import follow
+from eloquent_server.opening import NOT_STORED, UNKNOWN_TURN, Opening, Openings
+from eloquent_server.store_types import (
+    StaleOwnerError,
+    StoreError,
+    TurnRecord,
+    TurnStore,
+)
+from eloquent_server.turn import Turn, TurnHandler, TurnKey, hash_of
+
+__all__ = ["Turn", "TurnHandler", "TurnHub"]
 
 GRACE_S = 120.0
 "A turn that nobody reads is generated for so long."
@@ -38,143 +51,13 @@ GRACE_S = 120.0
 STOP_S = 1.0
 "How long `close` waits for the turns' tasks."
 
-UNKNOWN_TURN = (
-    "There is no such turn, or it is kept no longer, or the secret is not its: ask it anew, "
-    "under a new turn id."
-)
 DELETED = "The turn was deleted, as its owner asked."
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
 SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
-NOT_STORED = (
-    "The server has no place to keep the answer, so it does not go on; its log has the reason. "
-    "Tell whoever runs it, and ask again later."
-)
-UNREADABLE = "The server cannot read what it kept of the turn; its log has the reason. Ask it anew."
 FAULT = "The server failed; its log has the reason. What has come is kept; ask again."
 
-TurnKey = tuple[str, bytes]
-"Whose it is, and its id."
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """What the store has of a turn that was cut off with its server."""
-
-    events: tuple[Event, ...]
-    continuations: tuple[bytes, ...]
-    "What was given to `Turn.append` with them, in order."
-
-
-class Turn:
-    """One turn as what generates it sees it: append events, then close.
-
-    The task that generates is cancelled when nobody wants the turn any more.
-    """
-
-    def __init__(
-        self,
-        hub: "TurnHub",
-        request: Request,
-        principal: Principal,
-        *,
-        stored: StoredTurn | None = None,
-    ) -> None:
-        self._hub = hub
-        self.stored: StoredPart | None = None
-        "None: the turn began in this process."
-        if stored is None:
-            self.secret_hash, self.body_hash = hash_of(request.secret), hash_of(request.body)
-            self.log = TokenLog(is_held=True)
-        else:
-            self.secret_hash, self.body_hash = stored.record.secret_hash, stored.record.body_hash
-            self.log, events = TokenLog.restored(stored.log)
-            self.stored = StoredPart(tuple(events), stored.continuations)
-        self.record = stored.record if stored is not None else None
-        "The store's handle, from the first event on: a turn that was declined is not kept."
-        self.readers: dict[Reader, None] = {}
-        self.task: asyncio.Task[None] | None = None
-        self.grace: asyncio.TimerHandle | None = None
-        self.handed = self._restored_bytes = self.log.written
-        "How many bytes of the log the store was given."
-        self._clock = TurnClock()
-        self._request = request
-        self.principal = principal
-        "Whose turn it is."
-        self.is_admitted = False
-        "Whether `Admission.ended` is to be told of its end."
-
-    @property
-    def request(self) -> Request:
-        """What the client asked."""
-        return self._request
-
-    @property
-    def key(self) -> TurnKey:
-        """What tells it from all others."""
-        return self.principal.name, self._request.turn_id
-
-    @property
-    def name(self) -> str:
-        """The turn's id, as logs have it."""
-        return self._request.turn_id.hex()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing will be appended any more."""
-        return self.log.is_closed
-
-    @property
-    def is_waiting_to_go_on(self) -> bool:
-        """Whether it was cut off with its server and nothing has come since."""
-        return self.stored is not None and self.log.written == self._restored_bytes
-
-    def append(self, event: Delta, continuation: bytes | None = None) -> None:
-        """Add an event to the answer; it leaves as soon as it is stored.
-
-        `continuation` is stored with it, for going on after a restart: what that needs beyond what
-        was given with earlier events.
-        """
-        self.log.append(event)
-        self._clock.event()
-        self._hub.keep(self, continuation)
-
-    def close(
-        self,
-        finish_reason: str,
-        *,
-        model: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int = 0,
-        usage: bytes = b"",
-    ) -> None:
-        """End the answer; see `End`."""
-        end = self.log.close(
-            finish_reason,
-            model=model,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            cached_tokens=cached_tokens,
-            usage=usage,
-        )
-        self._clock.say_end(self.name, self.principal.name, end)
-        self._hub.keep(self)
-
-    def end_early(self, reason: str, failure: Failure | None = None) -> None:
-        """End an answer that will not be whole; its counts are not known."""
-        if failure is not None:
-            self.append(failure)
-        self.close(reason, model="", prompt_tokens=0, completion_tokens=0)
-
-    def reject(self, error: RequestError) -> None:
-        """Decline the turn, before anything was appended; the id may be used again."""
-        self._hub.forget(self, error)
-
-
-TurnHandler = Callable[[Turn], Awaitable[None]]
 
 
 class TurnHub:
@@ -183,7 +66,7 @@ class TurnHub:
     def __init__(
         self,
         handler: TurnHandler,
-        store: TokenStore,
+        store: TurnStore,
         *,
         admission: Admission | None = None,
         go_on: TurnHandler | None = None,
@@ -199,10 +82,12 @@ class TurnHub:
         self._admission = admission or Gate()
         self._grace_s = grace_s
         self._turns: dict[TurnKey, Turn] = {}
-        self._loading: dict[TurnKey, list[Reader]] = {}
+        self._openings = Openings(self, store, self._admission, self._start)
         self._tasks: set[asyncio.Task[None]] = set()
         self._of_reader: dict[Reader, Turn] = {}
+        self._recovering: asyncio.Task[None] | None = None
         self._is_closed = False
+        store.attend(self._on_lost, self._on_cancelled_elsewhere)
         self.resumes = 0
         "How many readers came to a turn that was there, for metrics."
 
@@ -218,8 +103,8 @@ class TurnHub:
 
     @property
     def generating(self) -> int:
-        """How many turns are being generated."""
-        return sum(not turn.is_over for turn in self._turns.values())
+        """How many turns are being generated here."""
+        return sum(not (turn.is_over or turn.is_elsewhere) for turn in self._turns.values())
 
     @property
     def readers(self) -> int:
@@ -232,10 +117,12 @@ class TurnHub:
         With `is_restart` a hub on the same store goes on with them: their readers come back.
         """
         self._is_closed = True
+        if self._recovering is not None:
+            self._recovering.cancel()
         for turn in list(self._turns.values()):
             if is_restart and self._go_on is not None:
                 self._put_off(turn)
-            elif turn.is_waiting_to_go_on:
+            elif turn.is_waiting_to_go_on or turn.is_elsewhere:
                 self._park(turn)
             else:
                 self._stop(turn, "error", Failure("unavailable", SHUTTING_DOWN))
@@ -244,12 +131,9 @@ class TurnHub:
         await self._store.close()
 
     def recover(self) -> None:
-        """Go on with the turns that were cut off with the server before; to be called once."""
-        if self._go_on is None:
-            return
-        for record in self._store.unfinished():
-            if record.key not in self._turns:
-                self._bring_back(record.key)
+        """Go on with the turns that were cut off with their server; to be called once."""
+        if self._go_on is not None:
+            self._recovering = self._spawn(self._recover())
 
     def on_request(self, reader: Reader) -> None:
         """See `TurnService.on_request`."""
@@ -257,49 +141,35 @@ class TurnHub:
             reader.reject("unavailable", SHUTTING_DOWN)
             return
         try:
-            self._attach(reader, self._admission.principal(reader.request.key))
+            principal = self._admission.principal(reader.request.key)
         except RequestError as error:
-            reader.reject(error.code, error.message, error.retry_after_s)
-
-    def _attach(self, reader: Reader, principal: Principal) -> None:
-        """Find the turn that a reader asks for, or make it."""
-        key = principal.name, reader.request.turn_id
-        turn = self._turns.get(key)
-        record = self._store.find(*key)
+            _reject(reader, error)
+            return
+        turn = self._turns.get((principal.name, reader.request.turn_id))
         if turn is not None:
             self._admit(reader, turn)
-        elif key in self._loading:
-            self._loading[key].append(reader)
-        elif record is not None and record.state is not TurnState.TOMBSTONE:
-            self._bring_back(key)
-            self._loading[key].append(reader)
-        elif record is not None or not reader.request.body or reader.request.offset:
-            raise RequestError("unknown_turn", UNKNOWN_TURN)
         else:
-            self._admission.admit(principal, len(reader.request.body))
-            turn = self._turns[key] = Turn(self, reader.request, principal)
-            turn.is_admitted = True
-            self._admit(reader, turn)
-            turn.task = self._spawn(self._generate(turn, self._handler))
+            self._open((principal.name, reader.request.turn_id), reader, principal)
 
     def on_cancel(self, reader: Reader) -> None:
         """See `TurnService.on_cancel`."""
+        if not reader.request.is_owner:
+            return
         turn = self._of_reader.get(reader)
-        if turn is not None and reader.request.is_owner:
-            self._stop(turn, "cancelled")
+        if turn is not None:
+            self._cancel(turn)
+        else:
+            self._openings.cancel(reader)
 
     def on_gone(self, reader: Reader) -> None:
         """See `TurnService.on_gone`."""
-        for waiting in self._loading.values():
-            if reader in waiting:
-                waiting.remove(reader)
         turn = self._of_reader.pop(reader, None)
         if turn is None:
+            self._openings.remove(reader)
             return
         turn.readers.pop(reader, None)
-        if turn.is_over:
-            self._leave_memory(turn)
-        elif self._is_current(turn):
+        self._leave_memory(turn)
+        if self._is_current(turn) and not turn.is_over:
             self._begin_grace(turn)
 
     def body_of(self, reader: Reader) -> bytes:
@@ -313,7 +183,7 @@ class TurnHub:
         for turn in self._turns.values():
             if turn is own:
                 break
-            waiting += not turn.log.written
+            waiting += not (turn.log.written or turn.is_elsewhere)
         return waiting
 
     async def delete(self, request: Request) -> None:
@@ -324,16 +194,15 @@ class TurnHub:
             StoreError: the store did not do it; ask again.
         """
         key = self._admission.principal(request.key).name, request.turn_id
-        turn, record = self._turns.get(key), self._store.find(*key)
-        known = turn or record
-        if known is None or not hmac.compare_digest(hash_of(request.secret), known.secret_hash):
+        stored = await self._store.load(*key)
+        if stored is None or not hmac.compare_digest(
+            hash_of(request.secret), stored.record.secret_hash
+        ):
             raise RequestError("unknown_turn", UNKNOWN_TURN)
+        turn = self._turns.get(key)
         if turn is not None:
-            if turn.task is not None:
-                turn.task.cancel()
             self.forget(turn, RequestError("unknown_turn", DELETED))
-        if record is not None:
-            await self._store.delete(*key)
+        await self._store.delete(*key)
 
     def keep(self, turn: Turn, continuation: bytes | None = None) -> None:
         """Hand what was written to the store; readers get it when it is kept."""
@@ -349,7 +218,6 @@ class TurnHub:
         if turn.is_over:
             self._release_admission(turn)
         try:
-            turn.record = turn.record or self._create(turn)
             if turn.is_over:
                 self._store.close_turn(turn.record, offset, data, on_stored=on_stored)
             else:
@@ -359,23 +227,18 @@ class TurnHub:
         except StoreError as error:
             self._on_not_stored(turn, error)
 
+    def decline(self, turn: Turn, error: RequestError) -> None:
+        """Drop a turn to which nothing was appended; its id is free again."""
+        self.forget(turn, error)
+        self._store.let_go(turn.record)
+
     def forget(self, turn: Turn, error: RequestError) -> None:
-        """Drop a turn as if it had never been asked; its readers get the reason."""
-        self._turns.pop(turn.key, None)
-        self._end_grace(turn)
-        self._release_admission(turn)
+        """Stop a turn and drop it from the memory; its readers get the reason."""
+        self._drop(turn)
         for reader in list(turn.readers):
             self._of_reader.pop(reader, None)
-            reader.reject(error.code, error.message, error.retry_after_s)
+            _reject(reader, error)
         turn.readers.clear()
-
-    def _create(self, turn: Turn) -> TurnRecord:
-        return self._store.create(
-            *turn.key,
-            turn.secret_hash,
-            turn.request.body,
-            turn.body_hash,
-        )
 
     def _admit(self, reader: Reader, turn: Turn) -> None:
         request = reader.request
@@ -408,47 +271,89 @@ class TurnHub:
             self._of_reader.pop(reader, None)
             reader.reject("replaced", REPLACED)
 
-    def _bring_back(self, key: TurnKey) -> None:
-        """Load a turn from the store; readers may be added to those that wait for it."""
-        if key not in self._loading:
-            self._loading[key] = []
-            self._spawn(self._load(key))
+    def _open(self, key: TurnKey, reader: Reader | None, principal: Principal) -> None:
+        """Have a turn that is not in memory looked up or made."""
+        if self._openings.add(key, reader, principal):
+            self._spawn(self._openings.open(key))
 
-    async def _load(self, key: TurnKey) -> None:
-        """Bring a turn back from the store for the readers that wait for it."""
-        principal, turn_id = self._admission.named(key[0]), key[1]
-        try:
-            stored = await self._store.load(*key)
-            turn = None
-            if stored is not None:
-                turn = Turn(self, Request(turn_id, stored.body), principal, stored=stored)
-        except EloquentError as error:
-            logger.error("turn %s cannot be brought back: %s", turn_id.hex(), error)
-            for reader in self._loading.pop(key):
-                reader.reject("unavailable", UNREADABLE)
-            return
-        readers = self._loading.pop(key)
+    def _start(self, turn: Turn, opening: Opening) -> None:
+        """Attach those that waited for a turn, and have it generated or followed."""
         if self._is_closed:
-            for reader in readers:
+            for reader in opening.readers:
                 reader.reject("unavailable", SHUTTING_DOWN)
             return
-        if turn is None:
-            for reader in readers:
-                reader.reject("unknown_turn", UNKNOWN_TURN)
-            return
-        self._turns[key] = turn
-        if not turn.is_over:
-            self._continue(turn)
-        for reader in readers:
+        self._turns[turn.key] = turn
+        for reader in opening.readers:
             self._admit(reader, turn)
+        if turn.is_elsewhere:
+            turn.task = self._spawn(self._follow(turn))
+        elif turn.stored is None:
+            turn.task = self._spawn(self._generate(turn, self._handler))
+        elif not turn.is_over:
+            self._continue(turn)
+        if opening.is_cancelled:
+            self._cancel(turn)
+        self._leave_memory(turn)
         if not turn.is_over:
             self._begin_grace(turn)
-        self._leave_memory(turn)
+
+    async def _recover(self) -> None:
+        """Go on with turns that nobody owns, as the store finds them."""
+        async with aclosing(self._store.abandoned()) as keys:
+            async for key in keys:
+                if key not in self._turns:
+                    self._open(key, None, self._admission.named(key[0]))
+
+    async def _follow(self, turn: Turn) -> None:
+        """Serve a turn's readers from what its owner stores; become its owner if that is gone."""
+        try:
+            stored = await follow(self._store, turn, self._on_grown)
+        except RequestError as error:
+            self.forget(turn, error)
+            return
+        if stored is not None:
+            turn.take_over(stored)
+            self._continue(turn)
+            self._begin_grace(turn)
+
+    def _on_grown(self, turn: Turn) -> bool:
+        self._release(turn, turn.log.written)
+        return self._is_current(turn)
+
+    def _on_lost(self, record: TurnRecord) -> None:
+        """Stop generating a turn that may be another process's by now, and follow it."""
+        turn = self._turns.get(record.key)
+        if turn is not None and turn.record is record and not turn.is_elsewhere:
+            logger.warning("turn %s: its lease is lost", turn.name)
+            turn.give_up()
+            self._end_grace(turn)
+            turn.task = self._spawn(self._follow(turn))
+
+    def _on_cancelled_elsewhere(self, record: TurnRecord) -> None:
+        """Stop a turn whose owner has said so to another process."""
+        turn = self._turns.get(record.key)
+        if turn is not None and turn.record is record:
+            self._cancel(turn)
+
+    def _cancel(self, turn: Turn) -> None:
+        turn.is_cancelled = True
+        if turn.is_elsewhere:
+            self._spawn(self._cancel_elsewhere(turn))
+        else:
+            self._stop(turn, "cancelled")
+
+    async def _cancel_elsewhere(self, turn: Turn) -> None:
+        try:
+            await self._store.cancel_elsewhere(turn.record)
+        except StoreError as error:
+            logger.warning("turn %s: its owner was not told of a cancel: %s", turn.name, error)
 
     def _continue(self, turn: Turn) -> None:
         """Have a turn that was cut off with its server generated further, or end it."""
         assert turn.stored is not None
-        if any(isinstance(event, Failure) for event in turn.stored.events):
+        if turn.is_cancelled:
+            turn.end_early("cancelled")
+        elif any(isinstance(event, Failure) for event in turn.stored.events):
             turn.end_early("error")
         elif self._go_on is None:
             turn.end_early("error", Failure("interrupted", INTERRUPTED))
@@ -469,9 +374,19 @@ class TurnHub:
             else:
                 turn.reject(RequestError("internal_error", FAULT))
 
-    def _abandon(self, turn: Turn) -> None:
-        logger.info("turn %s: nobody reads it any more", turn.name)
-        self._stop(turn, "cancelled")
+    async def _abandon(self, turn: Turn) -> None:
+        """Stop a turn that nobody reads, here or elsewhere."""
+        try:
+            is_read = await self._store.is_read_elsewhere(turn.record)
+        except StoreError:
+            is_read = True  # That is not known; it is asked again.
+        if turn.readers or turn.grace is not None or turn.is_elsewhere:
+            return
+        if is_read:
+            self._begin_grace(turn)
+        else:
+            logger.info("turn %s: nobody reads it any more", turn.name)
+            self._stop(turn, "cancelled")
 
     def _stop(self, turn: Turn, reason: str, failure: Failure | None = None) -> None:
         """End a turn before its time, unless it is over."""
@@ -483,17 +398,21 @@ class TurnHub:
 
     def _park(self, turn: Turn) -> None:
         """Leave a turn that was cut off as it is, for the next start."""
-        if turn.task is not None:
-            turn.task.cancel()
         self.forget(turn, RequestError("unavailable", SHUTTING_DOWN))
 
     def _put_off(self, turn: Turn) -> None:
         """Stop a turn and leave it in the store without an end, as if the server were killed."""
         if not turn.is_over:
+            self._drop(turn)
+
+    def _drop(self, turn: Turn) -> None:
+        """Stop a turn, and let it leave the memory."""
+        if self._is_current(turn):
             del self._turns[turn.key]
-            self._end_grace(turn)
-            if turn.task is not None:
-                turn.task.cancel()
+        self._end_grace(turn)
+        self._release_admission(turn)
+        if turn.task is not None and turn.task is not asyncio.current_task():
+            turn.task.cancel()
 
     def _release(self, turn: Turn, offset: int) -> None:
         turn.log.release(offset)
@@ -502,17 +421,16 @@ class TurnHub:
         self._leave_memory(turn)
 
     def _on_not_stored(self, turn: Turn, error: StoreError) -> None:
-        if self._is_current(turn):
+        # What to do about a lost lease is `_on_lost`'s.
+        if self._is_current(turn) and not isinstance(error, StaleOwnerError):
             logger.error("turn %s cannot be stored: %s", turn.name, error)
-            if turn.task is not None:
-                turn.task.cancel()
-            self.forget(turn, RequestError("not_stored", NOT_STORED))
+            self.decline(turn, RequestError("not_stored", NOT_STORED))
 
     def _leave_memory(self, turn: Turn) -> None:
-        """Drop an ended turn that nobody reads, once the store has all of it."""
-        if turn.log.end is not None and not turn.readers and self._is_current(turn):
-            del self._turns[turn.key]
-            self._end_grace(turn)
+        """Drop a turn that nobody reads, and that the store or another process has all of."""
+        is_kept = turn.is_elsewhere or turn.log.end is not None
+        if is_kept and not turn.readers and self._is_current(turn):
+            self._drop(turn)
 
     def _is_current(self, turn: Turn) -> bool:
         return self._turns.get(turn.key) is turn
@@ -525,9 +443,19 @@ class TurnHub:
 
     def _begin_grace(self, turn: Turn) -> None:
         """Give a turn that nobody reads some time for a reader to come."""
-        if not turn.readers and turn.grace is None:
-            loop = asyncio.get_running_loop()
-            turn.grace = loop.call_later(self._grace_s, self._abandon, turn)
+        if (
+            turn.readers
+            or turn.grace is not None
+            or turn.is_elsewhere
+            or not self._is_current(turn)
+        ):
+            return
+
+        def end() -> None:
+            turn.grace = None
+            self._spawn(self._abandon(turn))
+
+        turn.grace = asyncio.get_running_loop().call_later(self._grace_s, end)
 
     def _end_grace(self, turn: Turn) -> None:
         if turn.grace is not None:
@@ -541,6 +469,5 @@ class TurnHub:
         return task
 
 
-def hash_of(data: bytes) -> bytes:
-    """Return the SHA-256 of a secret or a body, as the store keeps it."""
-    return hashlib.sha256(data).digest()
+def _reject(reader: Reader, error: RequestError) -> None:
+    reader.reject(error.code, error.message, error.retry_after_s)

@@ -445,6 +445,7 @@ async def test_a_turn_that_is_deleted_is_cancelled_and_never_generated_again() -
         await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
         again = Notes(turn_id, secret)
         hub.on_request(again)
+        await again.finished()
         assert again.rejected is not None
         assert again.rejected[0] == "unknown_turn"
         with pytest.raises(RequestError, match="no such turn"):
@@ -464,6 +465,7 @@ async def test_a_turn_that_has_ended_is_deleted_from_the_store() -> None:
         await hub.delete(Request(turn_id, b"", secret))
         later = Notes(turn_id, secret, body=b"")
         hub.on_request(later)
+        await later.finished()
         assert later.rejected is not None
 
 
@@ -473,6 +475,7 @@ async def test_a_reader_can_ask_what_its_turn_asked_and_who_waits_before_it() ->
         readers = [Notes(*names(), body=b"%d" % number) for number in range(3)]
         for reader in readers:
             hub.on_request(reader)
+            await reader.news.wait()
         assert [hub.waiting_before(reader) for reader in readers] == [0, 1, 2]
         assert hub.body_of(readers[1]) == b"1"
         script.go(1)
