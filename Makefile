@@ -56,12 +56,13 @@ bench-engine: $(INSTALLED_USER) ## Measure the engine beside transformers and ll
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/eloquent bench engine --json build/engine.json
 
-bench-swiftqueue: $(INSTALLED) ## Judge SwiftQueue's predictions and policies, figures and page in build/ (two hours on two cores; goes on where it was stopped).
+bench-swiftqueue: $(INSTALLED) ## Judge SwiftQueue's predictions, policies and cost, make docs/results-swiftqueue.md anew (two hours on two cores; goes on where it was stopped).
 	@mkdir -p build
 	$(BIN)/eloquent swiftqueue collect --flows 24 --out build/swiftqueue \
 		$(if $(wildcard $(TRACES)),--traces $(TRACES))
 	$(BIN)/eloquent lab swiftqueue --seeds 5 --traces $(TRACES) --data build/swiftqueue \
-		--cache build/swiftqueue.jsonl --json build/swiftqueue.json --report build/swiftqueue-report
+		--cache build/swiftqueue.jsonl --json build/swiftqueue.json --report build/swiftqueue-report \
+		--markdown docs/results-swiftqueue.md
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

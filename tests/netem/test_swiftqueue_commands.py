@@ -1,6 +1,7 @@
 """`eloquent swiftqueue` and `eloquent lab swiftqueue`: options, files, exit codes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from eloquent.errors import ConfigurationError
 from eloquent_netem.lab import swiftqueue_study
 from eloquent_netem.lab.swiftqueue_commands import collect, lab_swiftqueue, train
 from eloquent_netem.lab.swiftqueue_report import write_report
+from eloquent_netem.lab.swiftqueue_speed import CONNECTIONS, measure
 from eloquent_netem.lab.swiftqueue_study import Found, dumps
 
 
@@ -37,6 +39,7 @@ def test_the_policies_of_a_scenario_go_to_the_terminal_a_file_and_a_page(
         policies=("all-l", "swiftqueue", "oracle"),
         weights=random_weights(tmp_path),
         json=tmp_path / "out.json",
+        markdown=tmp_path / "out.md",
         report=tmp_path / "report",
         workers=2,
     )
@@ -44,7 +47,14 @@ def test_the_policies_of_a_scenario_go_to_the_terminal_a_file_and_a_page(
     assert "mine, wrr: 2 seeds" in out
     assert "P99 above that of all-l" in out
     content = json.loads((tmp_path / "out.json").read_text())
-    assert list(content) == ["meta", "prediction", "policies", "many_flows", "findings"]
+    assert list(content) == [
+        "meta",
+        "prediction",
+        "policies",
+        "many_flows",
+        "speed",
+        "findings",
+    ]
     assert content["prediction"] == content["many_flows"] == []
     assert [(row["policy"], row["seed"]) for row in content["policies"]] == [
         ("all-l", 0),
@@ -56,10 +66,27 @@ def test_the_policies_of_a_scenario_go_to_the_terminal_a_file_and_a_page(
     ]
     assert content["meta"]["is_complete"]
     assert {"python", "aioquic", "numpy", "eloquent-stream"} <= set(content["meta"]["versions"])
+    told = (tmp_path / "out.md").read_text()
+    assert f"commit {content['meta']['commit']}" in told
+    assert "### P99, wrr" in told
+    figures = [row["latency_p99_ms"] for row in content["policies"] if row["policy"] == "oracle"]
+    assert f" | {sum(figures) / 2:.1f} | " in told
     page = (tmp_path / "report" / "report.html").read_text()
     assert "SwiftQueue" in page
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures == {"p99.png", "latency.png", "timeline-1.png"}
+
+
+def test_the_cost_of_predictions_is_a_part_with_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiftqueue_study, "measure", partial(measure, predictions=10))
+    lab_swiftqueue(part=("speed",), json=tmp_path / "out.json", markdown=tmp_path / "out.md")
+    assert "held for a connection" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [row["connections"] for row in content["speed"]["rows"]] == list(CONNECTIONS)
+    assert {one["unit"] for one in content["findings"]} == {"us", "B"}
+    assert "## Cost" in (tmp_path / "out.md").read_text()
 
 
 def test_a_page_without_runs_has_no_figures(tmp_path: Path) -> None:
@@ -72,7 +99,7 @@ def test_a_page_without_runs_has_no_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"part": ("all",)}, "no part 'all': choose prediction or policies"),
+        ({"part": ("all",)}, "no part 'all': choose prediction or policies or speed"),
         ({"policies": ("all",)}, "no marking policy 'all'"),
         ({"schedulers": ("fifo",)}, "no scheduler 'fifo'"),
         ({"seeds": 0}, "must be at least 1"),

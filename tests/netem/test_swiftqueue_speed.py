@@ -1,6 +1,5 @@
 """The figures of SwiftQueue's speed are of real work, and say where a bound is missed."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,12 +8,12 @@ from eloquent.swiftqueue.features import MAX_PENDING
 from eloquent_netem.lab.swiftqueue_speed import (
     HEADER,
     Row,
+    Speed,
     findings,
     measure,
     memory_bytes,
     random_model,
     sheet,
-    to_json,
 )
 
 ROW = Row(
@@ -29,13 +28,14 @@ ROW = Row(
 
 
 def test_all_times_are_measured() -> None:
-    rows = measure(random_model(), connections=(1, 3), predictions=3)
+    speed = measure(random_model(), connections=(1, 3), predictions=3)
+    rows = speed.rows
     assert [row.connections for row in rows] == [1, 3]
     for row in rows:
         assert 0 < row.event_us < row.prediction_us <= row.prediction_p99_us
         assert 0 < row.forecast_us < row.prediction_us
         assert row.whole_us > 0
-    assert json.loads(json.dumps(to_json(rows, 5)))["rows"][1]["connections"] == 3
+    assert speed.held_bytes > random_model().slot_bytes
 
 
 def test_a_connection_holds_less_than_a_megabyte() -> None:
@@ -47,15 +47,16 @@ def test_a_connection_holds_less_than_a_megabyte() -> None:
 
 @pytest.mark.parametrize(("prediction_us", "is_met"), [(15.0, True), (15.1, False)])
 def test_a_slow_prediction_misses_its_bound(prediction_us: float, is_met: bool) -> None:
-    rows = [replace(ROW, prediction_us=prediction_us), replace(ROW, connections=3)]
-    assert [found.is_met for found in findings(rows, 10**6)] == [is_met, True]
+    rows = replace(ROW, prediction_us=prediction_us), replace(ROW, connections=3)
+    speed = Speed(rows=rows, held_bytes=10**6)
+    assert [found.is_met for found in findings(speed)] == [is_met, True]
 
 
 def test_much_memory_misses_its_bound() -> None:
-    assert not findings([], 10**6 + 1)[0].is_met
+    assert not findings(Speed(rows=(), held_bytes=10**6 + 1))[0].is_met
 
 
 def test_the_table_has_a_line_for_each_number_of_connections() -> None:
-    shown = sheet([ROW])
+    shown = sheet(Speed(rows=(ROW,), held_bytes=1))
     assert shown.header == HEADER
     assert shown.rows == (("32", "6.0", "4.0", "10.0", "20.0", "70.0", "0.00"),)

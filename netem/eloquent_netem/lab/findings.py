@@ -103,17 +103,23 @@ def summary_table(findings: Iterable[Finding]) -> Table:
     return table
 
 
+def missed_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
+    """Return a row for each finding that misses its bound, the worst of each kind first."""
+    missed = [one for one in findings if not one.is_met]
+    missed.sort(key=lambda one: (one.part, one.what, -one.excess))
+    return [(one.part, one.what, one.where, _figure(one), _bound(one)) for one in missed]
+
+
 def missed_table(findings: Iterable[Finding], most: int) -> Table | None:
     """Return the worst of what is missed, `most` for each part and what, or None."""
     table = Table("part", "what", "where", "figure", "bound", title="Missed")
-    missed = [one for one in findings if not one.is_met]
-    missed.sort(key=lambda one: (one.part, one.what, -one.excess))
-    for _, together in groupby(missed, key=lambda one: (one.part, one.what)):
+    missed = missed_rows(findings)
+    for kind, together in groupby(missed, key=lambda row: row[:2]):
         group = list(together)
-        for one in group[:most]:
-            table.add_row(one.part, one.what, one.where, _figure(one), _bound(one))
+        for row in group[:most]:
+            table.add_row(*row)
         if len(group) > most:
-            table.add_row(group[0].part, group[0].what, f"and {len(group) - most} more", "", "")
+            table.add_row(*kind, f"and {len(group) - most} more", "", "")
     return table if missed else None
 
 

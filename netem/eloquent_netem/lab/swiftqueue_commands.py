@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 Paths = Annotated[tuple[Path, ...], Parameter(consume_multiple=True)]
 
-PARTS = ("prediction", "policies")
+PARTS = ("prediction", "policies", "speed")
 CACHE = "swiftqueue.jsonl"
 DATA = "swiftqueue/data"
 WEIGHTS = "swiftqueue/swiftqueue.safetensors"
@@ -169,16 +169,17 @@ def lab_swiftqueue(
     weights: Path | None = None,
     data: Path | None = None,
     json: Path | None = None,
+    markdown: Path | None = None,
     report: Path | None = None,
     workers: int | None = None,
     cache: Path | None = None,
 ) -> None:
     """Judge SwiftQueue: how well it foretells delays, and what choosing queues by it gains.
 
-    Each part runs on emulated DualPI2 bottlenecks with cross traffic, in virtual time, Prague on
-    both sides: `prediction` beside other predictors on families that none has seen, `policies`
-    beside other ways to mark, and beside an oracle whose packets wait in both queues. Ctrl-C ends
-    it and keeps what is done. The exit code is 1 if a run failed.
+    Predictions and policies are judged on emulated DualPI2 bottlenecks with cross traffic, in
+    virtual time, Prague on both sides: `prediction` beside other predictors on families that none
+    has seen, `policies` beside other ways to mark, and beside an oracle whose packets wait in both
+    queues. Ctrl-C ends it and keeps what is done. The exit code is 1 if a run failed.
 
     Parameters
     ----------
@@ -193,7 +194,8 @@ def lab_swiftqueue(
     traces
         The folder with the evaluation's own recordings; if there is none, it goes without them.
     part
-        `prediction`, `policies`; by default both.
+        `prediction`, `policies`, `speed` (what a prediction costs; wants an idle machine); by
+        default all.
     seeds
         How many seeds, from 0 on; for `prediction`, flows of each network that is named.
     policies
@@ -210,6 +212,8 @@ def lab_swiftqueue(
         user's cache folder, and if there is none, a few flows of each family are collected.
     json
         Write all rows to this file: {"meta", "prediction", "policies", ...}.
+    markdown
+        Write the page of figures to this file; docs/results-swiftqueue.md is one.
     report
         Write a page with figures, and the figures, into this folder.
     workers
@@ -228,7 +232,7 @@ def lab_swiftqueue(
         if name not in PARTS:
             raise ConfigurationError(f"There is no part {name!r}: choose {' or '.join(PARTS)}.")
     cache = user_cache().with_name(CACHE) if cache is None else cache
-    for output in (json, cache):
+    for output in (json, markdown, cache):
         if output is not None:
             check_writable(output)
     if report is not None:
@@ -255,6 +259,10 @@ def lab_swiftqueue(
     show(found)
     if json is not None:
         json.write_text(dumps(found), encoding="utf-8")
+    if markdown is not None:
+        from eloquent_netem.lab.swiftqueue_markdown import results_page
+
+        markdown.write_text(results_page(found), encoding="utf-8")
     if report is not None:
         from eloquent_netem.lab.swiftqueue_report import write_report
 

@@ -6,15 +6,13 @@ beside it. Figures for the benchmarks, no tests: they depend on the machine.
 """
 
 import math
-import platform
 import random
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count, islice
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -66,6 +64,15 @@ class Row:
     "CPU time of threads that BLAS woke, over real time; 0 is meant."
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What predictions cost on one machine."""
+
+    rows: tuple[Row, ...]
+    held_bytes: int
+    "For a connection, at most."
+
+
 def random_model(seed: int = 1) -> Model:
     """Return a model of the usual sizes that knows nothing: it takes as long as any."""
     shape = Shape(event_features=EVENT_FEATURES, query_features=QUERY_FEATURES)
@@ -79,9 +86,10 @@ def random_model(seed: int = 1) -> Model:
 
 def measure(
     model: Model, connections: Sequence[int] = CONNECTIONS, predictions: int = PREDICTIONS
-) -> list[Row]:
+) -> Speed:
     """Measure a model with each number of connections."""
-    return [_row(model, many, max(predictions // many, 100)) for many in connections]
+    rows = [_row(model, many, max(predictions // many, 100)) for many in connections]
+    return Speed(rows=tuple(rows), held_bytes=memory_bytes(model))
 
 
 def memory_bytes(model: Model) -> int:
@@ -103,7 +111,7 @@ def memory_bytes(model: Model) -> int:
     return held - before + model.slot_bytes
 
 
-def findings(rows: Sequence[Row], held_bytes: int) -> list[Finding]:
+def findings(speed: Speed) -> list[Finding]:
     """Return the figures that have bounds."""
     found = [
         Finding(
@@ -113,39 +121,28 @@ def findings(rows: Sequence[Row], held_bytes: int) -> list[Finding]:
             bound=BOUNDS_US[row.connections],
             unit="us",
         )
-        for row in rows
+        for row in speed.rows
         if row.connections in BOUNDS_US
     ]
     held = Finding(
         part=PART,
         what="held for a connection",
-        figure=held_bytes,
+        figure=speed.held_bytes,
         bound=MEMORY_BOUND_BYTES,
         unit="B",
     )
     return [*found, held]
 
 
-def sheet(rows: Sequence[Row]) -> Sheet:
+def sheet(speed: Speed) -> Sheet:
     """Return the table."""
     lines = []
-    for row in rows:
+    for row in speed.rows:
         times_us = row.event_us, row.forecast_us, row.prediction_us, row.prediction_p99_us
         figures = [f"{time_us:.1f}" for time_us in (*times_us, row.whole_us)]
         lines.append((str(row.connections), *figures, f"{row.other_threads:.2f}"))
     title = f"A prediction ({len(SILENCES_S)} forecasts), us for each connection"
     return Sheet(title, HEADER, tuple(lines))
-
-
-def to_json(rows: Sequence[Row], held_bytes: int) -> dict[str, Any]:
-    """Return an object with `meta` and `rows`, whose keys are `Row`'s fields."""
-    meta = {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "held_bytes": held_bytes,
-    }
-    return {"meta": meta, "rows": [asdict(row) for row in rows]}
 
 
 def _row(model: Model, connections: int, rounds: int) -> Row:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eloquent.errors import ConfigurationError
+from eloquent.swiftqueue.inference import SHIPPED, Model
 from eloquent_netem.errors import NetemError
 from eloquent_netem.lab.cases import Cache, Progress, run_jobs
 from eloquent_netem.lab.findings import (
@@ -57,6 +58,9 @@ from eloquent_netem.lab.swiftqueue_policies import (
     scheduler_of,
     study_of,
 )
+from eloquent_netem.lab.swiftqueue_speed import Speed, measure
+from eloquent_netem.lab.swiftqueue_speed import findings as speed_findings
+from eloquent_netem.lab.swiftqueue_speed import sheet as speed_sheet
 from eloquent_netem.scenario_parts import TraceRateSpec
 
 FEW_FLOWS = 6
@@ -108,6 +112,7 @@ class Found:
 
     prediction: tuple[PredictionRow, ...] = ()
     policies: PolicyStudy = field(default_factory=PolicyStudy)
+    speed: Speed | None = None
     findings: tuple[Finding, ...] = ()
     failures: tuple[str, ...] = ()
     is_complete: bool = True
@@ -143,9 +148,14 @@ def evaluate(options: Options) -> Found:
         failures += results.failures.values()
         is_complete = results.is_complete
         found += findings(study, {place.name for place in congested(options.traces)})
+    speed = None
+    if "speed" in options.parts:
+        speed = measure(Model.load(options.weights or SHIPPED))
+        found += speed_findings(speed)
     return Found(
         prediction=tuple(prediction),
         policies=study,
+        speed=speed,
         findings=tuple(found),
         failures=tuple(failures),
         is_complete=is_complete,
@@ -196,6 +206,8 @@ def show(found: Found) -> None:
         console.print(terminal(prediction_sheet(found.prediction)))
     for sheet in sheets(found.policies):
         console.print(terminal(sheet))
+    if found.speed:
+        console.print(terminal(speed_sheet(found.speed)))
     if found.policies.rows:
         console.print(LEGEND, style="dim")
     if found.findings:
@@ -206,12 +218,13 @@ def show(found: Found) -> None:
 
 
 def dumps(found: Found) -> str:
-    """Return the JSON file: `{"meta", "prediction", "policies", "many_flows", "findings"}`."""
+    """Return the JSON file: "meta", "prediction", "policies", "many_flows", "speed", "findings"."""
     content = {
         "meta": found.meta,
         "prediction": [asdict(row) for row in found.prediction],
         "policies": [asdict(row) for row in found.policies.rows],
         "many_flows": [asdict(row) for row in found.policies.crowd],
+        "speed": None if found.speed is None else asdict(found.speed),
         "findings": [to_json(one) for one in found.findings],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -268,7 +281,6 @@ def _plan(options: Options, own: Sequence[Place]) -> PolicyPlan:
 
 def _predictions(options: Options, own: Sequence[Place]) -> list[PredictionRow]:
     """Judge the predictors on the test families and traces, or on flows of one's own networks."""
-    from eloquent.swiftqueue.inference import SHIPPED
     from eloquent_netem.lab.swiftqueue_prediction import MODELS, check_models
     from eloquent_netem.lab.swiftqueue_prediction import evaluate as judge
 
