@@ -19,7 +19,7 @@ from eloquent.core.wire import Request
 from eloquent.errors import EloquentError, RequestError
 from eloquent_server.admission import Admission
 from eloquent_server.http.answers import Answer, Form, Readers
-from eloquent_server.http.forwarding import Passing, PassThrough, passed_up
+from eloquent_server.http.forwarding import Passing, PassThrough, may_be_passed_on, passed_up
 from eloquent_server.http.reader import HttpReader
 from eloquent_server.http.requests import (
     key_of,
@@ -146,10 +146,11 @@ class Front:
         """Pass on what is no chat, as one more turn of whoever asks."""
         behind, admission = self._behind.pass_through, self._behind.admission
         principal = admission.principal(key_of(http.headers))
-        if behind is None or http.path_params["path"].startswith("turns/"):
+        if behind is None or not may_be_passed_on(http.path_params["path"]):
             raise HTTPException(404)
         body = await read_body(http)
-        target = http.url.path + (f"?{http.url.query}" if http.url.query else "")
+        query = http.scope["query_string"].decode("ascii")
+        target = http.scope["raw_path"].decode("ascii") + (f"?{query}" if query else "")
         headers = passed_up(http.headers.items())
         passing = Passing(behind, http.method, target, headers, body)
         admission.admit(principal, len(body))

@@ -104,6 +104,12 @@ class Passing:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def may_be_passed_on(path: str) -> bool:
+    """Return whether a path, from behind `/v1/` on, is none of ours, and stays below that."""
+    steps = path.replace("\\", "/").split("/")
+    return steps[0] != "turns" and not {".", ".."} & set(steps)
+
+
 def passed_up(headers: Iterable[tuple[str, str]]) -> Headers:
     """Return the headers of a request that go on to the engine."""
     return [
