@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from eloquent.url import DEFAULT_PORT
+from eloquent_server.backends.upstream_request import Continues
 from eloquent_server.engine.settings import KvOptions
 from eloquent_server.logs import LogFormat, LogLevel
-from eloquent_server.models import EMBEDDED_MODEL
 
 
 @Parameter(name="*")
@@ -24,9 +24,25 @@ class ServerOptions:
     "Address to listen on."
     port: int = DEFAULT_PORT
     "UDP port, and TCP port of the same number for WebSocket; 0 takes a free one."
-    model: str = EMBEDDED_MODEL
+    model: str | None = None
     """The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
-    (says your words back; needs no torch)."""
+    (says your words back; needs no torch); the embedded one if it is left out. With --upstream
+    the model of requests that name none; the first that the engines have if it is left out."""
+    upstream: tuple[str, ...] = ()
+    """URL of an engine that answers in this server's place, as OpenAI's clients take it
+    (`http://HOST:8000`, `https://HOST/v1`): vLLM, SGLang, llama.cpp, Ollama, a hosted one. Several
+    of them share the turns, each conversation staying where its prompt is cached."""
+    upstream_key_env: str | None = None
+    "Name of the environment variable that has the key for the engines; all of them are sent it."
+    upstream_timeout: float = 60.0
+    """Seconds without a byte in the middle of an answer after which an engine is given up; its
+    first byte may take ten minutes."""
+    upstream_salt: bool = False
+    """Send the engines a `cache_salt` for each tenant, so that none can tell by the time that its
+    answers take what others have asked. vLLM and SGLang take it; some hosted ones refuse it."""
+    upstream_continues: Continues = "no"
+    """How the engines are asked to go on with an answer after a restart of this server: `vllm` (and
+    SGLang), `llama` (llama.cpp); `no`: such an answer ends with an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where the model runs; `auto` takes CUDA where present."
     precision: Literal["default", "auto", "fp32", "bf16", "int8"] = "default"
@@ -70,10 +86,15 @@ class ServerOptions:
     state: Path | None = None
     """Directory for the certificate and the turns, so that readers can resume an answer after a
     restart, and unfinished answers go on. Without it both end with the server."""
+    store: str | None = None
+    """Redis for the turns, in place of --state: `redis://HOST:PORT/DB`, `rediss://...` with TLS, or
+    `unix:///PATH`. Servers that share one continue each other's answers, and read them. Its
+    password is read from ELOQUENT_REDIS_PASSWORD."""
     turn_ttl: float = 24.0
     "Hours for which an answer is kept after its end."
     store_limit: float = 4.0
-    "The most that all answers together may take, in GB; new ones are refused beyond."
+    """The most that all answers together may take, in GB; new ones are refused beyond. With --store
+    it is Redis's `maxmemory`."""
     durable: bool = False
     "Wait for the disk at each commit, so that the turns in --state survive a loss of power."
     cert: Path | None = None

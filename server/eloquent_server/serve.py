@@ -2,7 +2,9 @@
 
 import asyncio
 import datetime
+import importlib.util
 import os
+import random
 import sys
 import threading
 import time
@@ -27,11 +29,11 @@ from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.certificates import chosen_certificate, follow, url_of
 from eloquent_server.drain import Door, Signals, drain, notify
-from eloquent_server.engine.settings import KvOptions
 from eloquent_server.gateway import Gateway
 from eloquent_server.options import ServerOptions
-from eloquent_server.state import open_store, open_tickets
-from eloquent_server.store import TokenStore
+from eloquent_server.state import open_tickets
+from eloquent_server.store_types import TurnStore
+from eloquent_server.stores import open_turn_store
 from eloquent_server.swiftqueue_records import marking_with
 from eloquent_server.tenants import tenants
 from eloquent_server.turns import TurnHub
@@ -48,18 +50,55 @@ STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
 
 
-async def start_backend(model: str, device: str, precision: str, kv: KvOptions) -> Backend:
-    """Return the backend for `--model`, when it is fetched and loaded.
+async def start_backend(options: ServerOptions) -> Backend:
+    """Return the backend that the options ask for, when it is fetched, loaded or looked at.
 
     Raises:
-        ConfigurationError: there is no such model, or it cannot be loaded.
+        ConfigurationError: there is no such model, or it cannot be loaded; an engine's URL or key
+            is missing or wrong.
     """
+    if options.upstream:
+        return await _start_upstreams(options)
+    model = options.model or models.EMBEDDED_MODEL
     if model == echo.NAME:
         return EchoBackend()
     progress = models.progress_printer(sys.stderr)
     return await LocalBackend.start(
-        model, device=device, precision=precision, kv=kv, progress=progress
+        model,
+        device=options.device,
+        precision=options.precision,
+        kv=options.kv,
+        progress=progress,
     )
+
+
+async def _start_upstreams(options: ServerOptions) -> Backend:
+    if importlib.util.find_spec("httpx2") is None:
+        raise ConfigurationError(
+            "--upstream needs httpx2, which is not installed: pip install 'eloquent-stream[server]'"
+        )
+    from eloquent_server.backends.upstream import FIRST_BYTE_S, Patience
+    from eloquent_server.backends.upstreams import UpstreamBackend
+
+    key, idle_s = "", options.upstream_timeout
+    if options.upstream_key_env is not None:
+        key = os.environ.get(options.upstream_key_env, "").strip()
+        if not key:
+            raise ConfigurationError(
+                f"--upstream-key-env names {options.upstream_key_env}, and no such variable is set "
+                "in the server's environment. Put the engine's key there."
+            )
+    backend = UpstreamBackend(
+        options.upstream,
+        model=options.model or "",
+        key=key,
+        salt=options.upstream_salt,
+        continues=options.upstream_continues,
+        patience=Patience(first_byte_s=max(FIRST_BYTE_S, idle_s), idle_s=idle_s),
+        rng=random.Random(),  # noqa: S311 (it spreads probes)
+    )
+    await backend.start()
+    return backend
 
 
 async def run_server(options: ServerOptions) -> None:
@@ -93,12 +132,10 @@ async def run_server(options: ServerOptions) -> None:
     async with AsyncExitStack() as stack:
         if records is not None:
             stack.push_async_callback(records.close)  # after the last connection's end
-        store = open_store(options)
+        store = await open_turn_store(options)
         stack.push_async_callback(store.close)
         # Readers of turns that are stored need no model, and would take a closed port for the end.
-        backend = LoadingBackend(
-            start_backend(options.model, options.device, options.precision, options.kv)
-        )
+        backend = LoadingBackend(start_backend(options))
         stack.push_async_callback(backend.close)
         _work(stack, _tidy(store))
         door = Door(gate, loop.time)
@@ -123,7 +160,7 @@ async def run_server(options: ServerOptions) -> None:
             asked = asyncio.Event()
             signals.on_hangup(loop, asked.set)
             _work(stack, follow(files, shown, asked))
-        stack.push_async_callback(hub.close, is_restart=options.state is not None)
+        stack.push_async_callback(hub.close, is_restart=bool(options.state or options.store))
         loading = asyncio.ensure_future(backend.ready())
         stopping = asyncio.ensure_future(signals.stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +218,7 @@ def _work(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
     stack.callback(asyncio.ensure_future(work).cancel)
 
 
-async def _tidy(store: TokenStore) -> None:
+async def _tidy(store: TurnStore) -> None:
     """Let expired turns go from an idle server, too."""
     while True:
         await asyncio.sleep(TIDY_EVERY_S)
