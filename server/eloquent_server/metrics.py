@@ -301,6 +301,7 @@ def _connections(sources: Sources) -> Iterator[Family]:
             ((transport, outcome), count)
             for transport, of in counts.items()
             for outcome, count in _handshakes(of).items()
+            if transport == "quic" or outcome in ("given_up", "refused")
         ),
     )
     yield counters(
