@@ -33,6 +33,8 @@ from eloquent_server.metered import MeteredBackend
 from eloquent_server.meters import Histogram, ModelMeters, StoreMeters
 from eloquent_server.turns import TurnHub
 
+_USUAL = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+"Finish reasons that are told from the start, so that the first of each makes a rate."
 OF_MODEL = ("model_name", "engine")
 ENGINE = "0"
 "vLLM numbers the engines of a server; here each model has one."
@@ -199,7 +201,7 @@ def _models(backend: MeteredBackend) -> Iterator[Family]:
         (
             ((model, ENGINE, reason), count)
             for model, meters in by_model.items()
-            for reason, count in meters.finished.items()
+            for reason, count in (_USUAL | meters.finished).items()
         ),
     )
     yield histograms(
