@@ -9,6 +9,9 @@ from eloquent.core.receiver import Receiver
 from eloquent.core.wire import Request
 from eloquent.errors import EloquentError
 
+STAGGER_S = 0.25
+"Connection attempts to one server follow each other so (RFC 8305 section 5)."
+
 
 class Rung(Enum):
     """What carries the frames, the best first; frames and offsets are the same on each."""

@@ -12,13 +12,11 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
-from eloquent.link import Link, LinkUser
+from eloquent.link import STAGGER_S, Link, LinkUser
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.quic.tickets import Tickets
 from eloquent.url import ServerUrl
-from eloquent.websocket.client import STAGGER_S
-from eloquent.websocket.client import connect as connect_websocket
 
 REMEMBER_S = 600.0
 "For so long after QUIC has lost, WebSocket gets no handicap."
@@ -54,6 +52,9 @@ class Race:
         deadline_s = loop.time() + timeout_s
 
         async def over_tcp() -> Link:
+            # Only here: it takes time to import, and most connections do without.
+            from eloquent.websocket.client import connect as connect_websocket
+
             return await connect_websocket(url, user, deadline_s - loop.time())
 
         late_s = 0.0 if loop.time() - self._lost_s < REMEMBER_S else STAGGER_S

@@ -14,12 +14,9 @@ from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnEvent, TurnFailed, TurnProgress
 from eloquent.core.wire import Request
 from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
-from eloquent.link import LinkUser, Rung
+from eloquent.link import STAGGER_S, LinkUser, Rung
 from eloquent.url import ServerUrl
 from eloquent.websocket.driver import OPTIONS, SUBPROTOCOL, ChannelDriver, HeardConnection
-
-STAGGER_S = 0.25
-"Connection attempts to the addresses of one name follow each other so (RFC 8305 section 5)."
 
 SILENT_S = 1.0
 "A server that was silent for so long is not waited for when the connection is closed."

@@ -29,7 +29,7 @@ from telling import Telling
 
 from eloquent.core.events import End, Event
 from eloquent.errors import ConnectionFailedError, ServerRefusedError
-from eloquent.link import Rung
+from eloquent.link import STAGGER_S, Rung
 from eloquent.quic.connect import connect as connect_quic
 from eloquent.quic.listen import listen as listen_quic
 from eloquent.session.race import MAX_ADDRESSES, in_turn
@@ -43,7 +43,6 @@ from eloquent.session.retries import (
 from eloquent.session.session import Session
 from eloquent.session.states import LinkState
 from eloquent.session.turn import ClientTurn
-from eloquent.websocket.client import STAGGER_S
 from eloquent.websocket.client import connect as connect_websocket
 from eloquent.websocket.server import listen as listen_websocket
 from eloquent_netem.packet import Packet
