@@ -93,6 +93,11 @@ class UpstreamBackend:
             self._probing.append(asyncio.ensure_future(self._watch(each)))
 
     @property
+    def upstreams(self) -> Sequence[Upstream]:
+        """The engines, up or not."""
+        return self._upstreams
+
+    @property
     def models(self) -> Sequence[str]:
         """The default, then what the engines name; empty if neither is known."""
         named = [name for each in self._upstreams for name in each.models or ()]
