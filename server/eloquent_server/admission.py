@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ class Gate:
         self._usages: dict[str, Usage] = {}
         "By the key's name."
         self._seldom = Seldom(logger)
+        self.refusals: Counter[str] = Counter()
+        "How many requests were refused, by these words."
         self.open_turns = 0
         "How many turns were admitted and are not over."
 
@@ -149,6 +152,7 @@ class Gate:
         return usage
 
     def _refused(self, reason: str, key: Key | None, error: RequestError) -> RequestError:
+        self.refusals[reason] += 1
         if self._on_refused is not None:
             self._on_refused(reason)
         whose = "" if key is None else f" of key {key.name}"

@@ -9,7 +9,7 @@ Importing this module raises `ConfigurationError` where prometheus-client is not
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from eloquent.core.counts import LinkCounts
@@ -110,6 +110,8 @@ class Sources:
     quic: Listener
     websocket: WebSocketListener | None = None
     http: HttpFront | None = None
+    requests_refused: Mapping[str, int] = field(default_factory=dict)
+    "Refused because of the key or a limit, by reason: those of `Gate.refusals`."
     inner: Callable[[], Backend | None] = lambda: None
     """The backend that generates, once it is there: an engine of ours has counts, and engines
     behind the server are well or not."""
@@ -154,6 +156,10 @@ class _Collector:
         yield from _connections(sources)
         if sources.http is not None:
             yield from _http(sources.http)
+        yield counters(
+            *("eloquent:requests_refused", "Refused for the key or a limit.", ("reason",)),
+            by(sources.requests_refused),
+        )
         yield from _sent(sources.quic.counts)
         yield from _store(sources.store)
         yield gauge("eloquent:asyncio_tasks", "Tasks of the server.", len(asyncio.all_tasks()))
