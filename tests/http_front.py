@@ -16,7 +16,7 @@ from eloquent_server.admission import Gate
 from eloquent_server.backends.base import ANYBODY, Asker, Backend, BackendEvent, Finish
 from eloquent_server.gateway import Gateway
 from eloquent_server.http.app import Behind
-from eloquent_server.http.connections import Door
+from eloquent_server.http.connections import Connections
 from eloquent_server.http.listen import HttpListener, listen
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
@@ -104,7 +104,8 @@ async def front_with(
     *,
     gate: Gate | None = None,
     certificate: ServerCertificate | None = None,
-    door: Door | None = None,
+    names: Sequence[str] = (),
+    connections: Connections | None = None,
     grace_s: float = 60.0,
     **behind: Any,
 ) -> AsyncIterator[Front]:
@@ -114,7 +115,9 @@ async def front_with(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         given = Behind(hub=hub, admission=gate, models=lambda: backend.models, **behind)
-        listener = await listen("127.0.0.1", 0, given, certificate=certificate, door=door)
+        listener = await listen(
+            "127.0.0.1", 0, given, certificate=certificate, names=names, connections=connections
+        )
         stack.push_async_callback(listener.close)
         stack.push_async_callback(hub.close)
         scheme = "http" if certificate is None else "https"

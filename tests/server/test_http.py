@@ -463,3 +463,12 @@ async def test_turns_beyond_the_limit_are_told_at_once_to_come_back() -> None:
         assert late.json()["error"]["code"] == "overloaded"
         backend.go()
         assert (await read_sent(response)).is_done
+
+
+@pytest.mark.parametrize("origin", [None, "https://chat.example", "https://chat.example:8443"])
+async def test_what_is_in_front_may_pass_its_name_on(origin: str | None) -> None:
+    headers = {"Host": "Chat.Example", **({} if origin is None else {"Origin": origin})}
+    async with front_with(Scripted(), names=["chat.example"]) as front:
+        assert (await front.http.get("/v1/models", headers=headers)).status_code == 200
+        headers["Host"] = "other.example"
+        assert (await front.http.get("/v1/models", headers=headers)).status_code == 421

@@ -19,7 +19,7 @@ from eloquent.quic.certificate import make_certificate
 from eloquent_server.admission import Gate
 from eloquent_server.http import connections, requests
 from eloquent_server.http.app import Behind
-from eloquent_server.http.connections import Door
+from eloquent_server.http.connections import Connections
 from eloquent_server.http.guard import Guard
 from eloquent_server.http.listen import listen
 
@@ -86,7 +86,7 @@ async def test_300_connections_that_drip_their_headers_end_in_time_and_hurt_nobo
 
 
 async def test_of_connections_that_say_nothing_the_oldest_makes_room() -> None:
-    async with front_with(Scripted(), door=Door(waiting=2)) as front:
+    async with front_with(Scripted(), connections=Connections(waiting=2)) as front:
         silent = [await connect(front) for _ in range(3)]
         assert await is_over(silent[0][0]) == b""
         answer = await front.http.get("/health")
@@ -97,7 +97,7 @@ async def test_of_connections_that_say_nothing_the_oldest_makes_room() -> None:
 
 
 async def test_more_connections_than_there_is_room_for_are_closed() -> None:
-    async with front_with(Scripted(), door=Door(most=2)) as front:
+    async with front_with(Scripted(), connections=Connections(most=2)) as front:
         open_ = [await connect(front) for _ in range(2)]
         await until_true(lambda: front.listener.connections == 2)
         reader, writer = await connect(front)

@@ -33,7 +33,7 @@ MALFORMED = "The request is no HTTP, or its headers are too long."
 logger = logging.getLogger(__name__)
 
 
-class Door:
+class Connections:
     """What the connections of one listener share."""
 
     def __init__(self, most: int = MAX_CONNECTIONS, waiting: int = MAX_HANDSHAKES) -> None:
@@ -55,9 +55,9 @@ class Door:
 class Connection(H11Protocol):
     """One connection; TLS is made here, so that few are made at a time."""
 
-    def __init__(self, door: Door, **given: Any) -> None:
+    def __init__(self, all_: Connections, **given: Any) -> None:
         super().__init__(**given)
-        self._door = door
+        self._all = all_
         self._below: asyncio.Transport | None = None
         "TCP, until there can be a request."
         self._early = bytearray()
@@ -73,16 +73,16 @@ class Connection(H11Protocol):
         """See `asyncio.Protocol`: there is TCP."""
         self._below = cast(asyncio.Transport, transport)
         self._host = (transport.get_extra_info("peername") or ("",))[0]
-        if self._door.is_full:
-            self._door.refused["too_many_connections"] += 1
+        if self._all.is_full:
+            self._all.refused["too_many_connections"] += 1
             self._below.abort()
             return
-        self._door.open.add(self)
+        self._all.open.add(self)
         self._wait(is_waiting=True)
-        if self._door.tls is None:
+        if self._all.tls is None:
             self._begin(self._below)
         else:
-            self._securing = asyncio.ensure_future(self._secure(self._below, self._door.tls()))
+            self._securing = asyncio.ensure_future(self._secure(self._below, self._all.tls()))
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -98,7 +98,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._door.open.discard(self)
+        self._all.open.discard(self)
         self._wait(is_waiting=False)
         self._is_unstuck()
         if self._below is None:
@@ -130,7 +130,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in JSON; called by `H11Protocol`."""
-        self._door.refused["malformed_request"] += 1
+        self._all.refused["malformed_request"] += 1
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = msgspec.json.encode(error_body("malformed_request", MALFORMED))
             headers = [
@@ -146,7 +146,7 @@ class Connection(H11Protocol):
     def give_up(self) -> None:
         """End a connection on which no request came in time, or that must make room."""
         self._is_waiting = False
-        self._door.refused["request_timeout"] += 1
+        self._all.refused["request_timeout"] += 1
         (self._below or self.transport).abort()
 
     async def _secure(self, below: asyncio.Transport, tls: ssl.SSLContext) -> None:
@@ -164,7 +164,7 @@ class Connection(H11Protocol):
             secured = None
         if secured is None or secured.is_closing():
             self._wait(is_waiting=False)
-            self._door.open.discard(self)
+            self._all.open.discard(self)
             return
         self._begin(secured)
 
@@ -182,9 +182,9 @@ class Connection(H11Protocol):
     def _wait(self, *, is_waiting: bool) -> None:
         """Take note whether there is a request; the time without one counts from the first note."""
         if is_waiting and not self._is_waiting:
-            self._door.waiting.begin(self, self._host)
+            self._all.waiting.begin(self, self._host)
         elif self._is_waiting and not is_waiting:
-            self._door.waiting.done(self)
+            self._all.waiting.done(self)
         self._is_waiting = is_waiting
 
     def _is_unstuck(self) -> None:
@@ -193,5 +193,5 @@ class Connection(H11Protocol):
             self._stuck = None
 
     def _give_up_reader(self) -> None:
-        self._door.refused["slow_reader"] += 1
+        self._all.refused["slow_reader"] += 1
         self.transport.abort()

@@ -1,12 +1,13 @@
 """What no route gets to see: requests of other sites' pages, and more than there is room for."""
 
-import ipaddress
 from collections import Counter
+from collections.abc import Collection
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eloquent.addresses import is_loopback
 from eloquent.errors import RequestError
 from eloquent_server.http.responses import error_response
 
@@ -14,8 +15,8 @@ MAX_REQUESTS = 1000
 "As many requests under `/v1` are answered at once."
 
 WRONG_HOST = (
-    "This server listens on this machine only and is not called {!r}: use localhost or 127.0.0.1. "
-    "A web page that has its name lead here gets nothing."
+    "This server listens on this machine only and is not called {!r}: use localhost or 127.0.0.1, "
+    "or tell the server what something in front of it is called."
 )
 WRONG_ORIGIN = "Pages of {} may not ask this server; programs send no Origin."
 TOO_MANY = f"{MAX_REQUESTS} requests are being answered: come back in a moment."
@@ -24,10 +25,18 @@ TOO_MANY = f"{MAX_REQUESTS} requests are being answered: come back in a moment."
 class Guard:
     """Lets requests through to an application that it may see."""
 
-    def __init__(self, app: ASGIApp, *, is_local: bool, most: int = MAX_REQUESTS) -> None:
-        """`is_local`: the server listens on a loopback address, and so has no other name."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        is_local: bool,
+        names: Collection[str] = (),
+        most: int = MAX_REQUESTS,
+    ) -> None:
+        """`is_local`: it listens on a loopback address, and so has no other names than these."""
         self._app = app
         self._is_local = is_local
+        self._names = frozenset(name.lower() for name in names)
         self._room = most
         self.statuses: Counter[int] = Counter()
         "How many responses had which status."
@@ -62,19 +71,14 @@ class Guard:
 
     def _check(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
+        name = _parts(f"//{host}").hostname or ""
         # Against DNS rebinding: a page whose name was made to lead here is a page of that name.
-        if self._is_local and not is_local_name(_parts(f"//{host}").hostname or ""):
+        if self._is_local and not is_loopback(name) and name not in self._names:
             raise RequestError("misdirected", WRONG_HOST.format(host[:80]))
-        if origin is not None and _parts(origin).netloc != host:
-            raise RequestError("forbidden", WRONG_ORIGIN.format(origin[:80]))
-
-
-def is_local_name(host: str) -> bool:
-    """Return whether a host name or address always means the machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        if origin is not None:
+            page = _parts(origin)
+            if page.netloc != host and (page.hostname or "") not in self._names:
+                raise RequestError("forbidden", WRONG_ORIGIN.format(origin[:80]))
 
 
 def _parts(url: str) -> SplitResult:

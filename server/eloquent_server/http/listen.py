@@ -5,17 +5,18 @@ import contextlib
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, cast
 
 import uvicorn
 
+from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent_server.http.app import Behind, Front
-from eloquent_server.http.connections import Connection, Door
-from eloquent_server.http.guard import Guard, is_local_name
+from eloquent_server.http.connections import Connection, Connections
+from eloquent_server.http.guard import Guard
 
 MAX_HEADER_BYTES = 1 << 15
 STOP_S = 2
@@ -33,15 +34,17 @@ class _Server(uvicorn.Server):
 class HttpListener:
     """Answers HTTP at one address."""
 
-    def __init__(self, front: Front, socket_: socket.socket, door: Door, *, is_local: bool) -> None:
+    def __init__(
+        self, front: Front, socket_: socket.socket, guard: Guard, all_: Connections
+    ) -> None:
         """Use `listen`."""
         self._front = front
         self._socket = socket_
-        self._door = door
-        self._guard = Guard(front.app(), is_local=is_local)
+        self._guard = guard
+        self._all = all_
         config = uvicorn.Config(
             self._guard,
-            http=cast(Any, partial(Connection, self._door)),
+            http=cast(Any, partial(Connection, self._all)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -63,7 +66,7 @@ class HttpListener:
     @property
     def connections(self) -> int:
         """How many connections are open."""
-        return len(self._door.open)
+        return len(self._all.open)
 
     @property
     def readers(self) -> int:
@@ -73,7 +76,7 @@ class HttpListener:
     @property
     def refused(self) -> Counter[str]:
         """How many connections were refused or given up, by reason."""
-        return self._door.refused
+        return self._all.refused
 
     @property
     def statuses(self) -> Counter[int]:
@@ -89,7 +92,7 @@ class HttpListener:
         context = certificate.tls()
         # Most HTTP programs know TLS 1.3; some still do not.
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._door.tls = lambda: context
+        self._all.tls = lambda: context
 
     def open(self) -> None:
         """Begin to answer."""
@@ -98,11 +101,11 @@ class HttpListener:
     async def close(self) -> None:
         """Tell all readers that nothing more comes, end their connections, release the port."""
         self._front.readers.close()
-        self._door.waiting.close()
+        self._all.waiting.close()
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
-        for connection in list(self._door.open):
+        for connection in list(self._all.open):
             connection.give_up()
 
 
@@ -112,11 +115,13 @@ async def listen(
     behind: Behind,
     *,
     certificate: ServerCertificate | None = None,
-    door: Door | None = None,
+    names: Collection[str] = (),
+    connections: Connections | None = None,
 ) -> HttpListener:
     """Listen on a TCP address; `port` 0 takes a free one (`HttpListener.port` tells).
 
-    Without a certificate it is plain HTTP. `door` has the bounds on connections.
+    Without a certificate it is plain HTTP. `names` are hosts as which it is known where something
+    in front of it, such as a reverse proxy, passes its own name on.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -133,8 +138,9 @@ async def listen(
             f"Cannot listen on {host}, TCP port {port}: {reason}. Choose another address with "
             "--http HOST:PORT."
         ) from error
-    is_local = is_local_name(str(address[0]))
-    listener = HttpListener(Front(behind), socket_, door or Door(), is_local=is_local)
+    front = Front(behind)
+    guard = Guard(front.app(), is_local=is_loopback(str(address[0])), names=names)
+    listener = HttpListener(front, socket_, guard, connections or Connections())
     if certificate is not None:
         listener.show(certificate)
     listener.open()

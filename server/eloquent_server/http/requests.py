@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 
 from eloquent.core.wire import MAX_KEY_BYTES, MAX_REQUEST_BODY_BYTES, SECRET_BYTES, TURN_ID_BYTES
 from eloquent.errors import RequestError
-from eloquent_server.turns import UNKNOWN_TURN
+from eloquent_server.opening import UNKNOWN_TURN
 
 TURN_HEADER = "X-Eloquent-Turn"
 SECRET_HEADER = "X-Eloquent-Secret"  # noqa: S105 - a name
