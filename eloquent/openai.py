@@ -161,21 +161,30 @@ class Chunks:
         return chunks
 
 
+def check_event(event: Event) -> None:
+    """Do nothing if an answer with this event may still be whole.
+
+    Raises:
+        RequestError: it failed (the failure's own code) or was `cancelled`.
+    """
+    if isinstance(event, Failure):
+        raise RequestError(event.code, event.message)
+    if isinstance(event, End) and event.finish_reason in _NOT_GOOD:
+        raise RequestError(*_NOT_GOOD[event.finish_reason])
+
+
 def completion(events: Sequence[Event], *, turn_id: str, model: str, created: int) -> JsonObject:
     """Return a whole answer as a `chat.completion`; the arguments are those of `Chunks`.
 
     Raises:
-        RequestError: the answer failed (the failure's own code) or was `cancelled`.
+        RequestError: the answer is not whole; see `check_event`.
         ValueError: the events have no `End`.
     """
     for event in events:
-        if isinstance(event, Failure):
-            raise RequestError(event.code, event.message)
+        check_event(event)
     end = events[-1] if events else None
     if not isinstance(end, End):
         raise ValueError("the answer's events do not end with its End")
-    if end.finish_reason in _NOT_GOOD:
-        raise RequestError(*_NOT_GOOD[end.finish_reason])
     said: JsonObject = {"message": _message(events)}
     logprobs = [token for each in events if isinstance(each, Logprobs) for token in each.tokens]
     said["logprobs"] = _logprobs(logprobs) if logprobs else None

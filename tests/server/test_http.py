@@ -265,6 +265,25 @@ async def test_a_cancelled_turn_goes_on_with_an_error_and_no_done() -> None:
     assert not sent.is_done
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_turn_that_was_cancelled_before_its_first_word_has_an_errors_status(
+    *, is_streamed: bool
+) -> None:
+    backend, given = Scripted(free=0), names()
+    chat = {**CHAT, "stream": is_streamed}
+    async with front_with(backend, grace_s=0.01) as front:
+
+        async def ask() -> Any:
+            return await front.http.post("/v1/chat/completions", json=chat, headers=given)
+
+        asking = asyncio.ensure_future(ask())
+        await until_true(lambda: backend.asked == 1)
+        asking.cancel()
+        await asyncio.wait_for(backend.over.wait(), DEADLINE_S)  # Nobody came back in time.
+        again = await ask()
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "cancelled")
+
+
 async def test_foreign_and_unknown_turns_are_alike() -> None:
     async with front_with(Scripted()) as front:
         known = await front.http.post("/v1/chat/completions", json=CHAT)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from eloquent.core.events import Event, Failure
+from eloquent.core.events import Event
 from eloquent.errors import RequestError
 from eloquent.openai import (
     DONE,
     Chunks,
     JsonObject,
+    check_event,
     comment,
     completion,
     error_body,
@@ -139,8 +140,8 @@ class Answer:
             is_enough = reader.is_done or (self._form.begins_at_once and reader.is_accepted)
             if is_enough or reader.is_gone or not await reader.wait(until - loop.time()):
                 return []
-        if not self._form.begins_at_once and isinstance(failure := pieces[0].event, Failure):
-            raise RequestError(failure.code, failure.message)
+        if not self._form.begins_at_once:
+            check_event(pieces[0].event)
         return pieces
 
     async def _whole(self, pieces: list[Piece]) -> JsonObject:
