@@ -28,7 +28,7 @@ DRAINING = "The server is about to stop and takes no new turns: ask again in a m
 logger = logging.getLogger(__name__)
 
 
-class Door:
+class ClosableGate:
     """Lets new turns in until it is shut, by what `behind` says; an `Admission`.
 
     Readers of turns that there are come in all the same.
@@ -39,6 +39,7 @@ class Door:
         self._behind = behind
         self._now = now
         self._opens_at: float | None = None
+        "When it is likely to be open again; None: it is."
         self.open_turns = 0
         "How many were let in and are not over."
 
@@ -76,32 +77,30 @@ class Door:
 class Signals:
     """What the process is told from outside; the one owner of its signals."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take SIGTERM and SIGINT from now on."""
         self.stop = asyncio.Event()
         "The server is to stop."
         self.stop_now = asyncio.Event()
         "It is not to wait for anything."
+        self._loop = loop
         self._hung_up: list[Callable[[], object]] = []
-
-    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take SIGTERM and SIGINT."""
-        loop.add_signal_handler(signal.SIGTERM, self.on_terminate)
+        loop.add_signal_handler(signal.SIGTERM, self._on_terminate)
         loop.add_signal_handler(signal.SIGINT, self.end)
 
-    def on_hangup(self, loop: asyncio.AbstractEventLoop, do: Callable[[], object]) -> None:
+    def on_hangup(self, do: Callable[[], object]) -> None:
         """Have SIGHUP do this, too, and end the server no more."""
         self._hung_up.append(do)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-
-    def on_terminate(self) -> None:
-        """Stop when it suits; the second time at once."""
-        if self.stop.is_set():
-            self.stop_now.set()
-        self.stop.set()
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     def end(self) -> None:
         """Stop at once."""
         self.stop_now.set()
+        self.stop.set()
+
+    def _on_terminate(self) -> None:
+        if self.stop.is_set():
+            self.stop_now.set()
         self.stop.set()
 
     def _on_hangup(self) -> None:
@@ -109,20 +108,20 @@ class Signals:
             do()
 
 
-async def drain(door: Door, hub: TurnHub, signals: Signals, timeout_s: float) -> None:
+async def drain(gate: ClosableGate, hub: TurnHub, signals: Signals, timeout_s: float) -> None:
     """Let no new turn in, and wait until the others are over and read, or `timeout_s` is over.
 
     Returns earlier when the server is to stop at once.
     """
     if signals.stop_now.is_set():
         return
-    door.shut(timeout_s)
+    gate.shut(timeout_s)
     logger.info(
         "stopping: %d turns under way, %d readers, %g s at most",
         *(hub.generating, hub.readers, timeout_s),
     )
     ends_at = asyncio.get_running_loop().time() + timeout_s
-    while door.open_turns or hub.generating or hub.readers:
+    while gate.open_turns or hub.generating or hub.readers:
         left_s = ends_at - asyncio.get_running_loop().time()
         if left_s <= 0:
             logger.warning(

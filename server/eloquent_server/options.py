@@ -24,6 +24,10 @@ class ServerOptions:
     "Address to listen on."
     port: int = DEFAULT_PORT
     "UDP port, and TCP port of the same number for WebSocket; 0 takes a free one."
+    http: str | None = None
+    """Also answer OpenAI's API over HTTP at this [HOST:]PORT, of this machine alone if there is no
+    host. `/health`, `/ready` and `/metrics` are there, too. It is HTTPS where the certificate is
+    from files (--cert) and the address is not loopback."""
     model: str | None = None
     """The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
     (says your words back; needs no torch); the embedded one if it is left out. With --upstream

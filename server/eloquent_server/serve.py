@@ -2,9 +2,7 @@
 
 import asyncio
 import datetime
-import importlib.util
 import os
-import random
 import sys
 import threading
 import time
@@ -20,17 +18,15 @@ from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.qlog import QlogDirectory
 from eloquent.serving import TurnService
 from eloquent.websocket import server as websocket
-from eloquent_server import models
 from eloquent_server.admission import open_gate
-from eloquent_server.backends import echo
-from eloquent_server.backends.base import Backend
-from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.loading import LoadingBackend
-from eloquent_server.backends.local import LocalBackend
 from eloquent_server.certificates import chosen_certificate, follow, url_of
-from eloquent_server.drain import Door, Signals, drain, notify
+from eloquent_server.drain import ClosableGate, Signals, drain, notify
+from eloquent_server.front import Core, is_for_others, open_front, url_of_front
 from eloquent_server.gateway import Gateway
+from eloquent_server.metered import MeteredBackend
 from eloquent_server.options import ServerOptions
+from eloquent_server.starting import start_backend
 from eloquent_server.state import open_tickets
 from eloquent_server.store_types import TurnStore
 from eloquent_server.stores import open_turn_store
@@ -41,6 +37,9 @@ from eloquent_server.turns import TurnHub
 READY_PREFIX = "LISTENING"
 "The line on standard output that tells a parent process the server's URL."
 
+HTTP_PREFIX = "HTTP"
+"With --http a second line says where that is answered."
+
 TIDY_EVERY_S = 60.0
 
 FREE_PORT_TRIES = 10
@@ -48,57 +47,6 @@ FREE_PORT_TRIES = 10
 
 STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
-
-
-async def start_backend(options: ServerOptions) -> Backend:
-    """Return the backend that the options ask for, when it is fetched, loaded or looked at.
-
-    Raises:
-        ConfigurationError: there is no such model, or it cannot be loaded; an engine's URL or key
-            is missing or wrong.
-    """
-    if options.upstream:
-        return await _start_upstreams(options)
-    model = options.model or models.EMBEDDED_MODEL
-    if model == echo.NAME:
-        return EchoBackend()
-    progress = models.progress_printer(sys.stderr)
-    return await LocalBackend.start(
-        model,
-        device=options.device,
-        precision=options.precision,
-        kv=options.kv,
-        progress=progress,
-    )
-
-
-async def _start_upstreams(options: ServerOptions) -> Backend:
-    if importlib.util.find_spec("httpx2") is None:
-        raise ConfigurationError(
-            "--upstream needs httpx2, which is not installed: pip install 'eloquent-stream[server]'"
-        )
-    from eloquent_server.backends.upstream import FIRST_BYTE_S, Patience
-    from eloquent_server.backends.upstreams import UpstreamBackend
-
-    key, idle_s = "", options.upstream_timeout
-    if options.upstream_key_env is not None:
-        key = os.environ.get(options.upstream_key_env, "").strip()
-        if not key:
-            raise ConfigurationError(
-                f"--upstream-key-env names {options.upstream_key_env}, and no such variable is set "
-                "in the server's environment. Put the engine's key there."
-            )
-    backend = UpstreamBackend(
-        options.upstream,
-        model=options.model or "",
-        key=key,
-        salt=options.upstream_salt,
-        continues=options.upstream_continues,
-        patience=Patience(first_byte_s=max(FIRST_BYTE_S, idle_s), idle_s=idle_s),
-        rng=random.Random(),  # noqa: S311 (it spreads probes)
-    )
-    await backend.start()
-    return backend
 
 
 async def run_server(options: ServerOptions) -> None:
@@ -112,69 +60,91 @@ async def run_server(options: ServerOptions) -> None:
         StoreError: the turns cannot be kept where they are to be.
     """
     loop = asyncio.get_running_loop()
-    signals = Signals()
-    signals.watch(loop)
+    signals = Signals(loop)
     if options.exit_with_parent:
         _watch_parent(loop, signals.end)
-    make_sender = scheme(options.scheme)
-    marks, records = marking_with(
-        options.ecn,
-        has_tuning=options.swiftqueue_tuning,
-        records=options.swiftqueue_records,
-        split=options.swiftqueue_records_split,
-    )
-    qlog = None if options.qlog is None else QlogDirectory(options.qlog)
-    gate = open_gate(options.keys, host=options.host, max_turns=options.max_turns)
-    if options.keys is not None:
-        signals.on_hangup(loop, gate.reload)
-    now = datetime.datetime.now(datetime.UTC)
-    certificate, files = chosen_certificate(options, now)
     async with AsyncExitStack() as stack:
-        if records is not None:
-            stack.push_async_callback(records.close)  # after the last connection's end
-        store = await open_turn_store(options)
-        stack.push_async_callback(store.close)
-        # Readers of turns that are stored need no model, and would take a closed port for the end.
-        backend = LoadingBackend(start_backend(options))
-        stack.push_async_callback(backend.close)
-        _work(stack, _tidy(store))
-        door = Door(gate, loop.time)
-        gateway = Gateway(backend, tenant_of=tenants(options.state))
-        hub = TurnHub(gateway.handle, store, admission=door, go_on=gateway.go_on)
-        listen = partial(
-            quic.listen,
-            options.host,
-            certificate=certificate,
-            service=hub,
-            make_sender=make_sender,
-            padding=options.padding,
-            marking=marks,
-            qlog=qlog,
-            tickets=open_tickets(options.state),
-        )
-        over_udp, over_tcp = await _listen(stack, listen, options, certificate, hub)
-        shown = [over_udp.show]
-        if over_tcp is not None:
-            shown.append(over_tcp.show)
-        if files is not None:
-            asked = asyncio.Event()
-            signals.on_hangup(loop, asked.set)
-            _work(stack, follow(files, shown, asked))
-        stack.push_async_callback(hub.close, is_restart=bool(options.state or options.store))
-        loading = asyncio.ensure_future(backend.ready())
+        core = await _open_core(stack, options, signals)
+        said = await _open_endpoints(stack, options, core, signals)
+        stack.push_async_callback(core.hub.close, is_restart=bool(options.state or options.store))
+        loading = asyncio.ensure_future(core.loading.ready())
         stopping = asyncio.ensure_future(signals.stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
             return
         loading.result()
-        hub.recover()
-        url = url_of(certificate, options.host, over_udp.port)
-        print(READY_PREFIX, url, flush=True)  # noqa: T201
+        core.hub.recover()
+        for line in said:
+            print(line, flush=True)  # noqa: T201
         notify("READY=1")
         await stopping
         notify("STOPPING=1")
-        await drain(door, hub, signals, options.drain_timeout)
+        await drain(core.gate, core.hub, signals, options.drain_timeout)
+
+
+async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Signals) -> Core:
+    """Open the store and begin to load the model; both end when `stack` is left."""
+    keys = open_gate(options.keys, host=options.host, max_turns=options.max_turns)
+    if options.keys is not None:
+        signals.on_hangup(keys.reload)
+    store = await open_turn_store(options)
+    stack.push_async_callback(store.close)
+    # Readers of turns that are stored need no model, and would take a closed port for the end.
+    loading = LoadingBackend(start_backend(options))
+    stack.push_async_callback(loading.close)
+    _work(stack, _tidy(store))
+    backend = MeteredBackend(loading)
+    gateway = Gateway(backend, tenant_of=tenants(options.state))
+    gate = ClosableGate(keys, asyncio.get_running_loop().time)
+    hub = TurnHub(gateway.handle, store, admission=gate, go_on=gateway.go_on)
+    return Core(hub=hub, gate=gate, loading=loading, backend=backend, store=store)
+
+
+async def _open_endpoints(
+    stack: AsyncExitStack, options: ServerOptions, core: Core, signals: Signals
+) -> list[str]:
+    """Listen until `stack` is left; return the lines that say where."""
+    certificate, files = chosen_certificate(options, datetime.datetime.now(datetime.UTC))
+    marks, records = marking_with(
+        options.ecn,
+        has_tuning=options.swiftqueue_tuning,
+        records=options.swiftqueue_records,
+        split=options.swiftqueue_records_split,
+    )
+    if records is not None:
+        stack.push_async_callback(records.close)  # after the last connection's end
+    listen = partial(
+        quic.listen,
+        options.host,
+        certificate=certificate,
+        service=core.hub,
+        make_sender=scheme(options.scheme),
+        padding=options.padding,
+        marking=marks,
+        qlog=None if options.qlog is None else QlogDirectory(options.qlog),
+        tickets=open_tickets(options.state),
+    )
+    over_udp, over_tcp = await _listen(stack, listen, options, certificate, core.hub)
+    shown = [over_udp.show] if over_tcp is None else [over_udp.show, over_tcp.show]
+    said = [f"{READY_PREFIX} {url_of(certificate, options.host, over_udp.port)}"]
+    if options.http is not None:
+        is_tls = files is not None and is_for_others(options.http)
+        front = await open_front(
+            options.http,
+            core,
+            quic=over_udp,
+            websocket=over_tcp,
+            certificate=certificate if is_tls else None,
+        )
+        stack.push_async_callback(front.close)
+        shown += [front.show] if is_tls else []
+        said.append(f"{HTTP_PREFIX} {url_of_front(options.http, front.port, is_tls=is_tls)}")
+    if files is not None:
+        asked = asyncio.Event()
+        signals.on_hangup(asked.set)
+        _work(stack, follow(files, shown, asked))
+    return said
 
 
 async def _listen(

@@ -16,10 +16,12 @@ from eloquent.errors import RequestError
 from eloquent.session.session import Session
 from eloquent.url import ServerUrl
 from eloquent_server.admission import LOCAL, Gate
-from eloquent_server.drain import MIN_RETRY_AFTER_S, Door, notify
+from eloquent_server.drain import MIN_RETRY_AFTER_S, ClosableGate, notify
 
 WORDS = " ".join(f"word{number}" for number in range(100))
-"""Two seconds of the echo backend."""
+"Two seconds of the echo backend."
+LONG = " ".join(f"word{number}" for number in range(3000))
+"A minute of it."
 
 
 def body(text: str) -> bytes:
@@ -33,11 +35,11 @@ def text_of(events: list[Event]) -> str:
 class Reading:
     """An answer that is being read."""
 
-    def __init__(self, url: ServerUrl) -> None:
+    def __init__(self, url: ServerUrl, text: str) -> None:
         self._session = Session(url)
         self.events: list[Event] = []
         self._begun = asyncio.Event()
-        self._task = asyncio.ensure_future(self._read())
+        self._task = asyncio.ensure_future(self._read(text))
 
     async def begun(self) -> None:
         """Wait for the first event."""
@@ -55,15 +57,15 @@ class Reading:
         await asyncio.wait((self._task,))
         await self._session.close()
 
-    async def _read(self) -> None:
-        async for event in self._session.ask(body(WORDS)):
+    async def _read(self, text: str) -> None:
+        async for event in self._session.ask(body(text)):
             self.events.append(event)
             self._begun.set()
 
 
 @asynccontextmanager
-async def reading(server: ServerProcess) -> AsyncIterator[Reading]:
-    found = Reading(server.url)
+async def reading(server: ServerProcess, text: str) -> AsyncIterator[Reading]:
+    found = Reading(server.url, text)
     try:
         await found.begun()
         yield found
@@ -86,7 +88,7 @@ async def refusal(url: ServerUrl) -> RequestError:
 
 async def test_answers_end_and_no_new_ones_begin(tmp_path: Path) -> None:
     async with server_process(tmp_path, "--log-level", "info") as server:
-        async with reading(server) as answer:
+        async with reading(server, WORDS) as answer:
             server.signal(signal.SIGTERM)
             await server.says("stopping: 1 turns under way")
             refused = await refusal(server.url)
@@ -109,32 +111,33 @@ async def test_a_second_signal_and_an_interrupt_stop_at_once(
     numbers: tuple[signal.Signals, ...], tmp_path: Path
 ) -> None:
     options = ("--drain-timeout", "1000000", "--log-level", "info")
-    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+    async with server_process(tmp_path, *options) as server, reading(server, LONG) as answer:
         for number in numbers:
             server.signal(number)
             if number is not numbers[-1]:
                 await server.says("stopping: 1 turns under way")
         text = await answer.whole()
         assert await server.wait() == 0
-        assert text != WORDS
-        assert WORDS.startswith(text)
+        assert text != LONG
+        assert LONG.startswith(text)
         assert any(isinstance(event, Failure) for event in answer.events)
 
 
 async def test_what_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
     options = ("--drain-timeout", "0.2")
-    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+    async with server_process(tmp_path, *options) as server, reading(server, LONG) as answer:
         server.signal(signal.SIGTERM)
         text = await answer.whole()
         assert await server.wait() == 0
-        assert WORDS.startswith(text)
+        assert text != LONG
+        assert LONG.startswith(text)
         assert any(isinstance(event, Failure) for event in answer.events)
         assert "stopping with 1 turns under way" in server.log
 
 
 async def test_with_a_state_directory_it_goes_on_after_the_restart(tmp_path: Path) -> None:
     options = ("--state", str(tmp_path / "state"), "--drain-timeout", "0.2")
-    async with server_process(tmp_path, *options) as server, reading(server) as answer:
+    async with server_process(tmp_path, *options) as server, reading(server, WORDS) as answer:
         server.signal(signal.SIGTERM)
         assert await server.wait() == 0
         port = str(server.url.port)
@@ -166,18 +169,18 @@ def test_systemd_that_is_gone_stops_nobody(
     assert not caplog.records
 
 
-def test_a_shut_door_says_when_to_come_back() -> None:
+def test_a_shut_gate_says_when_to_come_back() -> None:
     times = [10.0]
-    door = Door(Gate(), lambda: times[-1])
-    door.admit(door.principal(""), 5)
-    assert (door.open_turns, door.is_shut) == (1, False)
-    door.shut(30.0)
+    gate = ClosableGate(Gate(), lambda: times[-1])
+    gate.admit(gate.principal(""), 5)
+    assert (gate.open_turns, gate.is_shut) == (1, False)
+    gate.shut(30.0)
     for now, wait_s in ((15.0, 25.0), (39.5, MIN_RETRY_AFTER_S), (100.0, MIN_RETRY_AFTER_S)):
         times.append(now)
         with pytest.raises(RequestError) as refused:
-            door.admit(LOCAL, 5)
+            gate.admit(LOCAL, 5)
         assert refused.value.code == "overloaded"
         assert refused.value.retry_after_s == wait_s
-    assert door.principal("") == LOCAL, "readers of what there is come in"
-    door.ended(LOCAL, 100)
-    assert (door.open_turns, door.is_shut) == (0, True)
+    assert gate.principal("") == LOCAL, "readers of what there is come in"
+    gate.ended(LOCAL, 100)
+    assert (gate.open_turns, gate.is_shut) == (0, True)

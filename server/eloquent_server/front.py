@@ -1,0 +1,126 @@
+"""The HTTP front that the options ask for, with metrics of all parts of the server."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eloquent.addresses import is_loopback
+from eloquent.errors import ConfigurationError
+from eloquent.quic.certificate import ServerCertificate
+from eloquent.quic.listen import Listener
+from eloquent.websocket.server import WebSocketListener
+from eloquent_server.backends.loading import LoadingBackend
+from eloquent_server.drain import DRAINING, ClosableGate
+from eloquent_server.metered import MeteredBackend
+from eloquent_server.store_types import TurnStore
+from eloquent_server.turns import TurnHub
+
+if TYPE_CHECKING:
+    from eloquent_server.http.listen import HttpListener
+
+LOADING = "The model is loading."
+
+LOCALHOST = "127.0.0.1"
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Core:
+    """What answers turns, whoever brings them."""
+
+    hub: TurnHub
+    gate: ClosableGate
+    "The hub's admission."
+    loading: LoadingBackend
+    backend: MeteredBackend
+    "The same, measured."
+    store: TurnStore
+
+    def why_not_ready(self) -> str:
+        """Return why it takes no turns now; empty: it does."""
+        if self.gate.is_shut:
+            return DRAINING
+        return LOADING if self.loading.backend is None else ""
+
+
+async def open_front(
+    address: str,
+    core: Core,
+    *,
+    quic: Listener,
+    websocket: WebSocketListener | None,
+    certificate: ServerCertificate | None,
+) -> "HttpListener":
+    """Answer HTTP at an address of the form [HOST:]PORT; with a certificate it is HTTPS.
+
+    `quic` and `websocket` are measured, too.
+
+    Raises:
+        ConfigurationError: the address is none, or cannot be had, or packages are missing.
+    """
+    host, port = address_of(address)
+    try:
+        from eloquent_server.http.app import Behind
+        from eloquent_server.http.listen import listen
+        from eloquent_server.metrics import Metrics, Sources
+    except ImportError as error:
+        raise ConfigurationError(
+            f"--http needs packages that are not installed ({error}): pip install "
+            "'eloquent-stream[server]'."
+        ) from error
+
+    async def scrape() -> tuple[bytes, str]:
+        return await metrics.scrape()
+
+    behind = Behind(
+        hub=core.hub,
+        admission=core.gate,
+        models=lambda: core.loading.models,
+        why_not_ready=core.why_not_ready,
+        metrics=scrape,
+    )
+    front = await listen(host, port, behind, certificate=certificate)
+    metrics = Metrics(
+        Sources(
+            backend=core.backend,
+            hub=core.hub,
+            store=core.store,
+            quic=quic,
+            websocket=websocket,
+            http=front,
+            inner=lambda: core.loading.backend,
+        )
+    )
+    return front
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """Read [HOST:]PORT; IPv6 addresses stand in brackets.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise ConfigurationError(
+            f"{text!r} is no address for --http: write a port, or HOST:PORT, as in 8080 or "
+            "0.0.0.0:8080 or [::]:8080."
+        )
+    return host.removeprefix("[").removesuffix("]") or LOCALHOST, int(port)
+
+
+def is_for_others(address: str) -> bool:
+    """Return whether other machines reach the address.
+
+    Programs on this one, such as a reverse proxy, reach it under no name of a certificate.
+
+    Raises:
+        ConfigurationError: it is no address.
+    """
+    return not is_loopback(address_of(address)[0])
+
+
+def url_of_front(address: str, port: int, *, is_tls: bool) -> str:
+    """Return where a front that listens at `port` is found."""
+    host = address_of(address)[0]
+    host = f"[{host}]" if ":" in host else host
+    return f"http{'s' if is_tls else ''}://{host}:{port}"
