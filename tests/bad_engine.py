@@ -117,7 +117,7 @@ class BadEngine:
         self._tasks.add(task)
         self.connections += 1
         try:
-            with suppress(ConnectionError, asyncio.IncompleteReadError):
+            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while True:
                     await self._answer(await _read(reader, writer), reader)
         finally:

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import httpx2
@@ -43,6 +43,10 @@ NOT_A_STREAM = (
     "The engine behind this server answered with {} where a stream was due, so there is no answer. "
     "Tell whoever runs the server."
 )
+
+Headers = list[tuple[str, str]]
+
+_STREAM = [("Content-Type", "application/json"), ("Accept", "text/event-stream")]
 
 logger = logging.getLogger(__name__)
 
@@ -123,37 +127,69 @@ class Upstream:
         Raises:
             UpstreamError: it does not answer, or not to the end.
         """
-        self.in_flight += 1
         try:
-            response = await self._send(body)
-            try:
+            async with self.asked("POST", b"/chat/completions", _STREAM, body) as response:
+                await self._check(response)
                 async with aclosing(self._read(response, model)) as events:
                     async for event in events:
                         yield event
-            finally:
-                await response.aclose()
         except UpstreamError as error:
             if error.code.startswith("upstream"):
                 logger.warning("engine %s: %s (%s)", self.name, error.code, error.detail)
             raise
+
+    @asynccontextmanager
+    async def asked(
+        self, method: str, target: bytes, headers: Headers, body: bytes
+    ) -> AsyncIterator[httpx2.Response]:
+        """Send a request, and have its response, of which the head is there.
+
+        `target` is a path below the engine's URL, perhaps with a query, as it goes on the wire.
+
+        Raises:
+            UpstreamError: it cannot be reached, or does not answer.
+        """
+        url = self._base.copy_with(raw_path=self._base.raw_path + target)
+        request = self._client.build_request(method, url, content=body, headers=headers)
+        self.in_flight += 1
+        try:
+            response = await self._send(request)
+            try:
+                yield response
+            finally:
+                await response.aclose()
         finally:
             self.in_flight -= 1
 
-    async def _send(self, body: bytes) -> httpx2.Response:
-        """Return the response once its head is there, and is that of a stream."""
-        request = self._client.build_request(
-            "POST",
-            self._url("chat/completions"),
-            content=body,
-            headers={"Content-Type": "application/json", "Accept": "text/event-stream"},
-        )
+    async def paced(
+        self, pieces: AsyncGenerator[bytes], wait_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[bytes]:
+        """Yield the pieces of a response, and close them.
+
+        `wait_s` tells for how long the next may take; the first has its own time.
+
+        Raises:
+            UpstreamError: one does not come.
+        """
+        waited_s = self._patience.first_byte_s
+        async with aclosing(pieces):
+            while True:
+                try:
+                    async with asyncio.timeout(waited_s):
+                        piece = await anext(pieces, None)
+                except TimeoutError as error:
+                    raise _too_slow(waited_s) from error
+                except httpx2.RequestError as error:
+                    raise _broken(error) from error
+                if piece is None:
+                    return
+                yield piece
+                waited_s = self._patience.idle_s if wait_s is None else wait_s()
+
+    async def _send(self, request: httpx2.Request) -> httpx2.Response:
         try:
             async with asyncio.timeout(self._patience.first_byte_s):
-                response = await self._client.send(request, stream=True)
-                kind = response.headers.get("content-type", "")
-                if response.status_code == 200 and kind.startswith("text/event-stream"):
-                    return response
-                said = await _read_some(response)
+                return await self._client.send(request, stream=True)
         except TimeoutError as error:
             raise _too_slow(self._patience.first_byte_s) from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -162,35 +198,46 @@ class Upstream:
             raise UpstreamError("upstream_error", message, detail=repr(error)) from error
         except httpx2.RequestError as error:
             raise _broken(error) from error
-        if response.status_code == 200:
+
+    async def _check(self, response: httpx2.Response) -> None:
+        """Raise the engine's error unless the response is a stream."""
+        kind = response.headers.get("content-type", "")
+        if response.status_code != 200:
+            said = await self._read_some(response)
+            retry_after = response.headers.get("retry-after", "")
+            raise EngineError.read(response.status_code, said, retry_after).as_upstream_error()
+        if not kind.startswith("text/event-stream"):
             detail = f"content type {kind!r}"
             raise UpstreamError("upstream_error", NOT_A_STREAM.format(kind or "?"), detail=detail)
-        retry_after = response.headers.get("retry-after", "")
-        raise EngineError.read(response.status_code, said, retry_after).as_upstream_error()
+
+    async def _read_some(self, response: httpx2.Response) -> bytes:
+        """Return a response's body, or nothing of one that is too large."""
+        said = bytearray()
+        async with aclosing(self.paced(response.aiter_bytes())) as pieces:
+            async for piece in pieces:
+                said += piece
+                if len(said) > MAX_BODY_BYTES:
+                    return b""
+        return bytes(said)
 
     async def _read(self, response: httpx2.Response, model: str) -> AsyncGenerator[Delta | Finish]:
         answer = AnswerDecoder(model)
-        wait_s = self._patience.first_byte_s
-        async with aclosing(response.aiter_bytes()) as pieces:
-            while answer.error is None:
-                try:
-                    async with asyncio.timeout(wait_s):
-                        piece = await anext(pieces, None)
-                except TimeoutError as error:
-                    if answer.has_ended:
+
+        def wait_s() -> float:
+            if not answer.has_ended:
+                return self._patience.idle_s
+            return REUSE_S if answer.is_done else USAGE_S
+
+        try:
+            async with aclosing(self.paced(response.aiter_bytes(), wait_s)) as pieces:
+                async for piece in pieces:
+                    for event in answer.feed(piece):
+                        yield event
+                    if answer.error is not None:
                         break
-                    raise _too_slow(wait_s) from error
-                except httpx2.RequestError as error:
-                    if answer.has_ended:
-                        break
-                    raise _broken(error) from error
-                if piece is None:
-                    break
-                for event in answer.feed(piece):
-                    yield event
-                wait_s = self._patience.idle_s
-                if answer.has_ended:
-                    wait_s = REUSE_S if answer.is_done else USAGE_S
+        except UpstreamError:
+            if not answer.has_ended:
+                raise
         yield answer.finish()
 
     async def _is_well(self) -> bool:
@@ -245,19 +292,6 @@ def _base_of(url: str) -> httpx2.URL:
             "https://HOST/v1, as OpenAI's clients take it for `base_url`."
         )
     return base.copy_with(path=base.path.rstrip("/") or "/v1")
-
-
-async def _read_some(response: httpx2.Response) -> bytes:
-    """Return a response's body, or nothing of one that is too large, and be done with it."""
-    said = bytearray()
-    try:
-        async for piece in response.aiter_bytes():
-            said += piece
-            if len(said) > MAX_BODY_BYTES:
-                return b""
-    finally:
-        await response.aclose()
-    return bytes(said)
 
 
 def _too_slow(after_s: float) -> UpstreamError:

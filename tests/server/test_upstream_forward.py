@@ -1,0 +1,138 @@
+"""Requests that are no chats, passed on to engines: whole, to the right one, and given up."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from bad_engine import Asked, BadEngine, Handler, say_hello
+
+from eloquent.errors import RequestError
+from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.backends.upstream import Patience
+from eloquent_server.backends.upstream_forward import UpstreamForward
+from eloquent_server.backends.upstreams import UpstreamBackend
+from eloquent_server.http.forwarding import Forwarded, PassThrough
+
+DEADLINE_S = 30.0
+"Ends a hang; decides nothing."
+
+JSON = [("Content-Type", "application/json")]
+
+
+@asynccontextmanager
+async def behind(*engines: BadEngine, path: str = "", **options: Any) -> AsyncIterator[PassThrough]:
+    urls = [each.url + path for each in engines]
+    backend = UpstreamBackend(urls, rng=random.Random(1), **options)
+    await backend.start()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield UpstreamForward(lambda: backend)
+    finally:
+        await backend.close()
+
+
+async def body_of(forwarded: Forwarded) -> bytes:
+    return b"".join([piece async for piece in forwarded.body])
+
+
+def replying(status: int, said: str, **headers: str) -> Handler:
+    async def handle(asked: Asked) -> None:
+        asked.reply(status, said, **headers)
+
+    return handle
+
+
+async def test_a_request_and_its_answer_go_through_as_they_are() -> None:
+    async with (
+        BadEngine(replying(418, "I am", X_Pot="tea")) as engine,
+        behind(engine, key="secret") as engines,
+    ):
+        answer = await engines.forward("PUT", "/v1/a%2Fb?c=%20d&e", [*JSON, ("X-Y", "z")], b"\0!")
+        assert (answer.status, await body_of(answer)) == (418, b"I am")
+        assert ("x-pot", "tea") in answer.headers
+        (asked,) = engine.chats
+    assert (asked.method, asked.path, asked.body) == ("PUT", "/v1/a%2Fb?c=%20d&e", b"\0!")
+    assert asked.headers["authorization"] == "Bearer secret"
+    assert (asked.headers["content-type"], asked.headers["x-y"]) == ("application/json", "z")
+
+
+async def test_an_engines_own_path_takes_the_place_of_ours() -> None:
+    async with BadEngine(replying(200, "")) as engine, behind(engine, path="/x/openai") as engines:
+        await body_of(await engines.forward("GET", "/v1/files", [], b""))
+        assert engine.chats[-1].path == "/x/openai/files"
+
+
+async def test_a_stream_comes_as_it_is_made_and_ends_when_nobody_wants_it() -> None:
+    async def half(asked: Asked) -> None:
+        asked.begin()
+        asked.piece(b"one")
+        await asked.is_gone.wait()
+
+    async with BadEngine(half) as engine, behind(engine) as engines:
+        answer = await engines.forward("POST", "/v1/responses", JSON, b"{}")
+        async with aclosing(cast(Any, answer.body)) as pieces:
+            assert await anext(pieces) == b"one"
+        await engine.chats[0].is_gone.wait()
+
+
+async def test_an_engine_that_falls_silent() -> None:
+    async def half(asked: Asked) -> None:
+        asked.begin()
+        asked.piece(b"one")
+        await asked.is_gone.wait()
+
+    async with (
+        BadEngine(half) as engine,
+        behind(engine, patience=Patience(idle_s=0.05)) as engines,
+    ):
+        answer = await engines.forward("POST", "/v1/responses", JSON, b"{}")
+        with pytest.raises(RequestError, match="without a word") as raised:
+            await body_of(answer)
+    assert raised.value.code == "upstream_timeout"
+
+
+async def test_the_engine_is_one_that_has_the_model() -> None:
+    async with BadEngine(say_hello, "a") as first, BadEngine(say_hello, "b") as second:
+        async with behind(first, second) as engines:
+            for model in ("b", "b", "a"):
+                said = json.dumps({"model": model, "input": "hi"}).encode()
+                await body_of(await engines.forward("POST", "/v1/embeddings", JSON, said))
+        assert (len(first.chats), len(second.chats)) == (1, 2)
+
+
+async def test_a_salt_of_the_clients_is_dropped() -> None:
+    async with BadEngine(replying(200, "")) as engine, behind(engine) as engines:
+        said = b'{"cache_salt":"mine","prompt":"hi","top_p":0.10}'
+        await body_of(await engines.forward("POST", "/v1/completions", JSON, said))
+        assert engine.chats[0].body == b'{"prompt":"hi","top_p":0.10}'
+
+
+async def test_a_request_that_was_taken_goes_to_no_other_engine() -> None:
+    async def breaking(asked: Asked) -> None:
+        asked.hang_up()
+
+    first, second = BadEngine(breaking), BadEngine(breaking)
+    async with first, second, behind(first, second) as engines:
+        with pytest.raises(RequestError) as raised:
+            await engines.forward("POST", "/v1/batches", JSON, b"{}")
+        assert len(first.chats) + len(second.chats) == 1
+    assert raised.value.code == "upstream_error"
+
+
+async def test_another_engine_is_asked_where_one_cannot_be_reached() -> None:
+    gone, there = BadEngine(), BadEngine(replying(200, "here"))
+    async with gone, there, behind(gone, there) as engines:
+        await gone.__aexit__()
+        answer = await engines.forward("POST", "/v1/batches", JSON, b"{}")
+        assert await body_of(answer) == b"here"
+
+
+@pytest.mark.parametrize("backend", [None, EchoBackend()])
+async def test_before_the_engines_are_known_nothing_is_passed_on(backend: Any) -> None:
+    with pytest.raises(RequestError) as raised:
+        await UpstreamForward(lambda: backend).forward("GET", "/v1/files", [], b"")
+    assert raised.value.code == "unavailable"
