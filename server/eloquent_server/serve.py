@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import logging
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ from eloquent_server.admission import open_gate
 from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.certificates import chosen_certificate, follow, url_of
 from eloquent_server.drain import ClosableGate, Signals, drain, notify
-from eloquent_server.front import Core, is_for_others, open_front, url_of_front
+from eloquent_server.front import Core, address_of, is_for_others, open_front, url_of_front
 from eloquent_server.gateway import Gateway
 from eloquent_server.metered import MeteredBackend
 from eloquent_server.options import ServerOptions
@@ -40,6 +41,11 @@ READY_PREFIX = "LISTENING"
 HTTP_PREFIX = "HTTP"
 "With --http a second line says where that is answered."
 
+PLAIN = (
+    "HTTP at %s is not encrypted: whoever is on the way reads keys and conversations. Give a "
+    "certificate (--cert), or listen on this machine alone, behind a proxy that has one."
+)
+
 TIDY_EVERY_S = 60.0
 
 FREE_PORT_TRIES = 10
@@ -47,6 +53,8 @@ FREE_PORT_TRIES = 10
 
 STOP_DEADLINE_S = 3.0
 "After the parent's end, a server that is still loading is ended the hard way."
+
+logger = logging.getLogger(__name__)
 
 
 async def run_server(options: ServerOptions) -> None:
@@ -85,7 +93,7 @@ async def run_server(options: ServerOptions) -> None:
 
 async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Signals) -> Core:
     """Open the store and begin to load the model; both end when `stack` is left."""
-    keys = open_gate(options.keys, host=options.host, max_turns=options.max_turns)
+    keys = open_gate(options.keys, host=_most_open(options), max_turns=options.max_turns)
     if options.keys is not None:
         signals.on_hangup(keys.reload)
     store = await open_turn_store(options)
@@ -130,6 +138,8 @@ async def _open_endpoints(
     said = [f"{READY_PREFIX} {url_of(certificate, options.host, over_udp.port)}"]
     if options.http is not None:
         is_tls = files is not None and is_for_others(options.http)
+        if is_for_others(options.http) and not is_tls:
+            logger.warning(PLAIN, options.http)
         front = await open_front(
             options.http,
             core,
@@ -181,6 +191,12 @@ async def _listen(
             stack.push_async_callback(over_udp.close)
             stack.push_async_callback(over_tcp.close)
             return over_udp, over_tcp
+
+
+def _most_open(options: ServerOptions) -> str:
+    """Return the one of the hosts to listen on that more people reach."""
+    is_open = options.http is not None and is_for_others(options.http)
+    return address_of(options.http)[0] if is_open and options.http else options.host
 
 
 def _work(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
