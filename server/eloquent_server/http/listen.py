@@ -131,7 +131,7 @@ async def listen(
         family, _, _, _, address = (
             await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         )[0]
-        socket_ = socket.create_server(cast(Any, address[:2]), family=family)
+        socket_ = _socket_at(family, address)
     except (OSError, UnicodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
@@ -145,3 +145,22 @@ async def listen(
         listener.show(certificate)
     listener.open()
     return listener
+
+
+def _socket_at(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    """Return a socket that listens.
+
+    asyncio turns Nagle's algorithm off only where it sees that the protocol is TCP, which it does
+    not on what `socket.create_server` makes; each answer would wait 40 ms for an acknowledgement.
+    """
+    socket_ = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        socket_.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is socket.AF_INET6:
+            socket_.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        socket_.bind(address)
+        socket_.listen()
+    except OSError:
+        socket_.close()
+        raise
+    return socket_
