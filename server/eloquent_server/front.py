@@ -48,17 +48,20 @@ async def open_front(
     *,
     quic: Listener,
     websocket: WebSocketListener | None,
+    has_engines: bool,
     certificate: ServerCertificate | None,
 ) -> "HttpListener":
     """Answer HTTP at an address of the form [HOST:]PORT; with a certificate it is HTTPS.
 
-    `quic` and `websocket` are measured, too.
+    `quic` and `websocket` are measured, too. With `has_engines` what is no chat goes to those that
+    the backend has.
 
     Raises:
         ConfigurationError: the address is none, or cannot be had, or packages are missing.
     """
     host, port = address_of(address)
     try:
+        from eloquent_server.backends.upstream_forward import UpstreamForward
         from eloquent_server.http.app import Behind
         from eloquent_server.http.listen import listen
         from eloquent_server.metrics import Metrics, Sources
@@ -77,6 +80,7 @@ async def open_front(
         models=lambda: core.loading.models,
         why_not_ready=core.why_not_ready,
         metrics=scrape,
+        pass_through=UpstreamForward(lambda: core.loading.backend) if has_engines else None,
     )
     front = await listen(host, port, behind, certificate=certificate)
     metrics = Metrics(

@@ -145,6 +145,7 @@ async def _open_endpoints(
             core,
             quic=over_udp,
             websocket=over_tcp,
+            has_engines=bool(options.upstream),
             certificate=certificate if is_tls else None,
         )
         stack.push_async_callback(front.close)

@@ -119,6 +119,27 @@ async def test_a_certificate_from_files_needs_no_pin_and_is_read_anew_on_a_hangu
         assert await server.wait() == 0
 
 
+async def test_before_engines_it_passes_on_what_is_no_chat(tmp_path: Path) -> None:
+    """The engine is another server of ours."""
+    (tmp_path / "engine").mkdir()
+    async with server_process(tmp_path / "engine", "--http", "0") as engine:
+        behind = await front_of(engine)
+        options = ("--upstream", behind, "--http", "0")
+        async with (
+            server_process(tmp_path, *options) as server,
+            client(await front_of(server)) as http,
+        ):
+            assert await said_back(server.url, connect_quic) == "hello"
+            answer = await http.post("/v1/embeddings", json={"model": "echo", "input": "hello"})
+            assert answer.status_code == 404
+            assert answer.json()["error"]["code"] == "not_found"
+            metrics = (await http.get("/metrics")).text
+            assert 'vllm:request_success_total{engine="0",finished_reason="stop"' in metrics
+    async with client(behind) as http:
+        with pytest.raises(httpx2.ConnectError):
+            await http.get("/health")
+
+
 async def test_plain_http_and_no_keys_are_said_where_others_reach_it(tmp_path: Path) -> None:
     async with server_process(tmp_path, "--http", "0.0.0.0:0") as server:
         await front_of(server)
