@@ -246,7 +246,8 @@ class Client:
         snapshot = self.link
         for changes in self._watching:
             changes.put_nowait(snapshot)
-        self._on_link_state(state)
+        # Not from here: what it raises is no matter of the session's.
+        asyncio.get_running_loop().call_soon(self._on_link_state, state)
 
     async def _open(self, request: Request) -> tuple[Session, ClientTurn]:
         """Ask for a turn; a resume may leave with the first packet of the connection."""
@@ -255,6 +256,8 @@ class Client:
         try:
             await self._connect(session)
         except BaseException:
+            if not request.body:
+                session.detach(turn)  # it was to be read again: nobody has given the answer up
             turn.cancel()
             raise
         return session, turn

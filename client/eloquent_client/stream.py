@@ -333,7 +333,7 @@ class MessageStream:
         )
         return APITimeoutError(
             f"Nothing came for {self._patience.idle_timeout_s:g} s, and the answer was given up. "
-            f"{why}. Allow more with Client(idle_timeout_s=...), or go on later with the token.",
+            f"{why}. Allow more with Client(idle_timeout_s=...), or ask again.",
             state,
         )
 

@@ -20,6 +20,7 @@ from eloquent_client import (
     MessageStream,
     Rung,
 )
+from eloquent_netem.packet import Packet
 from eloquent_netem.vloop import VirtualNetwork
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -284,3 +285,43 @@ def test_a_turns_name_is_a_token_from_its_beginning() -> None:
 def test_what_is_no_key_is_refused(key: str) -> None:
     with pytest.raises(ConfigurationError, match="key"):
         Client(URL, key=key)
+
+
+def test_a_resume_that_cannot_connect_at_first_leaves_the_answer_alone() -> None:
+    """With a ticket it is asked before the connection is made, so giving that up could cancel."""
+    service = Telling(WORDS, GAP_S)
+    gone_s = float("inf")
+
+    def outage(now: float, packet: Packet) -> bool:
+        return gone_s <= now < gone_s + 1.2
+
+    async def main(network: VirtualNetwork) -> tuple[str, str]:
+        nonlocal gone_s
+        async with serving(network, service):
+            async with Client(URL) as client, client.stream(HELLO) as stream:
+                await anext(stream.text_stream)
+                await asyncio.sleep(1.0)
+                stream.detach()
+            ticket = client.take_ticket()
+            assert ticket is not None
+            gone_s = now()
+            other = Client(URL, ticket=ticket, connect_timeout_s=1.0)
+            async with other, other.resume(stream.token) as rest:
+                return stream.text, (await rest.get_final_message()).text
+
+    first, rest = virtually(main, outage)
+    assert first + rest == TEXT
+    assert not service.cancelled
+
+
+def test_a_callback_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def on_link_state(state: LinkState) -> None:
+        raise ZeroDivisionError(f"at {state.value}")
+
+    async def main(network: VirtualNetwork) -> str:
+        client = Client(URL, on_link_state=on_link_state)
+        async with reading(network, Telling(WORDS, GAP_S), client) as stream:
+            return (await stream.get_final_message()).text
+
+    assert virtually(main) == TEXT
+    assert "at up" in caplog.text
