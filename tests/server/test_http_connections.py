@@ -248,17 +248,6 @@ async def test_a_connection_takes_one_request_after_the_other() -> None:
         writer.close()
 
 
-async def test_what_is_written_does_not_wait_for_acknowledgements() -> None:
-    all_ = Connections()
-    async with front_with(Scripted(), connections=all_) as front:
-        _, writer = await connect(front)
-        await until_true(lambda: len(all_.open) == 1)
-        (connection,) = all_.open
-        accepted = connection.transport.get_extra_info("socket")
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        writer.close()
-
-
 async def test_over_tls_it_is_the_same_and_another_certificate_can_be_shown() -> None:
     first, second = (make_certificate("127.0.0.1", NOW) for _ in range(2))
     async with front_with(Scripted(), certificate=first) as front:

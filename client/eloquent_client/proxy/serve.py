@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from eloquent.errors import ConfigurationError
+from eloquent.listening import listen_tcp
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
 from eloquent_client.errors import LocalServerError
@@ -163,8 +164,7 @@ def _is_loopback(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return listen_tcp(host, port)
     except OSError as error:
         raise ConfigurationError(
             f"Cannot listen at {host} port {port} ({error.strerror}): choose another port with "

@@ -13,6 +13,7 @@ import uvicorn
 
 from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
+from eloquent.listening import listen_tcp
 from eloquent.quic.certificate import ServerCertificate
 from eloquent_server.http.app import Behind, Front
 from eloquent_server.http.connections import Connection, Connections
@@ -126,12 +127,8 @@ async def listen(
     Raises:
         ConfigurationError: the address cannot be had.
     """
-    loop = asyncio.get_running_loop()
     try:
-        family, _, _, _, address = (
-            await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        )[0]
-        socket_ = _socket_at(family, address)
+        socket_ = listen_tcp(host, port)
     except (OSError, UnicodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
@@ -139,28 +136,9 @@ async def listen(
             "--http HOST:PORT."
         ) from error
     front = Front(behind)
-    guard = Guard(front.app(), is_local=is_loopback(str(address[0])), names=names)
+    guard = Guard(front.app(), is_local=is_loopback(socket_.getsockname()[0]), names=names)
     listener = HttpListener(front, socket_, guard, connections or Connections())
     if certificate is not None:
         listener.show(certificate)
     listener.open()
     return listener
-
-
-def _socket_at(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
-    """Return a socket that listens.
-
-    asyncio turns Nagle's algorithm off only where it sees that the protocol is TCP, which it does
-    not on what `socket.create_server` makes; each answer would wait 40 ms for an acknowledgement.
-    """
-    socket_ = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        socket_.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family is socket.AF_INET6:
-            socket_.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        socket_.bind(address)
-        socket_.listen()
-    except OSError:
-        socket_.close()
-        raise
-    return socket_
