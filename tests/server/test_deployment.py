@@ -1,0 +1,90 @@
+"""The Dockerfile and the systemd unit: what they say of the server is so."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from cyclopts import App
+
+from eloquent.url import DEFAULT_PORT
+from eloquent_server.commands import serve
+from eloquent_server.front import address_of
+from eloquent_server.options import ServerOptions
+
+PROJECT = Path(__file__).parents[2]
+DOCKERFILE = (PROJECT / "Dockerfile").read_text().replace("\\\n", " ")
+UNIT = PROJECT / "packaging" / "eloquent.service"
+
+
+def options_of(*words: str) -> ServerOptions:
+    app = App(name="eloquent")
+    app.command(serve, name="serve")
+    _, bound, _ = app.parse_args(["serve", *words], exit_on_error=False, print_error=False)
+    found = bound.arguments["options"]
+    assert isinstance(found, ServerOptions)
+    return found
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name}\s+(.*)$", DOCKERFILE, flags=re.MULTILINE)
+
+
+def setting(name: str) -> str:
+    (value,) = re.findall(rf"^{name}=(.*)$", UNIT.read_text(), flags=re.MULTILINE)
+    return str(value)
+
+
+def test_the_image_s_environment_is_made_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = dict(word.split("=", 1) for line in instructions("ENV") for word in line.split())
+    for name, value in variables.items():
+        if name.startswith("ELOQUENT_SERVE_"):
+            monkeypatch.setenv(name, value)
+    options = options_of()
+    assert options.host == "0.0.0.0"
+    assert options.state == Path(instructions("VOLUME")[0])
+    assert options.http is not None
+    port = address_of(options.http)[1]
+    exposed = set(instructions("EXPOSE")[0].split())
+    assert exposed == {f"{DEFAULT_PORT}/udp", f"{DEFAULT_PORT}/tcp", f"{port}/tcp"}
+    assert f":{port}/health" in instructions("HEALTHCHECK")[0]
+
+
+def test_the_image_s_extras_exist_and_its_sources_are_let_through() -> None:
+    with (PROJECT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    (asked,) = re.findall(r"^ARG EXTRAS=(.*)$", DOCKERFILE, flags=re.MULTILINE)
+    assert set(asked.split(",")) <= set(extras)
+    let_through = {line[1:] for line in (PROJECT / ".dockerignore").read_text().split("\n")}
+    copied = [line.split()[:-1] for line in instructions("COPY") if not line.startswith("--from")]
+    for name in (name for names in copied for name in names):
+        assert (PROJECT / name).exists()
+        assert name in let_through
+
+
+def test_the_unit_starts_a_server_with_options_that_there_are(tmp_path: Path) -> None:
+    config = tmp_path / "eloquent.toml"
+    config.write_text('host = "0.0.0.0"\n')
+    words = shlex.split(setting("ExecStart"))
+    assert words[1] == "serve"
+    words[words.index("--config") + 1] = str(config)
+    options = options_of(*words[2:])
+    assert options.host == "0.0.0.0"
+    assert options.state == Path("/var/lib") / setting("StateDirectory")
+    assert options.drain_timeout < float(setting("TimeoutStopSec"))
+    assert setting("Type") == "notify"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    executable = shlex.split(setting("ExecStart"))[0]
+    unit.write_text(UNIT.read_text().replace(executable, "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
