@@ -78,26 +78,23 @@ class Gate:
         keys: KeyFile | None = None,
         *,
         max_turns: int | None = None,
-        on_refused: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Without `keys` everybody is `LOCAL`; `max_turns` are generated at once, of all.
 
-        `on_refused` is called for each request that is refused, with one of the words `no_key`,
-        `wrong_key`, `expired_key`, `turns`, `requests`, `bytes` (of the key, that is) and
-        `all_turns`. The clocks give seconds; the wall clock's are since the epoch.
+        The clocks give seconds; the wall clock's are since the epoch.
         """
         self._keys = keys
         self._max_turns = max_turns
-        self._on_refused = on_refused
         self._clock = clock
         self._wall_clock = wall_clock
         self._usages: dict[str, Usage] = {}
         "By the key's name."
         self._seldom = Seldom(logger)
         self.refusals: Counter[str] = Counter()
-        "How many requests were refused, by these words."
+        """How many requests were refused: `no_key`, `wrong_key`, `expired_key`, `turns`, `requests`
+        and `bytes` (the limits of a key), `all_turns`."""
         self.open_turns = 0
         "How many turns were admitted and are not over."
 
@@ -153,8 +150,6 @@ class Gate:
 
     def _refused(self, reason: str, key: Key | None, error: RequestError) -> RequestError:
         self.refusals[reason] += 1
-        if self._on_refused is not None:
-            self._on_refused(reason)
         whose = "" if key is None else f" of key {key.name}"
         self._seldom.warn(self._clock(), f"refused a request{whose}: {reason}")
         return error
@@ -165,7 +160,6 @@ def open_gate(
     *,
     host: str,
     max_turns: int | None = None,
-    on_refused: Callable[[str], None] | None = None,
 ) -> Gate:
     """Return the gate of a server that listens on `host`; warn if it lets everybody in.
 
@@ -175,4 +169,4 @@ def open_gate(
     if keys is None and not is_loopback(host):
         logger.warning(EVERYBODY, host)
     file = None if keys is None else KeyFile(keys)
-    return Gate(file, max_turns=max_turns, on_refused=on_refused)
+    return Gate(file, max_turns=max_turns)

@@ -1,5 +1,6 @@
 """The HTTP front that the options ask for, with metrics of all parts of the server."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ class Core:
     backend: MeteredBackend
     "The same, measured."
     store: TurnStore
+    refusals: Mapping[str, int]
+    "Requests that were refused for their key or a limit, by reason."
 
     def why_not_ready(self) -> str:
         """Return why it takes no turns now; empty: it does."""
@@ -91,6 +94,7 @@ async def open_front(
             quic=quic,
             websocket=websocket,
             http=front,
+            requests_refused=core.refusals,
             inner=lambda: core.loading.backend,
         )
     )

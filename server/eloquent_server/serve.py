@@ -106,7 +106,14 @@ async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Sig
     gateway = Gateway(backend, tenant_of=tenants(options.state))
     gate = ClosableGate(keys, asyncio.get_running_loop().time)
     hub = TurnHub(gateway.handle, store, admission=gate, go_on=gateway.go_on)
-    return Core(hub=hub, gate=gate, loading=loading, backend=backend, store=store)
+    return Core(
+        hub=hub,
+        gate=gate,
+        loading=loading,
+        backend=backend,
+        store=store,
+        refusals=keys.refusals,
+    )
 
 
 async def _open_endpoints(

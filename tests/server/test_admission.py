@@ -1,7 +1,6 @@
 """Who is let in, and how much they get, in virtual time."""
 
 import logging
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,14 @@ class World:
         self.path = path
         self.now = 100.0
         self.wall = EXPIRES_S - 1000
-        self.refused: Counter[str] = Counter()
         self.write(*entries)
         self.gate = Gate(
             KeyFile(path),
             max_turns=max_turns,
-            on_refused=lambda reason: self.refused.update([reason]),
             clock=lambda: self.now,
             wall_clock=lambda: self.wall,
         )
+        self.refused = self.gate.refusals
 
     def write(self, *entries: str) -> None:
         self.path.write_text("\n".join(entries))
