@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Literal, TextIO
 
 from eloquent.core.events import End
+from eloquent_server.models import Progress, progress_printer
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -67,6 +68,21 @@ def configured() -> tuple[LogLevel, LogFormat]:
     handlers = logging.getLogger().handlers
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
     return level, "json" if is_json else "text"
+
+
+def progress(log_format: LogFormat, stream: TextIO = sys.stderr) -> Progress:
+    """Return a callback that shows progress: on `stream` as people like it, or in the log."""
+    if log_format == "text":
+        return progress_printer(stream)
+    last = ""
+
+    def say(message: str, fraction: float | None) -> None:
+        nonlocal last
+        if message != last:
+            logger.info("%s", message)
+        last = message
+
+    return say
 
 
 class TurnClock:

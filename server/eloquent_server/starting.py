@@ -3,10 +3,9 @@
 import importlib.util
 import os
 import random
-import sys
 
 from eloquent.errors import ConfigurationError
-from eloquent_server import models
+from eloquent_server import logs, models
 from eloquent_server.backends import echo
 from eloquent_server.backends.base import Backend
 from eloquent_server.backends.echo import EchoBackend
@@ -26,13 +25,12 @@ async def start_backend(options: ServerOptions) -> Backend:
     model = options.model or models.EMBEDDED_MODEL
     if model == echo.NAME:
         return EchoBackend()
-    progress = models.progress_printer(sys.stderr)
     return await LocalBackend.start(
         model,
         device=options.device,
         precision=options.precision,
         kv=options.kv,
-        progress=progress,
+        progress=logs.progress(options.log_format),
     )
 
 

@@ -29,6 +29,7 @@ from eloquent_server.logs import (
     about_turn,
     configure,
     configured,
+    progress,
 )
 
 NAMES = ("", "eloquent", "eloquent_server", "eloquent.websocket", "quic")
@@ -152,6 +153,18 @@ def test_what_other_libraries_write_down_is_left_out() -> None:
     logging.getLogger("eloquent.quic.listen").debug("ours")
     logging.getLogger("uvicorn.error").error("broken")
     assert [line["message"] for line in lines(stream)] == ["ours", "broken"]
+
+
+def test_progress_is_a_line_for_people_and_records_for_programs() -> None:
+    stream = logging_to()
+    show = progress("json", stream)
+    for fraction in (0.1, 0.2):
+        show("Fetching a model", fraction)
+    show("Loading a model", None)
+    assert [line["message"] for line in lines(stream)] == ["Fetching a model", "Loading a model"]
+    stream = io.StringIO()
+    progress("text", stream)("Loading a model", None)
+    assert stream.getvalue() == "Loading a model\n"
 
 
 SECRET = "quetzalcoatl"
