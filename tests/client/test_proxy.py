@@ -25,16 +25,11 @@ ASKED = {"messages": HELLO, "stream": True}
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture(autouse=True)
-async def in_time() -> AsyncIterator[None]:
-    async with asyncio.timeout(DEADLINE_S):
-        yield
-
-
 @asynccontextmanager
 async def proxied(server: Server, **options: Any) -> AsyncIterator[httpx2.AsyncClient]:
     transport = EloquentTransport(str(server.url), **options)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as http:
+    http = httpx2.AsyncClient(transport=transport, base_url="http://proxy")
+    async with asyncio.timeout(DEADLINE_S), http:
         yield http
 
 
@@ -221,15 +216,22 @@ async def test_a_named_request_is_one_turn_however_often_it_is_asked(
     counting = Counting(saying("one ", "two"))
     server = await start_server(counting)
     async with proxied(server) as http:
-        for name, key, body in [("a", "k", ASKED), ("a", "k", ASKED), ("a", "other", ASKED)]:
-            headers = {"Idempotency-Key": name, "Authorization": f"Bearer {key}"}
+        for name, key, question, turns in [
+            ("a", "k", "Hello", 1),
+            ("a", "k", "Hello", 1),
+            ("b", "k", "Hello", 2),
+            ("a", "other", "Hello", 3),
+            ("a", "k", "Bye", 4),
+            ("a", "k", "Hello", 4),
+            (None, "k", "Hello", 5),
+            (None, "k", "Hello", 6),
+        ]:
+            headers = {"Authorization": f"Bearer {key}"}
+            headers |= {} if name is None else {"Idempotency-Key": name}
+            body = ASKED | {"messages": [{"role": "user", "content": question}]}
             events = said((await http.post(CHAT, json=body, headers=headers)).text)
             assert events[-1] == "[DONE]"
-        other = {"messages": [{"role": "user", "content": "Bye"}]}
-        await http.post(CHAT, json=other, headers={"Idempotency-Key": "a"})
-        for _ in range(2):
-            await http.post(CHAT, json=ASKED)
-    assert len(counting.turns) == 5
+            assert len(counting.turns) == turns
 
 
 async def test_a_named_turn_waits_for_its_program_to_ask_again(start_server: StartServer) -> None:
@@ -398,7 +400,7 @@ async def test_closing_tells_programs(start_server: StartServer) -> None:
     server = await start_server(hanging)
     transport = EloquentTransport(server.url)
     http = httpx2.AsyncClient(transport=transport, base_url="http://proxy")
-    async with http.stream("POST", CHAT, json=ASKED) as reply:
+    async with asyncio.timeout(DEADLINE_S), http.stream("POST", CHAT, json=ASKED) as reply:
         lines = reply.aiter_text()
         await anext(lines)
         closing = asyncio.create_task(transport.aclose())

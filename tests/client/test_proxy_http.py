@@ -23,12 +23,6 @@ from tests.client.test_proxy import ASKED, said
 CHAT = "/chat/completions"
 
 
-@pytest.fixture(autouse=True)
-async def in_time() -> AsyncIterator[None]:
-    async with asyncio.timeout(DEADLINE_S):
-        yield
-
-
 class Proxy:
     """A running `eloquent proxy`."""
 
@@ -51,9 +45,10 @@ async def proxy(*arguments: str, **options: Any) -> AsyncIterator[Proxy]:
     process = await start("--port", "0", *arguments, **options)
     try:
         assert process.stdout is not None
-        line = (await process.stdout.readline()).decode()
-        assert line.startswith("LISTENING http://"), line
-        yield Proxy(process, line.removeprefix("LISTENING ").strip())
+        async with asyncio.timeout(DEADLINE_S):
+            line = (await process.stdout.readline()).decode()
+            assert line.startswith("LISTENING http://"), line
+            yield Proxy(process, line.removeprefix("LISTENING ").strip())
     finally:
         if process.returncode is None:
             process.kill()
@@ -62,7 +57,8 @@ async def proxy(*arguments: str, **options: Any) -> AsyncIterator[Proxy]:
 
 async def refused(*arguments: str) -> str:
     process = await start(*arguments)
-    _, errors = await process.communicate()
+    async with asyncio.timeout(DEADLINE_S):
+        _, errors = await process.communicate()
     assert process.returncode == 1
     return errors.decode()
 

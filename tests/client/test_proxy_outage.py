@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import httpx2
 import openai
+import pytest
 from rungs import URL, Drops, nothing, now, serving, udp_between, virtually
 from telling import Telling
 
@@ -122,6 +123,23 @@ def test_a_request_in_an_outage_waits_for_its_end() -> None:
     assert events[-1] == "[DONE]"
     assert len(telling.logs) == 1
     assert TO_S + ANSWER_S < over_s < TO_S + ANSWER_S + 3
+
+
+@pytest.mark.parametrize("until_s", [FROM_S + GRACE_S + 10, FROM_S + 400])
+def test_a_named_turn_is_one_however_often_its_program_is_told_of_an_outage(until_s: float) -> None:
+    async def main(made: VirtualNetwork) -> tuple[list[httpx2.Response], Telling]:
+        telling, replies = Telling(TOKENS, GAP_S), []
+        async with proxied(made, telling) as http:
+            while not replies or "[DONE]" not in replies[-1].text:
+                replies.append(
+                    await http.post(CHAT, json=ASKED, headers={"Idempotency-Key": "mine"})
+                )
+        return replies, telling
+
+    replies, telling = virtually(main, udp_between(FROM_S, until_s))
+    assert deltas(said(replies[-1].text)[:-1]) == "".join(TOKENS)
+    assert len(telling.logs) == 1
+    assert len(replies) >= (until_s - FROM_S) / (GRACE_S + 6)
 
 
 def test_a_server_that_is_never_reached_is_a_status() -> None:
