@@ -1,6 +1,6 @@
 """The HTTP front that the options ask for, with metrics of all parts of the server."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,8 +53,11 @@ async def open_front(
     websocket: WebSocketListener | None,
     has_engines: bool,
     certificate: ServerCertificate | None,
+    names: Collection[str] = (),
 ) -> "HttpListener":
     """Answer HTTP at an address of the form [HOST:]PORT; with a certificate it is HTTPS.
+
+    `names` are hosts as which a reverse proxy in front has it known.
 
     `quic` and `websocket` are measured, too. With `has_engines` what is no chat goes to those that
     the backend has.
@@ -85,7 +88,7 @@ async def open_front(
         metrics=scrape,
         pass_through=UpstreamForward(lambda: core.loading.backend) if has_engines else None,
     )
-    front = await listen(host, port, behind, certificate=certificate)
+    front = await listen(host, port, behind, certificate=certificate, names=names)
     metrics = Metrics(
         Sources(
             backend=core.backend,

@@ -28,6 +28,9 @@ class ServerOptions:
     """Also answer OpenAI's API over HTTP at this [HOST:]PORT, of this machine alone if there is no
     host. `/health`, `/ready` and `/metrics` are there, too. It is HTTPS where the certificate is
     from files (--cert) and the address is not loopback."""
+    http_name: tuple[str, ...] = ()
+    """Host that something in front of a loopback address, such as a reverse proxy, passes on as its
+    own; requests for names that are not this machine's are else refused."""
     model: str | None = None
     """The embedded model's name, a directory in the Hugging Face layout, a hub name, or `echo`
     (says your words back; needs no torch); the embedded one if it is left out. With --upstream

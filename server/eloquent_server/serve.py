@@ -154,6 +154,7 @@ async def _open_endpoints(
             websocket=over_tcp,
             has_engines=bool(options.upstream),
             certificate=certificate if is_tls else None,
+            names=options.http_name,
         )
         stack.push_async_callback(front.close)
         shown += [front.show] if is_tls else []
