@@ -408,10 +408,12 @@ class Session:
                     continue
                 self._news.clear()
                 news = asyncio.ensure_future(self._news.wait())
-                await asyncio.wait(
-                    (making, news), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                news.cancel()
+                try:
+                    await asyncio.wait(
+                        (making, news), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                finally:
+                    news.cancel()
         finally:
             new = await _result_or_stop(making)
         if new is not None:

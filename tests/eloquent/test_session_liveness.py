@@ -210,3 +210,21 @@ def test_twenty_percent_of_loss_is_no_dead_link(rtt_s: float) -> None:
     alarms = in_world(play, lambda: Telling(["one", "two"], 1e6), rtt_s=rtt_s, loss=0.2, seed=seed)
     print(f"seed {seed}: {alarms} alarms in {hours} h")  # noqa: T201
     assert max(alarms) <= hours
+
+
+def test_a_session_that_is_closed_while_the_link_is_silent_leaves_no_task() -> None:
+    async def play(world: World) -> set[str]:
+        before = asyncio.all_tasks()
+        reading = asyncio.ensure_future(read(world.session.ask(b"{}")))
+        await asyncio.sleep(1.0)
+        world.up.is_cut = world.down.is_cut = True
+        await until(lambda: world.session.state is LinkState.SILENT)
+        await asyncio.sleep(0.5)
+        await world.session.close()
+        await asyncio.wait((reading,))
+        assert reading.exception() is not None, "the session was closed"
+        await asyncio.sleep(0)
+        left = asyncio.all_tasks() - before
+        return {repr(task) for task in left if "Telling" not in repr(task)}  # the server's
+
+    assert in_world(play) == set()
