@@ -77,8 +77,8 @@ class ChannelDriver:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._sending: asyncio.Task[None] | None = None
-        if _TCP_NOTSENT_LOWAT is not None:
-            tcp = websocket.transport.get_extra_info("socket")
+        tcp = websocket.transport.get_extra_info("socket")
+        if _TCP_NOTSENT_LOWAT is not None and tcp is not None:  # None: it is over already
             with contextlib.suppress(OSError):  # a system that knows none: late binding is coarser
                 tcp.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
