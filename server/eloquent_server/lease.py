@@ -40,6 +40,7 @@ class Leases:
         self._of_key: dict[tuple[str, bytes], TurnRecord] = {}
         self._until_s: dict[TurnRecord, float] = {}
         self._alarm: asyncio.TimerHandle | None = None
+        self._is_closed = False
         self._task = asyncio.ensure_future(self._run())
 
     @property
@@ -76,11 +77,12 @@ class Leases:
         """Renew nothing any more."""
         if self._alarm is not None:
             self._alarm.cancel()
+        self._is_closed = True  # A call that is under way may swallow a cancel.
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_closed:
             await asyncio.sleep(self._length_s / RENEWALS)
             held = self.held
             for first in range(0, len(held), RENEW_TURNS):

@@ -45,6 +45,7 @@ class Follower:
         self._on_cancel = on_cancel
         self._newest_message = b"0-0"
         self._followed: dict[bytes, _Followed] = {}
+        self._is_closed = False
         self._task = asyncio.ensure_future(self._run())
 
     async def follow(self, keys: Keys, chunks: int) -> AsyncGenerator[bytes]:
@@ -74,6 +75,7 @@ class Follower:
 
     async def close(self) -> None:
         """End; who follows a turn is told that it has no owner."""
+        self._is_closed = True  # A connection that is just being made swallows a cancel.
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._end_all()
@@ -87,7 +89,7 @@ class Follower:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         look_at_s = loop.time()
-        while True:
+        while not self._is_closed:
             try:
                 await self._read()
                 if self._followed and loop.time() >= look_at_s:

@@ -52,9 +52,12 @@ class RedisLink:
                 f"A token store of the kind {parts.scheme!r} is not known. Give --store "
                 "redis://HOST:PORT/DB, rediss://... with TLS, or unix:///PATH?db=DB."
             )
-        place = f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
-        self.name = f"{parts.scheme}://{place}"
-        "The URL without what is secret in it."
+        # Without what stands before an @, which may be secret.
+        self.name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        "The URL as it may be shown."
+        database = parts.path.strip("/")
+        if parts.scheme != "unix" and database and not database.isdecimal():
+            raise StoreError(f"{self.name} is no URL of a Redis: its database is a number.")
         secret = password or os.environ.get(PASSWORD_VARIABLE)
         options = {"password": secret} if secret and not parts.password else {}
         try:

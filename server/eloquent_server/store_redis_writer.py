@@ -75,6 +75,7 @@ class RedisWriter:
         "How many writes were handed over, and how many of them were dealt with."
         self._settling: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.meters = StoreMeters()
+        self._is_closed = False
         self._task = asyncio.ensure_future(self._run())
 
     def put(self, write: Write) -> None:
@@ -92,11 +93,12 @@ class RedisWriter:
 
     async def close(self) -> None:
         """End; what still waits is not written."""
+        self._is_closed = True  # A connection that is just being made swallows a cancel.
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_closed:
             await self._has_work.wait()
             # One more turn of the loop: what it brings goes in the same round trip.
             await asyncio.sleep(0)
@@ -112,7 +114,7 @@ class RedisWriter:
     async def _store(self, batch: list[Write]) -> None:
         """Write a batch, and say of each write how it went."""
         wait_s = RETRY_FIRST_S
-        while batch := _report_given_up(batch):
+        while (batch := _report_given_up(batch)) and not self._is_closed:
             began_s = time.monotonic()
             try:
                 replies = await self._send(batch)
