@@ -190,6 +190,7 @@ class Answer:
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     reader.wrote(offset)
+                    await asyncio.sleep(0)  # Sending need not wait, and others want their turn.
                 if reader.is_done:
                     break
                 data, pieces = b"", reader.take()

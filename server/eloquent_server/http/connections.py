@@ -22,6 +22,9 @@ MAX_CONNECTIONS = 2000
 MAX_HANDSHAKES = 200
 """Connections without a request on them, new or kept alive: when there are more, the oldest goes.
 With TLS each has buffers of 400 KB."""
+KEEP_ALIVE_S = 8
+"""So long a connection may rest between requests. More than the 5 s after which httpx2 uses it no
+more, so that a request does not cross its end; less than `HANDSHAKE_S`."""
 SLOW_READER_S = 60.0
 "A connection that takes nothing for so long is given up."
 CLOSE_S = 2.0

@@ -16,7 +16,7 @@ from eloquent.errors import ConfigurationError
 from eloquent.listening import listen_tcp
 from eloquent.quic.certificate import ServerCertificate
 from eloquent_server.http.app import Behind, Front
-from eloquent_server.http.connections import Connection, Connections
+from eloquent_server.http.connections import KEEP_ALIVE_S, Connection, Connections
 from eloquent_server.http.guard import Guard
 
 MAX_HEADER_BYTES = 1 << 15
@@ -54,6 +54,7 @@ class HttpListener:
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=STOP_S,
         )
         self._server = _Server(config)
