@@ -1,5 +1,6 @@
 """The Dockerfile and the systemd unit: what they say of the server is so."""
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from cyclopts import App
 from eloquent.url import DEFAULT_PORT
 from eloquent_server.commands import serve
 from eloquent_server.front import address_of
+from eloquent_server.keys import read_keys
 from eloquent_server.options import ServerOptions
 
 PROJECT = Path(__file__).parents[2]
@@ -88,3 +90,29 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     )
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_the_page_for_operators_names_only_options_that_there_are(tmp_path: Path) -> None:
+    page = (PROJECT / "docs" / "operations.md").read_text()
+    other = {  # of other programs
+        *("--system", "--now", "--init", "--stop-timeout", "--network"),
+        *("--help", "--key-env"),
+    }
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ServerOptions)}
+    named = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", page))
+    assert named - other - known <= {"--no-websocket"}
+    snippets = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    options, keys = sorted(snippets, key=lambda text: "[[key]]" in text)
+    config = tmp_path / "eloquent.toml"
+    config.write_text(options)
+    assert options_of("--config", str(config)).max_turns == tomllib.loads(options)["max-turns"]
+    config.write_text(keys)
+    config.chmod(0o600)
+    assert [key.name for key in read_keys(config)] == ["alice"]
+
+
+def test_the_page_for_operators_names_only_metrics_that_there_are() -> None:
+    page = (PROJECT / "docs" / "operations.md").read_text()
+    source = (PROJECT / "server" / "eloquent_server" / "metrics.py").read_text()
+    for name in re.findall(r"`((?:vllm|eloquent):[a-z_]+)`", page):
+        assert f'"{name.removesuffix("_total")}"' in source, name
