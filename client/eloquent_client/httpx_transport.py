@@ -4,7 +4,8 @@ It needs httpx2 (`pip install 'eloquent-stream[proxy]'`), which the openai libra
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx2
 
@@ -12,6 +13,7 @@ from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
 from eloquent_client.proxy.handler import GRACE_S, Handler, Reply, client_options
 from eloquent_client.proxy.link import LinkWatch
+from eloquent_client.sync import LoopThread
 
 
 class EloquentTransport(httpx2.AsyncBaseTransport):
@@ -92,3 +94,49 @@ class _Body(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._reply.close()
+
+
+class SyncEloquentTransport(httpx2.BaseTransport):
+    """The same for `openai.OpenAI` and `httpx2.Client`, from any thread."""
+
+    def __init__(self, url: str | ServerUrl, **options: Any) -> None:
+        """`options` are those of `EloquentTransport`.
+
+        Raises:
+            ConfigurationError: `url` is no server URL.
+        """
+        self._transport = EloquentTransport(url, **options)
+        self._thread = LoopThread()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Answer a request; see `EloquentTransport.handle_async_request`."""
+        request.read()
+        response = self._thread.run(lambda: self._transport.handle_async_request(request))
+        assert isinstance(response.stream, _Body)
+        stream = _SyncBody(response.stream, self._thread)
+        return httpx2.Response(response.status_code, headers=response.headers, stream=stream)
+
+    def close(self) -> None:
+        """Cancel what runs, close the connection and end the thread."""
+        self._thread.run(self._transport.aclose)
+        self._thread.close()
+
+
+class _SyncBody(httpx2.SyncByteStream):
+    """A reply's body, its pieces fetched from the thread that has them."""
+
+    def __init__(self, body: _Body, thread: LoopThread) -> None:
+        self._body = body
+        self._thread = thread
+
+    def __iter__(self) -> Iterator[bytes]:
+        pieces = aiter(self._body)
+
+        async def following() -> bytes | None:
+            return await anext(pieces, None)
+
+        while (piece := self._thread.run(following)) is not None:
+            yield piece
+
+    def close(self) -> None:
+        self._thread.run(self._body.aclose)

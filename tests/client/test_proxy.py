@@ -14,7 +14,7 @@ from loopback import DEADLINE_S, Hanging, Server, StartServer, saying
 from eloquent.core.events import Extra, Failure, ReasoningDelta, TextDelta, ToolCallDelta
 from eloquent.core.wire import MAX_REQUEST_BODY_BYTES
 from eloquent.errors import RequestError
-from eloquent_client.httpx_transport import EloquentTransport
+from eloquent_client.httpx_transport import EloquentTransport, SyncEloquentTransport
 from eloquent_client.proxy import turns as proxy_turns
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
@@ -71,6 +71,25 @@ async def test_openais_library_streams(start_server: StartServer) -> None:
     assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (7, 3)
     assert len({chunk.id for chunk in chunks}) == 1
     assert stream.response.headers["content-type"] == "text/event-stream"
+
+
+async def test_openais_library_streams_without_an_event_loop(start_server: StartServer) -> None:
+    def ask(url: str) -> list[str | None]:
+        with httpx2.Client(transport=SyncEloquentTransport(url)) as http:
+            client = openai.OpenAI(api_key="any", http_client=http)
+            whole = client.chat.completions.create(model="any", messages=HELLO)
+            with client.chat.completions.create(model="any", messages=HELLO, stream=True) as stream:
+                deltas = [chunk.choices[0].delta.content for chunk in stream]
+            with client.chat.completions.create(
+                model="any", messages=HELLO, stream=True
+            ) as given_up:
+                next(given_up)
+            return [whole.choices[0].message.content, *deltas]
+
+    server = await start_server(saying("one ", "two"))
+    async with asyncio.timeout(DEADLINE_S):
+        said = await asyncio.to_thread(ask, str(server.url))
+    assert said == ["one two", "", "one ", "two", None]
 
 
 async def test_without_stream_the_answer_is_one_object(start_server: StartServer) -> None:

@@ -129,8 +129,9 @@ async def test_a_program_that_is_gone_cancels(start_server: StartServer, text: s
         ("evil.example", "misdirected"),
         ("evil.example:{port}", "misdirected"),
         ("", "misdirected"),
-        ("127.0.0.1:{port}\r\nOrigin: http://evil.example", "foreign_origin"),
-        ("127.0.0.1:{port}\r\nOrigin: null", "foreign_origin"),
+        ("127.0.0.1:{port}\r\nOrigin: http://evil.example", "forbidden"),
+        ("127.0.0.1:{port}\r\nOrigin: null", "forbidden"),
+        ("127.0.0.1:{port}\r\nOrigin: http://[::1", "forbidden"),
         ("[::1", "misdirected"),
     ],
 )
@@ -219,6 +220,7 @@ async def test_what_it_cannot_do_it_says() -> None:
         assert "another port" in await refused("--url", url, "--port", port)
     assert "--allow-remote" in await refused("--url", url, "--host", "0.0.0.0")
     assert "--model is for a server" in await refused("--url", url, "--model", "echo")
+    assert "no port" in await refused("--url", url, "--port", "65536")
     assert "no server URL" in await refused("--url", "http://here")
     assert "--grace" in await refused("--url", url, "--grace", "0")
 

@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from eloquent.addresses import is_loopback
 from eloquent.core.turns import TOO_LARGE
 from eloquent.core.wire import MAX_REQUEST_BODY_BYTES
 from eloquent.errors import RequestError
@@ -20,8 +21,6 @@ BODY_TIMEOUT_S = 30.0
 
 DRAINED_BYTES = 16 * MAX_REQUEST_BODY_BYTES
 "So much of a body that is too large is read, and thrown away, for the program to hear so."
-
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 FAULT = "The proxy failed; what it says on its own terminal has the reason. Please report it."
@@ -38,14 +37,14 @@ class ProxyApp:
 
     A page in a browser can reach loopback. It cannot read an answer, since nothing here allows it
     to (CORS); but it could ask, on its visitor's account, or get around that by a name of its own
-    that leads to 127.0.0.1 (DNS rebinding). So `Host` must be one that a program uses, and
-    `Origin`, which browsers send, the same.
+    that leads to 127.0.0.1 (DNS rebinding). So `Host` must mean this machine, and `Origin`, which
+    browsers send, must be the same.
     """
 
-    def __init__(self, handler: Handler, *, hosts: frozenset[str] | None = LOOPBACK_HOSTS) -> None:
-        """`hosts` are the names under which it may be asked; None: any."""
+    def __init__(self, handler: Handler, *, is_local: bool = True) -> None:
+        """`is_local`: it is there for this machine only, and so has no other names."""
         self._handler = handler
-        self._hosts = hosts
+        self._is_local = is_local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI 3)."""
@@ -108,25 +107,25 @@ class ProxyApp:
 
     def _check(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        if self._hosts is not None and _name(host) not in self._hosts:
+        if self._is_local and not is_loopback(_parts(f"//{host}").hostname or ""):
             raise RequestError(
                 "misdirected",
                 f"This proxy is not {host[:200]!r}: use the address that it printed. (This keeps "
                 "web pages out that give 127.0.0.1 a name of theirs.)",
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parts(origin).netloc != host:
             raise RequestError(
-                "foreign_origin",
+                "forbidden",
                 f"A web page of {origin[:200]!r} sent this request: the proxy is for programs.",
             )
 
 
-def _name(host: str) -> str | None:
+def _parts(url: str) -> SplitResult:
     try:
-        return urlsplit(f"//{host}").hostname
+        return urlsplit(url)
     except ValueError:
-        return None
+        return urlsplit("")
 
 
 async def _until_gone(receive: Receive) -> None:

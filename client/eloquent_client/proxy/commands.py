@@ -54,6 +54,8 @@ def proxy(
         raise ConfigurationError(
             "--model is for a server on this machine: with --url programs name their model."
         )
+    if not 0 <= port < 1 << 16:
+        raise ConfigurationError(f"--port {port} is no port: give 1 to 65535, or 0 for any.")
     if grace <= 0:
         raise ConfigurationError(f"--grace {grace:g} is no time: give seconds above 0.")
     from eloquent_client.proxy.serve import ProxyOptions, run_proxy

@@ -49,8 +49,7 @@ PATHS = "This proxy has POST /v1/chat/completions, GET /v1/models and GET /healt
 SSE = {"content-type": "text/event-stream", "cache-control": "no-cache"}
 JSON = {"content-type": "application/json"}
 
-_STATUS = {LINK_LOST: 504, "foreign_origin": 403}
-"Of codes that only the proxy gives."
+LINK_LOST_STATUS = 504
 
 
 def client_options(link: LinkWatch) -> dict[str, Any]:
@@ -252,13 +251,12 @@ def json_reply(status: int, body: Any, headers: Mapping[str, str] = {}) -> Reply
 
 def refusal_reply(error: RequestError) -> Reply:
     """Return a refusal in OpenAI's form, with its HTTP status."""
-    headers = {}
+    headers, status = {}, http_status(error.code)
     if error.retry_after_s > 0:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if error.code == LINK_LOST:
         # Enough was tried; and what was asked without a name would be generated a second time.
-        headers["x-should-retry"] = "false"
-    status = _STATUS.get(error.code) or http_status(error.code)
+        headers["x-should-retry"], status = "false", LINK_LOST_STATUS
     return json_reply(status, error_body(error.code, error.message), headers)
 
 

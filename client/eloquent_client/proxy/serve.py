@@ -8,19 +8,19 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.listening import listen_tcp
 from eloquent.url import ServerUrl
 from eloquent_client.client import Client
 from eloquent_client.errors import LocalServerError
 from eloquent_client.local import local_client
-from eloquent_client.proxy.app import LOOPBACK_HOSTS, ProxyApp
+from eloquent_client.proxy.app import ProxyApp
 from eloquent_client.proxy.handler import Handler, client_options
 from eloquent_client.proxy.link import LinkWatch
 
@@ -52,7 +52,7 @@ async def run_proxy(options: ProxyOptions) -> None:
         ConfigurationError: the address cannot be had, or options do not go together.
         LocalServerError: there is no URL, and the server on this machine does not start.
     """
-    if not options.allow_remote and not _is_loopback(options.host):
+    if not options.allow_remote and not is_loopback(options.host):
         raise ConfigurationError(
             f"At {options.host} everybody on the network could ask in your name, since the proxy "
             "asks for no key and does not encrypt. Leave --host out, or say --allow-remote."
@@ -63,8 +63,8 @@ async def run_proxy(options: ProxyOptions) -> None:
     with contextlib.closing(listening):
         async with _client(options, link) as client:
             handler = Handler(client, link, key=key, grace_s=options.grace_s)
-            hosts = None if options.allow_remote else LOOPBACK_HOSTS | {options.host}
-            await _serve(ProxyApp(handler, hosts=hosts), listening, handler)
+            app = ProxyApp(handler, is_local=not options.allow_remote)
+            await _serve(app, listening, handler)
 
 
 async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> None:
@@ -153,20 +153,12 @@ def _key(name: str | None) -> str | None:
     return key
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return listen_tcp(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            f"Cannot listen at {host} port {port} ({error.strerror}): choose another port with "
+            f"Cannot listen at {host} port {port} ({reason}): choose another port with "
             "--port, or 0 for any that is free."
         ) from error
