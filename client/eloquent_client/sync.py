@@ -48,16 +48,18 @@ class LoopThread:
             RuntimeError: this is that thread.
         """
         self._check()
-        with self._lock:
-            if self._is_closed or self._loop is None:
-                raise ClientClosedError
-            future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        future: concurrent.futures.Future[T] | None = None
         try:
+            with self._lock:
+                if self._is_closed or self._loop is None:
+                    raise ClientClosedError
+                future = asyncio.run_coroutine_threadsafe(work(), self._loop)
             return future.result()
         except concurrent.futures.CancelledError as error:
             raise ClientClosedError from error
         except BaseException:
-            future.cancel()
+            if future is not None:
+                future.cancel()
             raise
 
     def call(self, function: Callable[[], T]) -> T:
@@ -149,7 +151,13 @@ class SyncClient:
 
     def link_changes(self) -> Iterator[LinkSnapshot]:
         """See `Client.link_changes`; for a thread of its own."""
-        return _iterated(self._thread, self._client.link_changes)
+        state = None
+        with suppress(ClientClosedError):
+            for link in _iterated(self._thread, self._client.link_changes):
+                state = link.state
+                yield link
+        if state is not LinkState.CLOSED:  # another thread was faster to close it
+            yield self.link
 
     def stream(
         self, messages: Iterable[Mapping[str, Any]], model: str | None = None, **parameters: Any

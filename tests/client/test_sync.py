@@ -228,6 +228,29 @@ def test_ctrl_c_in_the_caller_cancels_and_ends_the_program(
         wait_for(hanging.cancelled)
 
 
+def test_an_interrupted_wait_cancels_its_work() -> None:
+    cancelled = threading.Event()
+    main = threading.main_thread().ident
+    assert main == threading.get_ident()
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, signal.pthread_kill, main, signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    thread = LoopThread()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            thread.run(work)
+        assert cancelled.wait(DEADLINE_S)
+    finally:
+        thread.close()
+
+
 def test_the_options_are_the_asynchronous_clients(tmp_path: Path) -> None:
     own = inspect.signature(Client.__init__).parameters
     assert set(get_type_hints(ClientOptions)) == set(own) - {"self", "url"}
