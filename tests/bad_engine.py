@@ -1,6 +1,7 @@
 """A real HTTP server on loopback that misbehaves on purpose, as no real engine can be made to."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ class Asked:
     headers: dict[str, str]
     body: bytes
     out: asyncio.StreamWriter
+    number: int = 1
+    "Which one it is of its connection."
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
     "Set when the client has closed the connection."
 
@@ -118,8 +121,8 @@ class BadEngine:
         self.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                while True:
-                    await self._answer(await _read(reader, writer), reader)
+                for number in itertools.count(1):
+                    await self._answer(await _read(reader, writer, number), reader)
         finally:
             self._tasks.discard(task)
             writer.close()
@@ -143,7 +146,7 @@ class BadEngine:
                 await asyncio.wait((watching,))
 
 
-async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Asked:
+async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> Asked:
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
     method, path, _ = first.split(" ")
     headers = {}
@@ -151,7 +154,7 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> A
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
     body = await reader.readexactly(int(headers.get("content-length", "0")))
-    return Asked(method, path, headers, body, writer)
+    return Asked(method, path, headers, body, writer, number)
 
 
 async def _watch(reader: asyncio.StreamReader, asked: Asked) -> None:

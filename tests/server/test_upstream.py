@@ -77,6 +77,10 @@ async def silent(asked: Asked) -> None:
     await asked.is_gone.wait()
 
 
+async def hang_up(asked: Asked) -> None:
+    asked.hang_up()
+
+
 async def free_port() -> int:
     async with BadEngine() as engine:
         return engine.port
@@ -151,6 +155,25 @@ async def test_two_turns_take_one_connection() -> None:
         for _ in range(3):
             assert await all_of(engines.generate(body())) == HELLO
         assert engine.connections == before
+
+
+async def test_a_connection_that_the_engine_no_longer_wants_is_made_anew() -> None:
+    async def once(asked: Asked) -> None:
+        await (say_hello(asked) if asked.number == 1 else hang_up(asked))
+
+    engine = BadEngine(once)
+    engine.models = (500, "")
+    async with engine, backend(engine) as engines:
+        for _ in range(3):
+            assert await all_of(engines.generate(body())) == HELLO
+    assert [asked.number for asked in engine.chats] == [3, 1, 2, 1, 2, 1]
+
+
+async def test_an_engine_that_takes_no_request_is_not_asked_for_ever() -> None:
+    async with BadEngine(hang_up) as engine, backend(engine) as engines:
+        error = await declined(engines.generate(body()))
+        assert [asked.number for asked in engine.chats] == [3, 1]
+    assert error.code == "upstream_error"
 
 
 async def test_an_engine_that_never_begins() -> None:

@@ -119,7 +119,7 @@ async def test_a_request_that_was_taken_goes_to_no_other_engine() -> None:
     async with first, second, behind(first, second) as engines:
         with pytest.raises(RequestError) as raised:
             await engines.forward("POST", "/v1/batches", JSON, b"{}")
-        assert len(first.chats) + len(second.chats) == 1
+        assert not first.chats or not second.chats
     assert raised.value.code == "upstream_error"
 
 

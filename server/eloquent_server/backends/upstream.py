@@ -187,17 +187,28 @@ class Upstream:
                 waited_s = self._patience.idle_s if wait_s is None else wait_s()
 
     async def _send(self, request: httpx2.Request) -> httpx2.Response:
-        try:
-            async with asyncio.timeout(self._patience.first_byte_s):
-                return await self._client.send(request, stream=True)
-        except TimeoutError as error:
-            raise _too_slow(self._patience.first_byte_s) from error
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            self._is_now(False, "it cannot be reached")
-            message = ENGINE_FAILED.format("it cannot be reached")
-            raise UpstreamError("upstream_error", message, detail=repr(error)) from error
-        except httpx2.RequestError as error:
-            raise _broken(error) from error
+        """Send a request, anew if a connection from before breaks, and return the head."""
+        is_new = False
+
+        async def trace(name: str, info: object) -> None:
+            nonlocal is_new
+            is_new = is_new or name == "connection.connect_tcp.started"
+
+        request.extensions["trace"] = trace
+        while True:
+            try:
+                async with asyncio.timeout(self._patience.first_byte_s):
+                    return await self._client.send(request, stream=True)
+            except TimeoutError as error:
+                raise _too_slow(self._patience.first_byte_s) from error
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                self._is_now(False, "it cannot be reached")
+                message = ENGINE_FAILED.format("it cannot be reached")
+                raise UpstreamError("upstream_error", message, detail=repr(error)) from error
+            except httpx2.RequestError as error:
+                # llama.cpp says that it keeps a connection, and closes it after each stream.
+                if is_new:
+                    raise _broken(error) from error
 
     async def _check(self, response: httpx2.Response) -> None:
         """Raise the engine's error unless the response is a stream."""
