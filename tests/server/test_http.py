@@ -223,7 +223,10 @@ async def test_a_stream_that_is_cut_goes_on_after_its_last_event(headers: dict[s
     assert (backend.asked, backend.cancelled) == (1, 0)
 
 
-async def test_a_stream_that_goes_on_while_the_model_thinks_begins_at_once() -> None:
+async def test_a_stream_that_goes_on_while_the_model_thinks_begins_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers, "BEGIN_S", 2 * DEADLINE_S)
     backend = Scripted(free=1)
     async with front_with(backend) as front:
         async with front.post(stream=True, model="other", headers=names()) as response:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import httpx2
 import pytest
 from http_front import DEADLINE_S, Scripted, front_with, until_true
 
@@ -19,6 +20,7 @@ class Engine:
     """A `PassThrough` that says two things, the second when it is let go on."""
 
     error: RequestError | None = None
+    late_error: RequestError | None = None
     asked: list[Asked] = field(default_factory=list)
     is_left: bool = False
     sent_bytes: int = 0
@@ -44,6 +46,8 @@ class Engine:
         try:
             yield b"one "
             await self.gate.wait()
+            if self.late_error is not None:
+                raise self.late_error
             yield b"two"
         finally:
             self.is_left = True
@@ -106,6 +110,19 @@ async def test_an_engine_that_cannot_be_reached_is_said_so() -> None:
         assert gate.open_turns == 0
     assert response.status_code == 502
     assert response.json()["error"]["code"] == "upstream_error"
+
+
+async def test_an_answer_that_breaks_off_does_so_for_its_reader(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(late_error=RequestError("upstream_error", "gone"))
+    engine.gate.set()
+    async with front_with(Scripted(), pass_through=engine) as front:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await front.http.get("/v1/files")
+    assert engine.is_left
+    assert "broke off: gone" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_body_that_is_too_large_does_not_go_on() -> None:

@@ -5,6 +5,7 @@ and names of ours do not leave the server.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ HOP_BY_HOP = frozenset(
 OURS = "x-eloquent-"
 _NOT_PASSED_UP = HOP_BY_HOP | {"authorization", "content-length", "cookie", "expect", "host"}
 _NOT_PASSED_DOWN = HOP_BY_HOP | {"date", "server", "set-cookie"}
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,16 @@ class Passing:
             for name, value in passed_down(forwarded.headers)
         ]
         start = {"type": "http.response.start", "status": forwarded.status, "headers": headers}
-        async with aclosing(cast(Any, forwarded.body)) as pieces:
-            await send(start)
-            async for piece in pieces:
-                self.answer_bytes += len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        try:
+            async with aclosing(cast(Any, forwarded.body)) as pieces:
+                await send(start)
+                async for piece in pieces:
+                    self.answer_bytes += len(piece)
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except RequestError as error:
+            # A response without its end ends the connection: so the reader knows.
+            logger.warning("what was passed on broke off: %s", error)
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
