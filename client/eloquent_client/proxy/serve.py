@@ -27,6 +27,9 @@ from eloquent_client.proxy.link import LinkWatch
 READY_PREFIX = "LISTENING"
 "Starts the line on standard output that tells a parent process where to ask."
 
+MAX_CONNECTIONS = 1000
+"Of programs; more are turned away, each with a 503."
+
 STOP_S = 1
 "After a signal, programs have so long to take their last words."
 
@@ -77,6 +80,7 @@ async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> N
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=STOP_S,
     )
     host, port = listening.getsockname()[:2]
