@@ -67,3 +67,53 @@ def test_an_event_that_no_reader_could_take_is_refused_and_leaves_the_log_as_it_
     with pytest.raises(ValueError):  # noqa: PT011  (two kinds; either names the trouble)
         log.append(TextDelta(text))
     assert log.read(0, log.length) == encode_event(TextDelta("a"))
+
+
+def test_a_log_grows_by_what_another_log_of_the_turn_has() -> None:
+    source = TokenLog()
+    for text in ("one ", "two ", "three"):
+        source.append(TextDelta(text))
+    half = source.length
+    end = close(source)
+    data = source.read(0, source.length)
+    log, events = TokenLog.restored(data[:7])
+    assert events == [TextDelta("one ")]
+    first = log.length
+    assert log.extend(data[first:half]) == [TextDelta("two "), TextDelta("three")]
+    assert log.length == first
+    assert log.extend(data[half:]) == [end]
+    log.release(log.written)
+    assert log.read(0, log.length) == data
+    assert (log.end, log.is_closed) == (end, True)
+
+
+def test_what_was_written_after_another_log_s_events_has_the_right_digest() -> None:
+    log, _ = TokenLog.restored(encode_event(TextDelta("one ")))
+    log.append(TextDelta("two"))
+    log.extend(encode_event(TextDelta(" three")))
+    close(log)
+    data = log.written_from(0)
+    assert TokenLog.restored(data)[0].is_closed  # it checks the digest
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_what_was_not_released_can_be_taken_back(is_closed: bool) -> None:
+    log = TokenLog(is_held=True)
+    log.append(TextDelta("kept"))
+    kept = log.written
+    log.release(kept)
+    log.append(TextDelta("taken back"))
+    if is_closed:
+        close(log)
+    log.rewind()
+    assert (log.written, log.length, log.is_closed) == (kept, kept, False)
+    close(log)
+    assert TokenLog.restored(log.written_from(0))[0].is_closed
+
+
+def test_an_end_that_was_released_stays() -> None:
+    log = TokenLog(is_held=True)
+    end = close(log)
+    log.release(log.written)
+    log.rewind()
+    assert log.end == end

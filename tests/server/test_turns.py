@@ -1,108 +1,18 @@
 """The hub: turns that outlive their readers. The store is real, the readers write down all."""
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from hub_readers import BODY, DEADLINE_S, Notes, Script, names
 
-from eloquent.core.events import End, Event, EventDecoder, Failure, TextDelta
-from eloquent.core.log import Log
+from eloquent.core.events import End, Failure, TextDelta
 from eloquent.core.wire import Request
 from eloquent.errors import RequestError
 from eloquent_server.store import TokenStore
 from eloquent_server.turns import Turn, TurnHandler, TurnHub
-
-BODY = b'{"messages": []}'
-DEADLINE_S = 20.0
-"Ends a hang; decides nothing."
-
-
-class Notes:
-    """A `Reader` that reads everything at once, as a perfect link would."""
-
-    def __init__(
-        self,
-        turn_id: bytes,
-        secret: bytes,
-        *,
-        body: bytes = BODY,
-        offset: int = 0,
-        is_owner: bool = True,
-    ) -> None:
-        self.request = Request(turn_id, body, secret, offset, is_owner)
-        self.rejected: tuple[str, str] | None = None
-        self.events: list[Event] = []
-        self._log: Log | None = None
-        self._decoder = EventDecoder(offset)
-        self.offset = offset
-        self.news = asyncio.Event()
-
-    def accept(self, log: Log) -> None:
-        self._log = log
-        self.log_grew()
-
-    def log_grew(self) -> None:
-        assert self._log is not None
-        assert self.rejected is None
-        data = self._log.read(self.offset, self._log.length)
-        self.events += self._decoder.feed(data)
-        self.offset += len(data)
-        self.news.set()
-
-    def reject(self, code: str, message: str, retry_after_s: float = 0.0) -> None:
-        assert self.rejected is None
-        self.rejected = (code, message)
-        self.news.set()
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
-
-    @property
-    def is_over(self) -> bool:
-        return self.rejected is not None or bool(self.events and isinstance(self.events[-1], End))
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                self.news.clear()
-                await self.news.wait()
-
-    async def finished(self) -> list[Event]:
-        await self.until(lambda: self.is_over)
-        return self.events
-
-
-class Script:
-    """A handler that says a word each time it is let go on; it counts how often it was asked."""
-
-    def __init__(self, *words: str) -> None:
-        self.words = words
-        self.asked = 0
-        self.gate = asyncio.Semaphore(0)
-        self.ended = asyncio.Event()
-
-    async def __call__(self, turn: Turn) -> None:
-        self.asked += 1
-        try:
-            for word in self.words:
-                await self.gate.acquire()
-                turn.append(TextDelta(word))
-            await self.gate.acquire()
-            turn.close("stop", model="m", prompt_tokens=1, completion_tokens=len(self.words))
-        finally:
-            self.ended.set()
-
-    def go(self, steps: int = 100) -> None:
-        for _ in range(steps):
-            self.gate.release()
-
-
-def names() -> tuple[bytes, bytes]:
-    return secrets.token_bytes(16), secrets.token_bytes(16)
 
 
 @asynccontextmanager
@@ -221,6 +131,24 @@ async def test_only_the_owner_s_cancel_stops_the_generation() -> None:
         assert isinstance(end, End)
         assert end.finish_reason == "cancelled"
         await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+        assert hub.generating == 0
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_cancel_that_comes_with_the_request_is_not_missed(is_gone: bool) -> None:
+    script = Script("never said")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        owner = Notes(turn_id, secret)
+        hub.on_request(owner)
+        hub.on_cancel(owner)
+        if is_gone:
+            hub.on_gone(owner)
+        late = Notes(turn_id, secret, body=b"", is_owner=False)
+        hub.on_request(late)
+        end = (await late.finished())[-1]
+        assert isinstance(end, End)
+        assert (late.text, end.finish_reason) == ("", "cancelled")
         assert hub.generating == 0
 
 
