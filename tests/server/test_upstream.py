@@ -379,7 +379,7 @@ async def test_a_sick_engine_is_left_alone_until_it_is_well() -> None:
             engine.health = health
             await upstream.probe()
             seen.append(upstream.is_up)
-    assert seen == [True, True, True, False, False, True, True]
+    assert seen == [False, True, True, False, False, True, True]
 
 
 async def test_an_engine_without_health_is_asked_for_its_models() -> None:

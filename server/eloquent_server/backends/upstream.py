@@ -91,7 +91,7 @@ class Upstream:
         self._client = client
         self._patience = patience
         self._probes = 0
-        self._failed_probes = 0
+        self._failed_probes = FAILED_PROBES - 1  # The first is believed.
         self.is_up = True
         "Until it is found to be otherwise."
         self.models: tuple[str, ...] | None = None
