@@ -161,7 +161,7 @@ class Client:
         match = _TOKEN.fullmatch(token)
         if match is None or (offset is not None and offset < 0):
             raise ConfigurationError(
-                "That is no token of a turn: it has 32 hexadecimal digits, a colon, 32 more, and "
+                "That is no name of a turn: it has 32 hexadecimal digits, a colon, 32 more, and "
                 "perhaps a colon and an offset, which counts bytes from 0 on."
             )
         turn_id, secret = bytes.fromhex(match[1]), bytes.fromhex(match[2])

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -94,26 +93,21 @@ def ask(
 
 
 def resume(
-    name: str, *, url: str, offset: int = 0, watch: bool = False, key_env: str = KEY_ENV
+    name: str, *, url: str, offset: int | None = None, watch: bool = False, key_env: str = KEY_ENV
 ) -> None:
     """Go on with an answer that was asked before, here or elsewhere, and print the rest of it.
 
     Args:
         name: The turn's name as `eloquent ask` gave it when its connection failed, or with
-            `--json`: its id and its secret, with a colon between.
+            `--json`: its id and its secret, with a colon between. Or a program's token of it
+            (`stream.token`), which has the offset too.
         url: The server that was asked.
-        offset: Where to go on, as `eloquent ask` gave it; 0 is the whole answer.
+        offset: Where to go on, as `eloquent ask` gave it; 0 is the whole answer, as is a name
+            without one.
         watch: Only look on: ending this command does not stop the answer.
         key_env: The environment variable that has the key, where the server wants one.
     """
     logging.getLogger().addHandler(logging.NullHandler())
-    if re.fullmatch(r"[0-9a-f]{32}:[0-9a-f]{32}", name) is None:
-        raise ConfigurationError(
-            f"{name!r} is no turn's name: it has 32 hexadecimal digits, a colon, and 32 more, as "
-            "`eloquent ask` printed it."
-        )
-    if offset < 0:
-        raise ConfigurationError(f"The offset is {offset}: it counts bytes, from 0 on.")
     asyncio.run(_resume(parse_url(url), _key(key_env), name, offset, is_owner=not watch))
 
 
@@ -224,7 +218,9 @@ def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
     )
 
 
-async def _resume(url: ServerUrl, key: str, name: str, offset: int, *, is_owner: bool) -> None:
+async def _resume(
+    url: ServerUrl, key: str, name: str, offset: int | None, *, is_owner: bool
+) -> None:
     async with resuming(url, key) as client:
         stream = client.resume(name, offset=offset, is_owner=is_owner)
         async with stream:

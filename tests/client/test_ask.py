@@ -10,7 +10,7 @@ from asyncio.subprocess import PIPE, Process
 import pytest
 from loopback import DEADLINE_S, Hanging, StartServer, saying
 
-from eloquent.core.events import TextDelta
+from eloquent.core.events import TextDelta, encode_event
 from eloquent.errors import ConfigurationError
 from eloquent_client import commands
 from eloquent_server.backends.echo import EchoBackend
@@ -18,18 +18,23 @@ from eloquent_server.gateway import Gateway
 from eloquent_server.turns import Turn
 
 
-async def start(*arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> Process:
+async def start(
+    *arguments: str, command: str = "ask", stdin: int = asyncio.subprocess.DEVNULL
+) -> Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "eloquent", "ask", *arguments),
+        *(sys.executable, "-m", "eloquent", command, *arguments),
         stdin=stdin,
         stdout=PIPE,
         stderr=PIPE,
     )
 
 
-async def run(*arguments: str, given: str | None = None) -> tuple[int, str, str]:
+async def run(
+    *arguments: str, command: str = "ask", given: str | None = None
+) -> tuple[int, str, str]:
     """Return exit code, standard output and standard error."""
-    process = await start(*arguments, stdin=asyncio.subprocess.DEVNULL if given is None else PIPE)
+    stdin = asyncio.subprocess.DEVNULL if given is None else PIPE
+    process = await start(*arguments, command=command, stdin=stdin)
     async with asyncio.timeout(DEADLINE_S):
         out, err = await process.communicate(None if given is None else given.encode())
     assert process.returncode is not None
@@ -217,3 +222,24 @@ async def test_the_key_comes_from_the_environment(
     code, out, err = await run("Hi", "--url", url, "--key-env", "NO_SUCH_KEY")
     assert (code, out) == (1, "")
     assert "environment variable NO_SUCH_KEY" in err
+
+
+async def test_resume_takes_a_name_and_a_programs_token(start_server: StartServer) -> None:
+    server = await start_server(saying("one ", "two ", "three"))
+    url = str(server.url)
+    code, out, _ = await run("Count", "--json", "--url", url)
+    name = json.loads(out)["turn"]
+    assert code == 0
+    first = len(encode_event(TextDelta("one ")))
+
+    async def resumed(*arguments: str) -> tuple[int, str, str]:
+        return await run(*arguments, "--url", url, command="resume")
+
+    assert await resumed(name) == (0, "one two three\n", "")
+    assert await resumed(name, "--offset", str(first)) == (0, "two three\n", "")
+    assert await resumed(f"{name}:{first}", "--watch") == (0, "two three\n", "")
+    assert await resumed(f"{name}:{first}", "--offset", "0") == (0, "one two three\n", "")
+    for arguments in ((name[1:],), (name, "--offset", "-1")):
+        code, out, err = await resumed(*arguments)
+        assert (code, out) == (1, "")
+        assert "no name of a turn" in err

@@ -269,7 +269,7 @@ def test_a_token_has_nothing_of_the_key() -> None:
     "token", ["", "0" * 64, f"{'0' * 32}:{'g' * 32}", f"{'0' * 32}:{'0' * 32}:-1", "x:y:z"]
 )
 def test_what_is_no_token_is_refused(token: str) -> None:
-    with pytest.raises(ConfigurationError, match="no token"):
+    with pytest.raises(ConfigurationError, match="no name of a turn"):
         Client(URL).resume(token)
 
 
@@ -277,7 +277,7 @@ def test_a_turns_name_is_a_token_from_its_beginning() -> None:
     client = Client(URL)
     assert client.resume(f"{'0' * 32}:{'1' * 32}").offset == 0
     assert client.resume(f"{'0' * 32}:{'1' * 32}:17").offset == 17
-    with pytest.raises(ConfigurationError, match="no token"):
+    with pytest.raises(ConfigurationError, match="no name of a turn"):
         client.resume(f"{'0' * 32}:{'1' * 32}", offset=-1)
 
 
