@@ -1,28 +1,18 @@
 """`eloquent serve` killed in mid-answer: it goes on where it was, and its reader sees a pause."""
 
 import asyncio
-import contextlib
 import dataclasses
-import json
-import os
 import random
-import re
-import signal
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import is_alive, is_gone
-from tiny_model import tiny_model, tiny_tokenizer
+from processes import is_alive
+from serving import DEADLINE_S, Serving, serving, tiny_model_in
+from tiny_model import tiny_tokenizer
 
 from eloquent_client import Client, PromptTokensDetails
 
-DEADLINE_S = 240.0
-"Ends a hang; decides nothing."
-CONTEXT_TOKENS = 4096
 ANSWER_TOKENS = 700
 KILLS = 3
 SEED = 20261122
@@ -30,83 +20,8 @@ SEED = 20261122
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model on disk, with room for an answer of some seconds."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    config = json.loads((path / "config.json").read_text())
-    config["max_position_embeddings"] = CONTEXT_TOKENS
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-class Serving:
-    """A server process that can be killed and started again at the same address and state."""
-
-    def __init__(self, model: str, state: Path) -> None:
-        self._model = model
-        self._state = state
-        self._port = 0
-        self._process: Process | None = None
-        self._stderr = state / "stderr"
-        self.url = ""
-
-    async def start(self) -> None:
-        with self._stderr.open("ab") as stderr:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "eloquent", "serve", "--model", self._model),
-                *("--port", str(self._port), "--state", str(self._state / "state")),
-                "--log-level=info",
-                stdout=PIPE,
-                stderr=stderr,
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None
-        line = (await self._process.stdout.readline()).decode()
-        assert line.startswith("LISTENING "), self.log
-        self.url = line.split()[1]
-        found = re.search(r":(\d+)", self.url.removeprefix("eloquent://"))
-        assert found is not None
-        self._port = int(found[1])
-
-    @property
-    def log(self) -> str:
-        return self._stderr.read_text()
-
-    @property
-    def engines(self) -> list[int]:
-        """The server's child processes."""
-        assert self._process is not None
-        pid = self._process.pid
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    async def kill(self) -> None:
-        """Kill the server, and see its engine go."""
-        assert self._process is not None
-        if self._process.returncode is not None:
-            return
-        engines = self.engines
-        self._process.kill()
-        await self._process.wait()
-        for pid in engines:
-            await is_gone(pid)
-
-    async def interrupt(self) -> int:
-        """Do what Ctrl-C at the server's terminal does; return the exit code."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGINT)
-        return await self._process.wait()
-
-
-@contextlib.asynccontextmanager
-async def serving(model: str, state: Path) -> AsyncIterator[Serving]:
-    server = Serving(model, state)
-    async with asyncio.timeout(DEADLINE_S):
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.kill()
+    """The tiny model on disk."""
+    return tiny_model_in(tmp_path_factory.mktemp("model"))
 
 
 async def whole_answer(client: Client, body: dict[str, Any]) -> tuple[str, Any]:
