@@ -109,7 +109,9 @@ async def test_a_turn_is_read_at_another_gateway_as_it_was_written(gateway: Open
     assert (turn.record.chunks, turn.record.size) == (3, record.size)
 
 
-async def test_an_ended_turn_keeps_its_log_and_loses_its_request(gateway: Open) -> None:
+async def test_an_ended_turn_keeps_its_log_and_loses_its_request(
+    gateway: Open, server: RedisServer
+) -> None:
     one, other = await gateway(), await gateway()
     record = await begin(one)
     one.append(record, 0, b"Hello", continuation=b"state")
@@ -117,6 +119,7 @@ async def test_an_ended_turn_keeps_its_log_and_loses_its_request(gateway: Open) 
     turn = await claim(other)
     assert (turn.state, turn.log, turn.body) == (TurnState.ENDED, b"Hello!", b"")
     assert (turn.continuations, turn.is_elsewhere, turn.record.size) == ((), False, 6)
+    assert command(server, "EXISTS", KEYS.continuations, KEYS.lease) == b"0"
     with pytest.raises(TurnEndedError, match="ended"):
         one.append(record, 6, b"more")
     assert one.turns == other.turns == 0
@@ -231,6 +234,41 @@ async def test_writes_wait_for_a_redis_that_is_started_again(tmp_path: Path) -> 
     finally:
         await store.close()
         server.stop()
+
+
+async def test_a_write_whose_answer_was_lost_is_sent_again_and_stored_once(
+    gateway: Open, server: RedisServer
+) -> None:
+    lose = asyncio.Event()
+
+    async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            if lose.is_set() and b"stored" in data:
+                lose.clear()
+                break
+            to.write(data)
+        to.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
+
+    async with await asyncio.start_server(forward, "127.0.0.1", 0) as forwarder:
+        port = forwarder.sockets[0].getsockname()[1]
+        store = await RedisTokenStore.open(f"redis://127.0.0.1:{port}/0", lease_s=LONG_S)
+        record = await begin(store)
+        assert await stored(store.append, record, 0, b"one ") is None
+        lose.set()
+        store.append(record, 4, b"two ", continuation=b"state")
+        assert await stored(store.append, record, 8, b"three ") is None
+        assert not lose.is_set()
+        lose.set()
+        assert await stored(store.close_turn, record, 14, b"four") is None
+        assert not lose.is_set()
+        await store.close()
+    turn = await claim(await gateway())
+    assert (turn.log, turn.state) == (b"one two three four", TurnState.ENDED)
+    assert int(command(server, "XLEN", KEYS.log)) == 4
 
 
 async def test_a_turn_of_a_redis_that_has_lost_it_is_not_gone_on_with(
