@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -58,7 +58,10 @@ class ServerProcess:
 
 @contextlib.asynccontextmanager
 async def server_process(
-    folder: Path, *options: str, environment: dict[str, str] | None = None
+    folder: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    stdin: int = DEVNULL,
 ) -> AsyncIterator[ServerProcess]:
     """Run a server as long as the block lasts; a free port, unless `options` have one.
 
@@ -70,6 +73,7 @@ async def server_process(
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "eloquent", "serve", "--model", "echo"),
             *(*port, *options),
+            stdin=stdin,
             stdout=PIPE,
             stderr=file,
             env={**os.environ, **(environment or {})},

@@ -23,6 +23,8 @@ LOOK_EVERY_S = 0.1
 
 MIN_RETRY_AFTER_S = 1.0
 
+STDIN = 0
+
 DRAINING = "The server is about to stop and takes no new turns: ask again in a moment."
 
 logger = logging.getLogger(__name__)
@@ -78,20 +80,23 @@ class Signals:
     """What the process is told from outside; the one owner of its signals."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take SIGTERM and SIGINT from now on."""
+        """Take SIGTERM, SIGINT and SIGHUP from now on; the latter not where there is a terminal.
+
+        A terminal that is closed says so with SIGHUP, and ends what runs in it.
+        """
         self.stop = asyncio.Event()
         "The server is to stop."
         self.stop_now = asyncio.Event()
         "It is not to wait for anything."
-        self._loop = loop
-        self._hung_up: list[Callable[[], object]] = []
+        self._reload: list[Callable[[], object]] = []
         loop.add_signal_handler(signal.SIGTERM, self._on_terminate)
         loop.add_signal_handler(signal.SIGINT, self.end)
+        if not os.isatty(STDIN):
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     def on_hangup(self, do: Callable[[], object]) -> None:
-        """Have SIGHUP do this, too, and end the server no more."""
-        self._hung_up.append(do)
-        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        """Have SIGHUP do this, too."""
+        self._reload.append(do)
 
     def end(self) -> None:
         """Stop at once."""
@@ -104,7 +109,7 @@ class Signals:
         self.stop.set()
 
     def _on_hangup(self) -> None:
-        for do in self._hung_up:
+        for do in self._reload:
             do()
 
 

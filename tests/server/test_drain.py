@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -112,10 +113,11 @@ async def test_a_second_signal_and_an_interrupt_stop_at_once(
 ) -> None:
     options = ("--drain-timeout", "1000000", "--log-level", "info")
     async with server_process(tmp_path, *options) as server, reading(server, LONG) as answer:
-        for number in numbers:
+        *earlier, last = numbers
+        for number in earlier:
             server.signal(number)
-            if number is not numbers[-1]:
-                await server.says("stopping: 1 turns under way")
+            await server.says("stopping: 1 turns under way")
+        server.signal(last)
         text = await answer.whole()
         assert await server.wait() == 0
         assert text != LONG
@@ -143,6 +145,24 @@ async def test_with_a_state_directory_it_goes_on_after_the_restart(tmp_path: Pat
         port = str(server.url.port)
         async with server_process(tmp_path, *options, "--port", port):
             assert await answer.whole() == WORDS
+
+
+async def test_a_hangup_ends_nothing_where_there_is_nothing_to_read_again(tmp_path: Path) -> None:
+    async with server_process(tmp_path) as server, reading(server, WORDS) as answer:
+        server.signal(signal.SIGHUP)
+        assert await answer.whole() == WORDS
+        assert not server.has_ended
+
+
+async def test_a_terminal_that_is_closed_ends_the_server_in_it(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    try:
+        async with server_process(tmp_path, stdin=theirs) as server:
+            server.signal(signal.SIGHUP)
+            assert await server.wait() == -signal.SIGHUP
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 async def test_systemd_is_told(tmp_path: Path) -> None:
