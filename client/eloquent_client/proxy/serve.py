@@ -30,6 +30,10 @@ READY_PREFIX = "LISTENING"
 MAX_CONNECTIONS = 1000
 "Of programs; more are turned away, each with a 503."
 
+KEEP_ALIVE_S = 8
+"""So long a connection may rest between requests. More than the 5 s after which httpx2 uses it no
+more, so that a request does not cross its end."""
+
 STOP_S = 1
 "After a signal, programs have so long to take their last words."
 
@@ -80,6 +84,7 @@ async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> N
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=STOP_S,
     )
