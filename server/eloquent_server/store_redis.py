@@ -9,7 +9,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from eloquent_server.lease import LEASE_S, Leases
@@ -33,6 +34,7 @@ from eloquent_server.store_types import (
     OnRecord,
     OnStored,
     StaleOwnerError,
+    StoreAwayError,
     StoreClosedError,
     StoredTurn,
     StoreError,
@@ -43,6 +45,10 @@ from eloquent_server.store_types import (
     TurnTooLargeError,
 )
 
+ASKING = 8
+"So many turns are begun or read at once, so that writes and renewals always have a connection."
+ASK_S = 5.0
+"Who has to wait for longer is told to come back."
 SCAN_EVERY_S = 15.0
 "How often open turns without an owner are looked for, after the first time."
 SCAN_TURNS = 500
@@ -86,6 +92,7 @@ class RedisTokenStore:
         self._follower = Follower(link, self._owner, self._on_cancel_message)
         self._on_lost: OnRecord = _ignore
         self._on_cancel: OnRecord = _ignore
+        self._asking = asyncio.Semaphore(ASKING)
         self._is_closed = False
 
     @classmethod
@@ -140,22 +147,16 @@ class RedisTokenStore:
             updated_s=now_s,
         )
         self._claim_bytes(record, len(body))
-        asked_s = asyncio.get_running_loop().time()
-        record.fence = await self._link.run(
-            BEGIN,
-            (keys.turn, keys.lease, keys.grave, FENCE_KEY, OPEN_KEY),
-            (
-                self._owner,
-                self._lease_ms,
-                now_s,
-                self._ttl_ms,
-                self._tombstone_ttl_ms,
-                keys.name,
-                secret_hash,
-                body_hash,
-                body,
-            ),
-        )
+        async with self._turn_to_ask():
+            asked_s = asyncio.get_running_loop().time()
+            record.fence = await self._link.run(
+                BEGIN,
+                (keys.turn, keys.lease, keys.grave, FENCE_KEY, OPEN_KEY),
+                (
+                    *(self._owner, self._lease_ms, now_s, self._ttl_ms, self._tombstone_ttl_ms),
+                    *(keys.name, secret_hash, body_hash, body),
+                ),
+            )
         if not record.fence:
             raise TurnExistsError(record)
         self._leases.take(record, asked_s)
@@ -170,13 +171,14 @@ class RedisTokenStore:
         """
         await self._settled(principal, turn_id)
         keys = Keys(principal, turn_id)
-        asked_s = asyncio.get_running_loop().time()
-        fence = await self._link.run(
-            CLAIM,
-            (keys.turn, keys.lease, FENCE_KEY, OPEN_KEY),
-            (self._owner, self._lease_ms, keys.name),
-        )
-        stored = await self._load(principal, turn_id, fence)
+        async with self._turn_to_ask():
+            asked_s = asyncio.get_running_loop().time()
+            fence = await self._link.run(
+                CLAIM,
+                (keys.turn, keys.lease, FENCE_KEY, OPEN_KEY),
+                (self._owner, self._lease_ms, keys.name),
+            )
+            stored = await self._load(principal, turn_id, fence)
         if fence and stored is not None and stored.state is TurnState.OPEN:
             self._leases.take(stored.record, asked_s)
         return stored
@@ -188,7 +190,8 @@ class RedisTokenStore:
             As `claim`.
         """
         await self._settled(principal, turn_id)
-        return await self._load(principal, turn_id, 0)
+        async with self._turn_to_ask():
+            return await self._load(principal, turn_id, 0)
 
     def append(
         self,
@@ -254,11 +257,12 @@ class RedisTokenStore:
         await self._settled(principal, turn_id)
         keys = Keys(principal, turn_id)
         owned = self._leases.of(principal, turn_id)
-        found = await self._link.run(
-            BURY,
-            (keys.turn, keys.log, keys.continuations, keys.lease, keys.grave, OPEN_KEY),
-            (self._tombstone_ttl_ms, keys.name),
-        )
+        async with self._turn_to_ask():
+            found = await self._link.run(
+                BURY,
+                (keys.turn, keys.log, keys.continuations, keys.lease, keys.grave, OPEN_KEY),
+                (self._tombstone_ttl_ms, keys.name),
+            )
         if owned is not None:
             self._leases.drop(owned)
             owned.state = TurnState.TOMBSTONE
@@ -446,6 +450,20 @@ class RedisTokenStore:
         record = self._leases.of(*turn_named(name))
         if record is not None:
             self._on_cancel(record)
+
+    @asynccontextmanager
+    async def _turn_to_ask(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(ASK_S):
+                await self._asking.acquire()
+        except TimeoutError as error:
+            raise StoreAwayError(
+                f"{self._link.name} is asked for more turns at once than it answers for."
+            ) from error
+        try:
+            yield
+        finally:
+            self._asking.release()
 
     def _drop(self, record: TurnRecord) -> None:
         self._leases.drop(record)

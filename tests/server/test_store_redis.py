@@ -298,6 +298,22 @@ async def test_more_than_a_batch_is_stored_in_order_in_few_round_trips(gateway: 
     assert sum(store.meters.flush.counts) <= 6
 
 
+async def test_many_turns_at_once_leave_a_connection_for_what_is_written(
+    gateway: Open, server: RedisServer
+) -> None:
+    store = await gateway()
+    first = await begin(store)
+    ids = [number.to_bytes(16) for number in range(1, 301)]
+    beginning = [asyncio.ensure_future(begin(store, turn_id)) for turn_id in ids]
+    assert await stored(store.append, first, 0, b"x") is None
+    assert not all(each.done() for each in beginning)
+    assert len(await asyncio.gather(*beginning)) == 300
+    turns = await asyncio.gather(*(claim(store, turn_id) for turn_id in ids))
+    assert not any(turn.is_elsewhere for turn in turns)
+    connections = command(server, "CLIENT", "LIST").splitlines()
+    assert len(connections) <= 17  # redis-cli's own, too
+
+
 async def test_everything_expires(gateway: Open, server: RedisServer) -> None:
     store = await gateway(ttl_s=100.0, tombstone_ttl_s=1000.0)
     record, other = await begin(store), await begin(store, OTHER)
