@@ -84,7 +84,7 @@ def server_certificate(
         if kept is not None and _is_for(kept, host, now):
             return kept
         made = make_certificate(host, now - CLOCK_SKEW_ALLOWED)
-        _write(path, made)
+        write_private(path, made.pem())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
             f"The server's certificate in {path} cannot be used ({error}): give a directory that "
@@ -108,15 +108,14 @@ def _read(path: Path) -> ServerCertificate:
     return ServerCertificate(x509.load_pem_x509_certificate(data), key)
 
 
-def _write(path: Path, made: ServerCertificate) -> None:
-    pem = made.certificate.public_bytes(serialization.Encoding.PEM)
-    pem += made.private_key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only this user may read; a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_suffix(".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
+        file.write(data)
     temporary.replace(path)

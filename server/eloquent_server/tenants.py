@@ -7,7 +7,6 @@ under a key that only this server knows.
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from eloquent.errors import ConfigurationError
 from eloquent_server.admission import Principal
 from eloquent_server.backends.base import Tenant
+from eloquent_server.state import write_private
 
 SALT_FILE = "salt.key"
 SALT_KEY_BYTES = 32
@@ -43,7 +43,7 @@ def _kept_key(directory: Path) -> bytes:
     try:
         if not path.exists():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(path, secrets.token_bytes(SALT_KEY_BYTES))
+            write_private(path, secrets.token_bytes(SALT_KEY_BYTES))
         key = path.read_bytes()
         if len(key) != SALT_KEY_BYTES:
             raise ValueError(f"it has {len(key)} bytes and not {SALT_KEY_BYTES}")
@@ -54,11 +54,3 @@ def _kept_key(directory: Path) -> bytes:
             "the server find no prefix of before."
         ) from error
     return key
-
-
-def _write(path: Path, key: bytes) -> None:
-    temporary = path.with_suffix(".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-    temporary.replace(path)
