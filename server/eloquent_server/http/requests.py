@@ -9,7 +9,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 
-from eloquent.core.wire import MAX_KEY_BYTES, MAX_REQUEST_BODY_BYTES, SECRET_BYTES, TURN_ID_BYTES
+from eloquent.core.wire import MAX_REQUEST_BODY_BYTES, SECRET_BYTES, TURN_ID_BYTES
 from eloquent.errors import RequestError
 from eloquent_server.opening import UNKNOWN_TURN
 
@@ -47,16 +47,9 @@ class TurnNames:
 
 
 def key_of(headers: Headers) -> str:
-    """Return the bearer key; empty if there is none.
-
-    Raises:
-        RequestError: `unauthorized`: it is longer than any key.
-    """
+    """Return the bearer key; empty if there is none."""
     value = headers.get("authorization", "")
-    key = value[len(_BEARER) :].strip() if value[: len(_BEARER)].lower() == _BEARER else ""
-    if len(key.encode()) > MAX_KEY_BYTES:
-        raise RequestError("unauthorized", f"A key has at most {MAX_KEY_BYTES} bytes.")
-    return key
+    return value[len(_BEARER) :].strip() if value[: len(_BEARER)].lower() == _BEARER else ""
 
 
 async def read_body(request: HttpRequest) -> bytes:
