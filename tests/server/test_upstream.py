@@ -249,6 +249,49 @@ async def test_a_connection_that_breaks_in_mid_answer() -> None:
     assert failure.code == "upstream_error"
 
 
+async def test_another_engine_goes_on_where_one_broke() -> None:
+    async def turn(asked: Asked) -> None:
+        asked.begin()
+        if asked.json["messages"][-1]["role"] == "user":
+            asked.say("Hel")
+            await asked.out.drain()
+            asked.hang_up()
+        else:
+            asked.say("lo")
+            asked.finish()
+            asked.end()
+
+    first, second = BadEngine(turn), BadEngine(turn)
+    async with first, second, backend(first, second, continues="vllm") as engines:
+        assert await all_of(engines.generate(body(max_tokens=5))) == HELLO
+    began, went_on = (first, second) if first.chats[0].json["max_tokens"] == 5 else (second, first)
+    assert len(began.chats) == len(went_on.chats) == 1
+    asked = went_on.chats[0].json
+    assert asked["messages"][-1] == {"role": "assistant", "content": "Hel"}
+    assert (asked["max_tokens"], asked["continue_final_message"]) == (4, True)
+
+
+async def test_an_answer_that_breaks_everywhere_fails_with_what_there_is() -> None:
+    async def breaking(asked: Asked) -> None:
+        asked.begin()
+        asked.say("Hel")
+        await asked.out.drain()
+        asked.hang_up()
+
+    async def refusing(asked: Asked) -> None:
+        await (breaking(asked) if asked.json["messages"][-1]["role"] == "user" else refuse(asked))
+
+    refuse = replying(400, "{}")
+    for handler in (breaking, refusing):
+        first, second = BadEngine(handler), BadEngine(handler)
+        async with first, second, backend(first, second, continues="llama") as engines:
+            *texts, failure = await all_of(engines.generate(body()))
+        assert isinstance(failure, Failure)
+        assert failure.code == "upstream_error"
+        assert texts == [TextDelta("Hel")] * (2 if handler is breaking else 1)
+        assert len(first.chats) == len(second.chats) == 1
+
+
 async def test_an_error_in_mid_stream() -> None:
     async def failing(asked: Asked) -> None:
         asked.begin()

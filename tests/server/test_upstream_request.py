@@ -162,6 +162,15 @@ def test_a_limit_that_is_used_up() -> None:
     assert chat.has_no_room
 
 
+def test_an_answer_is_continued_twice() -> None:
+    chat = ChatBody(body(max_tokens=10))
+    chat.go_on(HALF, "llama")
+    chat.go_on((*HALF, TextDelta("!")), "llama")
+    had = sent(chat)
+    assert had["messages"] == [ASK, {"role": "assistant", "content": "Good day!"}]
+    assert had["max_tokens"] == 7
+
+
 @pytest.mark.parametrize(
     ("continues", "events", "fields", "why"),
     [

@@ -63,6 +63,8 @@ class ChatBody:
             raise RequestError(
                 "invalid_request", f"The request is no chat body in JSON: {error}."
             ) from error
+        self.has_no_room = False
+        "Whether what there is of the answer has used its limit up."
         if not self._read.messages:
             raise RequestError(
                 "invalid_request",
@@ -79,11 +81,6 @@ class ChatBody:
     def model(self) -> str:
         """What the client asks for; empty: it leaves that to the server."""
         return self._read.model or ""
-
-    @property
-    def has_no_room(self) -> bool:
-        """Whether its limit allows no (further) token."""
-        return 0 in (self._read.max_completion_tokens, self._read.max_tokens)
 
     def head(self, model: str, salt: str) -> bytes:
         """Return a digest that all turns of a conversation share, and few others do.
@@ -119,7 +116,8 @@ class ChatBody:
     def go_on(self, events: Sequence[Delta], continues: Continues) -> int:
         """Ask for the rest of an answer instead; return how many tokens are held to be there.
 
-        A piece of text counts as a token, unless logprobs say that there were more.
+        A piece of text counts as a token, unless logprobs say that there were more. May be called
+        again, when there is more.
 
         Raises:
             RequestError: `interrupted`: an engine could not give the rest of this one.
@@ -139,8 +137,8 @@ class ChatBody:
             self._fields["add_generation_prompt"] = _raw(False)
         for name in ("max_completion_tokens", "max_tokens"):
             if limit := getattr(self._read, name):
-                setattr(self._read, name, max(limit - tokens, 0))
-                self._fields[name] = _raw(getattr(self._read, name))
+                self._fields[name] = _raw(max(limit - tokens, 0))
+                self.has_no_room |= limit <= tokens
         return tokens
 
     @property

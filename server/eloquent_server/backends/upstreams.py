@@ -113,7 +113,7 @@ class UpstreamBackend:
         chat = ChatBody(body)
         model = chat.model or self._default_model
         yield Continuation(model.encode())
-        async with aclosing(self._answer(chat, model, asker)) as events:
+        async with aclosing(self._answer(chat, model, asker, [])) as events:
             async for event in events:
                 yield event
 
@@ -130,19 +130,12 @@ class UpstreamBackend:
         """
         chat = ChatBody(body)
         model = answer.continuations[0].decode() if answer.continuations else chat.model
-        tokens = chat.go_on(answer.events, self._continues) if answer.events else 0
+        told = list(answer.events)
+        tokens = chat.go_on(told, self._continues) if told else 0
         await self._wait_for(model)
-        if chat.has_no_room:
-            yield Finish("length", 0, tokens, model=model)
-            return
-        async with aclosing(self._answer(chat, model, asker)) as events:
+        async with aclosing(self._answer(chat, model, asker, told, tokens)) as events:
             async for event in events:
-                if isinstance(event, Finish) and tokens:
-                    prompt_tokens = max(event.prompt_tokens - tokens, 0)
-                    completion_tokens = event.completion_tokens + tokens
-                    yield Finish(event.reason, prompt_tokens, completion_tokens, model=event.model)
-                else:
-                    yield event
+                yield event
 
     async def close(self) -> None:
         """Stop looking after the engines, and close all connections to them."""
@@ -156,9 +149,43 @@ class UpstreamBackend:
         return next(iter(self.models), "")
 
     async def _answer(
-        self, chat: ChatBody, model: str, asker: Asker
+        self, chat: ChatBody, model: str, asker: Asker, told: list[Delta], tokens: int = 0
     ) -> AsyncGenerator[Delta | Finish]:
-        """Have an engine answer, and if it does not take the turn, another."""
+        """Have an engine answer; if it does not take the turn, or fails in the midst, another.
+
+        `told` is what there is of the answer, to which is added, and `tokens` how many these are.
+        """
+        salt = asker.tenant.salt
+        order = choose(self._with(model), chat.head(model, salt))
+        has_said, tries = False, 0
+        for upstream in order:
+            if chat.has_no_room:
+                yield Finish("length", 0, tokens, model=model)
+                return
+            said_before = len(told)
+            body = chat.encode(model, salt if self._salt else "")
+            try:
+                async with aclosing(upstream.answer(body, model)) as events:
+                    async for event in events:
+                        if isinstance(event, Finish):
+                            yield _with_tokens(event, tokens)
+                            return
+                        told.append(event)
+                        yield event
+            except UpstreamError as error:
+                tries += upstream.is_up
+                rest: int | None = tokens if error.may_go_elsewhere else None
+                if len(told) > said_before:
+                    has_said, rest = True, self._ask_for_the_rest(chat, told)
+                if rest is not None and upstream is not order[-1] and tries < MAX_TRIES:
+                    tokens = rest
+                elif has_said:
+                    yield Failure(_in_mid_answer(error.code), error.message)
+                    return
+                else:
+                    raise
+
+    def _with(self, model: str) -> list[Upstream]:
         those = [each for each in self._upstreams if each.has(model)]
         if not those:
             raise RequestError(
@@ -166,26 +193,14 @@ class UpstreamBackend:
                 f"The engines behind this server have no model {model!r}, only "
                 f"{', '.join(map(repr, self.models))}. Ask for one of these, or leave `model` out.",
             )
-        salt = asker.tenant.salt
-        body = chat.encode(model, salt if self._salt else "")
-        order = choose(those, chat.head(model, salt))
-        tries = 0
-        for upstream in order:
-            has_begun = False
-            try:
-                async with aclosing(upstream.answer(body, model)) as events:
-                    async for event in events:
-                        has_begun = True
-                        yield event
-                return
-            except UpstreamError as error:
-                if has_begun:
-                    yield Failure(_in_mid_answer(error.code), error.message)
-                    return
-                tries += upstream.is_up
-                is_last = upstream is order[-1] or tries == MAX_TRIES
-                if is_last or not error.may_go_elsewhere:
-                    raise
+        return those
+
+    def _ask_for_the_rest(self, chat: ChatBody, told: Sequence[Delta]) -> int | None:
+        """Return how many tokens are there of what failed in the midst; None: it cannot go on."""
+        try:
+            return chat.go_on(told, self._continues)
+        except RequestError:
+            return None
 
     async def _wait_for(self, model: str) -> None:
         """Wait until an engine is up that has a model, if that does not take too long."""
@@ -207,3 +222,13 @@ class UpstreamBackend:
 
 def _in_mid_answer(code: str) -> str:
     return code if code in ("upstream_error", "upstream_timeout") else "upstream_error"
+
+
+def _with_tokens(finish: Finish, tokens: int) -> Finish:
+    """Return the end of an answer of which some tokens were in the engine's prompt."""
+    if not tokens:
+        return finish
+    prompt_tokens = max(finish.prompt_tokens - tokens, 0)
+    return Finish(
+        finish.reason, prompt_tokens, finish.completion_tokens + tokens, model=finish.model
+    )
