@@ -101,6 +101,58 @@ def engine(
 
 
 @bench.command
+def soak(
+    *,
+    turns: int = 500,
+    minutes: float = 10.0,
+    tokens_per_s: float = 2.0,
+    seed: int = 1,
+    state: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Hold turns in flight for a long time: memory may not grow, and nothing may be left behind.
+
+    Clients over QUIC and WebSocket ask, disconnect at random and resume, cancel, or never come
+    back. It takes 8 minutes more than MINUTES: before, until as many connections are forgotten as
+    are left behind (their idle timeout is 3 minutes), and after, until all are. It ends with 1 if
+    memory grew by 1 % or more over the last four fifths, if something is left, or an answer was
+    wrong.
+
+    Parameters
+    ----------
+    turns
+        How many are in flight.
+    minutes
+        How long, after the warming up.
+    tokens_per_s
+        Of each turn. All of them and their readers are to leave the machine room: under more load
+        than it bears, clients lag, and then the figures are those of a queue.
+    seed
+        Of what happens to which turn.
+    state
+        Directory for the server's store; by default one that is removed afterwards.
+    json
+        Also write the figures to this file.
+    """
+    import dataclasses
+
+    from eloquent_server.bench.soak import Soak, describe
+    from eloquent_server.bench.soak import soak as run_soak
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    wanted = Soak(turns, minutes, tokens_per_s, seed)
+    with tempfile.TemporaryDirectory(prefix="eloquent-soak-") as own:
+        outcome = run_soak(wanted, str(state or own), say=say)
+    if json is not None:
+        json.write_text(json_format.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+    print(describe(wanted, outcome))  # noqa: T201
+    if not outcome.is_good:
+        sys.exit(1)
+
+
+@bench.command
 def readers(*, readers: int = 50, tokens_per_s: float = 30.0, seconds: float = 10.0) -> None:
     """Measure what one token to one reader costs the server, over QUIC on loopback.
 
