@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from eloquent_server import config, logs
 from eloquent_server import models as model_store
@@ -19,6 +19,7 @@ When it is ready it prints one line, `LISTENING URL`; give that URL to `eloquent
 `eloquent ask --url`. Each option can also be set in the environment, and in a file: see --config.
 """,
     config=config.sources(),
+    default_parameter=Parameter(negative_iterable=()),
 )
 
 DEFAULTS = ServerOptions()

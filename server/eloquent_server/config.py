@@ -6,6 +6,8 @@ and `kv-memory` in the file. A name that is none is an error everywhere, since w
 """
 
 import os
+import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,17 @@ from eloquent.errors import ConfigurationError
 
 PREFIX = "ELOQUENT_"
 FILE_OPTION = "--config"
+PRINT_OPTION = "--print-config"
+SOURCES = {"cli": "command line", "env": "environment"}
+"What cyclopts calls them, in words; files go by their path."
+
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
+"User and password."
 
 
 def sources() -> tuple[Any, ...]:
     """Return what an `App` takes as `config`: whoever comes first in it decides."""
-    return (Env(PREFIX, show=False), _refuse_unknown_variables, _read_file)
+    return (Env(PREFIX, show=False), _refuse_unknown_variables, _read_file, _print_if_asked)
 
 
 def _refuse_unknown_variables(
@@ -61,3 +69,17 @@ def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
     if FILE_OPTION.removeprefix("--") in found:
         raise ConfigurationError(f"{path} names another file of options: put them into one.")
     Dict(found, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _print_if_asked(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """With --print-config, say what is set and where, without secrets, and end."""
+    is_set = [each for each in arguments if each.tokens]
+    if not any(PRINT_OPTION in each.names for each in is_set):
+        return
+    for argument in is_set:
+        if PRINT_OPTION not in argument.names:
+            values = (token.value or str(token.implicit_value) for token in argument.tokens)
+            shown = USER_IN_URL.sub("", " ".join(values))
+            source = SOURCES.get(argument.tokens[0].source, argument.tokens[0].source)
+            print(f"{argument.name}\t{shown}\t{source}")  # noqa: T201
+    sys.exit()

@@ -20,6 +20,8 @@ class ServerOptions:
     config: Path | None = None
     """File of options (TOML): `kv-memory = 4` is `--kv-memory 4`. The command line comes first,
     then the environment (`ELOQUENT_SERVE_KV_MEMORY=4`), then the file."""
+    print_config: bool = False
+    "Say which options are set, and where, and end; the others have their defaults."
     host: str = "127.0.0.1"
     "Address to listen on."
     port: int = DEFAULT_PORT

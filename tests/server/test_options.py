@@ -13,7 +13,9 @@ from eloquent.errors import ConfigurationError
 from eloquent_server.commands import serve
 from eloquent_server.options import ServerOptions
 
-FIELDS = [field for field in dataclasses.fields(ServerOptions) if field.name != "config"]
+OF_OPTIONS = ("config", "print_config")
+"They say something of the others."
+FIELDS = [field for field in dataclasses.fields(ServerOptions) if field.name not in OF_OPTIONS]
 TYPES = get_type_hints(ServerOptions, include_extras=True)
 DEFAULTS = ServerOptions()
 
@@ -95,6 +97,28 @@ def test_options_from_three_places_go_together(file: Path, monkeypatch: pytest.M
     found = options_of("--host", "::1")
     assert (found.model, found.port, found.host) == ("echo", 8, "::1")
     assert found.config == file
+
+
+def test_what_is_set_can_be_shown_without_passwords(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text('model = "echo"\nport = 7\nwebsocket = false\n')
+    monkeypatch.setenv("ELOQUENT_SERVE_PORT", "8")
+    monkeypatch.setenv("ELOQUENT_SERVE_STORE", "redis://user:hush@localhost:1/0")
+    engines = ("--upstream", "a", "--upstream", "b")
+    with pytest.raises(SystemExit) as ended:
+        options_of("--config", str(file), "--durable", *engines, "--print-config")
+    assert not ended.value.code
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert {name: (value, where) for name, value, where in lines} == {
+        "--config": (str(file), "command line"),
+        "--durable": ("True", "command line"),
+        "--model": ("echo", str(file)),
+        "--port": ("8", "environment"),
+        "--store": ("redis://localhost:1/0", "environment"),
+        "--upstream": ("a b", "command line"),
+        "--websocket": ("False", str(file)),
+    }
 
 
 def test_a_misspelt_name_is_an_error_wherever_it_is(
