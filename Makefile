@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-dev
 INSTALLED_USER := $(VENV)/.installed
+PROCESSES ?= 2
 CASES ?= 3000
 SEED ?= $(shell date +%Y%m%d)
 TRACES ?= ../shared/traces
@@ -21,12 +22,12 @@ chat: $(INSTALLED_USER) ## Install, fetch the model, and chat with it.
 test: $(INSTALLED) system-tools ## Install, then run all that CI runs.
 	$(MAKE) --no-print-directory check
 
-check: ## Run all checks in an environment that is installed.
+check: ## Run all checks in an environment that is installed, tests in PROCESSES=2 processes.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 soak: $(INSTALLED) ## Make up thousands of networks for whole sessions, CASES=3000 (ten minutes), SEED=that of the day.
 	@echo "make soak CASES=$(CASES) SEED=$(SEED)"
