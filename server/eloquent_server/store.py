@@ -348,28 +348,14 @@ class TokenStore(SoleOwner):
         self, record: TurnRecord, offset: int, data: bytes, continuation: bytes | None
     ) -> None:
         """Check that this can be added to a turn, and count it."""
-        if record.failure is not None:
-            raise StoreError(str(record.failure))
-        if record.state is not TurnState.OPEN:
-            raise TurnEndedError(
-                f"Turn {record.turn_id.hex()} is {record.state.name.lower()}: nothing can "
-                "be added. Make a new turn."
-            )
-        if offset != record.length:
-            raise ValueError(f"the log has {record.length} bytes, so {offset} does not follow")
+        record.check_next(offset)
         self._claim(record, len(data) + len(continuation or b""))
-        record.length += len(data)
-        record.chunks += 1
-        record.updated_s = self._now()
+        record.grow(len(data), self._now())
 
     def _claim(self, record: TurnRecord, count: int) -> None:
         """Count bytes against the limits."""
         self._check_open()
-        if record.size + count > self._max_turn_bytes:
-            raise TurnTooLargeError(
-                f"Turn {record.turn_id.hex()} would take more than {self._max_turn_bytes} bytes in "
-                "the token store. Ask for a shorter answer, or raise the server's limit."
-            )
+        record.check_room(count, self._max_turn_bytes)
         if self._size + count > self._max_bytes:
             raise StoreFullError(
                 f"The token store holds {self._size} bytes and may hold {self._max_bytes}. Old "

@@ -38,11 +38,9 @@ from eloquent_server.store_types import (
     StoreClosedError,
     StoredTurn,
     StoreError,
-    TurnEndedError,
     TurnExistsError,
     TurnRecord,
     TurnState,
-    TurnTooLargeError,
 )
 
 ASKING = 8
@@ -146,7 +144,8 @@ class RedisTokenStore:
             created_s=now_s,
             updated_s=now_s,
         )
-        self._claim_bytes(record, len(body))
+        record.check_room(len(body), self._max_turn_bytes)
+        record.size = len(body)
         async with self._turn_to_ask():
             asked_s = asyncio.get_running_loop().time()
             record.fence = await self._link.run(
@@ -377,30 +376,16 @@ class RedisTokenStore:
     def _add(
         self, record: TurnRecord, offset: int, data: bytes, continuation: bytes | None
     ) -> None:
-        """Check that this can be added to a turn, and count it."""
-        self._check_open()
-        if record.failure is not None:
-            raise record.failure
-        if record.state is not TurnState.OPEN:
-            raise TurnEndedError(
-                f"Turn {record.turn_id.hex()} is {record.state.name.lower()}: nothing can "
-                "be added. Make a new turn."
-            )
-        if offset != record.length:
-            raise ValueError(f"the log has {record.length} bytes, so {offset} does not follow")
-        self._claim_bytes(record, len(data) + len(continuation or b""))
-        record.length += len(data)
-        record.chunks += 1
-        record.updated_s = self._now()
+        """Check that this can be added to a turn, and count it.
 
-    def _claim_bytes(self, record: TurnRecord, count: int) -> None:
-        """Count bytes against the limit of a turn; the limit of all is Redis's `maxmemory`."""
-        if record.size + count > self._max_turn_bytes:
-            raise TurnTooLargeError(
-                f"Turn {record.turn_id.hex()} would take more than {self._max_turn_bytes} bytes in "
-                "the token store. Ask for a shorter answer, or raise the server's limit."
-            )
+        What all turns may take together is Redis's `maxmemory`.
+        """
+        self._check_open()
+        record.check_next(offset)
+        count = len(data) + len(continuation or b"")
+        record.check_room(count, self._max_turn_bytes)
         record.size += count
+        record.grow(len(data), self._now())
 
     def _write(
         self,

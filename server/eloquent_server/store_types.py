@@ -100,6 +100,42 @@ class TurnRecord:
         """What identifies the turn."""
         return self.principal, self.turn_id
 
+    def check_next(self, offset: int) -> None:
+        """Check that an append at `offset` may follow.
+
+        Raises:
+            StoreError: an earlier one could not be stored; of that error's kind.
+            TurnEndedError: the turn is ended or deleted.
+            ValueError: `offset` is not the log's length.
+        """
+        if self.failure is not None:
+            raise type(self.failure)(str(self.failure))
+        if self.state is not TurnState.OPEN:
+            raise TurnEndedError(
+                f"Turn {self.turn_id.hex()} is {self.state.name.lower()}: nothing can be added. "
+                "Make a new turn."
+            )
+        if offset != self.length:
+            raise ValueError(f"the log has {self.length} bytes, so {offset} does not follow")
+
+    def check_room(self, count: int, max_bytes: int) -> None:
+        """Check that a turn that may hold `max_bytes` has room for so many more.
+
+        Raises:
+            TurnTooLargeError: it has not.
+        """
+        if self.size + count > max_bytes:
+            raise TurnTooLargeError(
+                f"Turn {self.turn_id.hex()} would take more than {max_bytes} bytes in the token "
+                "store. Ask for a shorter answer, or raise the server's limit."
+            )
+
+    def grow(self, count: int, now_s: float) -> None:
+        """Count an append of so many bytes of the log."""
+        self.length += count
+        self.chunks += 1
+        self.updated_s = now_s
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTurn:
