@@ -17,6 +17,8 @@ LEASE_S = 5.0
 "How long a turn of a dead owner waits for the next one."
 RENEWALS = 3
 "So many times in a lease's length it is renewed."
+RETRIES = 12
+"As often, where that failed."
 SHARE = 0.9
 "An owner gives up after this share of the length: its clock may be slower than the store's."
 RENEW_TURNS = 250
@@ -82,19 +84,22 @@ class Leases:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        wait_s = self._length_s / RENEWALS
         while not self._is_closed:
-            await asyncio.sleep(self._length_s / RENEWALS)
-            held = self.held
+            await asyncio.sleep(wait_s)
+            held, wait_s = self.held, self._length_s / RENEWALS
             for first in range(0, len(held), RENEW_TURNS):
-                await self._renew_some(held[first : first + RENEW_TURNS])
+                if not await self._renew_some(held[first : first + RENEW_TURNS]):
+                    wait_s = self._length_s / RETRIES
 
-    async def _renew_some(self, records: list[TurnRecord]) -> None:
+    async def _renew_some(self, records: list[TurnRecord]) -> bool:
+        """Renew leases; say whether the store answered."""
         asked_s = self._loop.time()
         try:
             answers = await self._renew(records)
         except StoreError as error:
             logger.warning("%d leases were not renewed: %s", len(records), error)
-            return
+            return False
         for record, is_renewed in zip(records, answers, strict=True):
             if record not in self._until_s:
                 continue
@@ -102,6 +107,7 @@ class Leases:
                 self._lengthen(record, asked_s)
             else:
                 self.lose(record)
+        return True
 
     def _lengthen(self, record: TurnRecord, asked_s: float) -> None:
         self._until_s[record] = asked_s + SHARE * self._length_s
