@@ -172,3 +172,40 @@ def readers(*, readers: int = 50, tokens_per_s: float = 30.0, seconds: float = 1
 
     load = Load(readers, tokens_per_s, seconds)
     print(describe(load, measure(load)))  # noqa: T201
+
+
+@bench.command
+def store(
+    *,
+    store: str | None = None,
+    state: Path | None = None,
+    durable: bool = False,
+    turns: int = 50,
+    tokens_per_s: float = 30.0,
+    seconds: float = 10.0,
+) -> None:
+    """Measure the token store: how long a flush takes, and a token until it may be sent.
+
+    Parameters
+    ----------
+    store
+        A Redis, as `eloquent serve --store` takes it; its turns are deleted afterwards. Without
+        one, the store in a file.
+    state
+        Directory for that file, which is removed afterwards; by default a temporary one.
+    durable
+        Wait for the disk at each commit of the file.
+    turns
+        How many are generated at once.
+    tokens_per_s
+        Of each turn.
+    seconds
+        How long.
+    """
+    import asyncio
+
+    from eloquent_server.bench.store import Load, describe, measure
+
+    load = Load(turns, tokens_per_s, seconds)
+    speed = asyncio.run(measure(load, url=store, directory=state, durable=durable))
+    print(describe(load, speed))  # noqa: T201
