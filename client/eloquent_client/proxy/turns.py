@@ -152,7 +152,8 @@ class Reading:
         self._is_closed = True
         if self._next is not None:
             self._next.cancel()
-            await asyncio.wait((self._next,))
+            # What it may have come to is of no interest any more.
+            await asyncio.gather(self._next, return_exceptions=True)
         await self._events.aclose()
         self._turn.readers -= 1
         if not self._turn.readers:
