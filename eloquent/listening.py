@@ -21,7 +21,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family is socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            is_every = address[0] == "::"  # of IPv4, too, as for UDP
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_every)
         listening.bind(address)
         listening.listen()
     except OSError:

@@ -38,6 +38,9 @@ MAX_HANDSHAKES = 100
 """Each has buffers of 400 KB, which are Python's and OpenSSL's."""
 BUSY = 503
 
+EVERY_HOST = ["::", "0.0.0.0"]  # noqa: S104 (it is what was asked for)
+"asyncio would take `::` for IPv6 alone; on UDP it is both."
+
 logger = logging.getLogger(__name__)
 
 
@@ -177,7 +180,7 @@ class WebSocketListener:
         connection = partial(_HeardServer, self)
         self._server = await serve(
             self._handle,
-            host,
+            cast(str, EVERY_HOST) if host == "::" else host,  # asyncio takes several
             port,
             subprotocols=[SUBPROTOCOL],
             # Programs send no Origin; a web page, which does, has no business here.

@@ -1,8 +1,10 @@
 """`eloquent serve --http` and --cert: a real process, from outside."""
 
 import asyncio
+import dataclasses
 import json
 import signal
+import socket
 import ssl
 from pathlib import Path
 
@@ -61,6 +63,23 @@ async def test_it_answers_over_http_beside_quic(tmp_path: Path) -> None:
             assert 'vllm:request_success_total{engine="0",finished_reason="stop"' in metrics
         server.signal(signal.SIGTERM)
         assert await server.wait() == 0
+
+
+async def test_two_colons_are_all_addresses_of_both_families(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    options = ("--host", "::", "--http", "[::]:0", "--dev-cert")
+    async with server_process(tmp_path, *options) as server:
+        port = (await front_of(server)).rpartition(":")[2]
+        for host in (HOST, "::1"):
+            url = dataclasses.replace(server.url, host=host)
+            assert await said_back(url, connect_quic) == "hello"
+            assert await said_back(url, connect_websocket) == "hello"
+            shown = f"[{host}]" if ":" in host else host
+            async with client(f"http://{shown}:{port}") as http:
+                assert (await http.get("/health")).status_code == 200
 
 
 async def test_while_it_stops_it_is_not_ready_and_says_so_over_http(tmp_path: Path) -> None:
