@@ -172,17 +172,22 @@ async def test_a_body_in_chunks_is_read_no_further_than_it_may_be() -> None:
         assert _parsed(came)[0] == 413
 
 
-async def test_a_refusal_is_heard_though_the_body_still_comes() -> None:
+@pytest.mark.parametrize("at_once", [0, 100_000])
+async def test_a_refusal_is_heard_though_the_body_still_comes(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CLOSE_S", 10 * DEADLINE_S)
     async with front_with(Scripted()) as front:
         reader, writer = await connect(front)
         writer.write(b"PUT /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
-        writer.write(b"Content-Length: 40000\r\n\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % (at_once + 50_000) + bytes(at_once))
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
         for _ in range(4):
             writer.write(bytes(10_000))
             await asyncio.sleep(0.01)
         rest = await asyncio.wait_for(reader.read(), DEADLINE_S)  # No reset.
         writer.close()
+        await until_true(lambda: front.listener.connections == 0)
     assert _parsed(head + rest)[0] == 405
 
 
