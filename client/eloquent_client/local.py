@@ -1,6 +1,7 @@
 """A server of one's own: a child process on loopback, for as long as a block lasts."""
 
 import asyncio
+import os
 import re
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -16,6 +17,8 @@ from eloquent_client.errors import LocalServerError
 
 READY_PREFIX = "LISTENING "
 "Starts the line on standard output with which a server gives its URL once it is ready."
+
+SERVER_OPTIONS = "ELOQUENT_SERVE_"
 
 STOP_TIMEOUT_S = 5.0
 "A server whose standard input has closed ends within this time, or is terminated."
@@ -86,11 +89,15 @@ async def _running(
     command += ["--host", "127.0.0.1", "--port", "0", "--exit-with-parent"]
     if model is not None:
         command += [f"--model={model}"]
+    # Options in the environment are those of another server on this machine.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(SERVER_OPTIONS)
+    }
     try:
         # In a session of its own a Ctrl-C at the terminal does not reach the server: it ends when
         # its standard input closes, which also happens if this process is killed.
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
+            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True, env=environment
         )
     except OSError as error:
         raise LocalServerError(

@@ -54,6 +54,14 @@ def assert_ended(program: Path) -> None:
         os.kill(pid, 0)
 
 
+async def test_options_of_another_server_in_the_environment_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ELOQUENT_SERVE_KEYS", "/nowhere")
+    async with asyncio.timeout(DEADLINE_S), local_server("echo") as url, Client(url) as client:
+        await client.connect()
+
+
 async def test_it_answers_and_ends_with_the_block() -> None:
     async with asyncio.timeout(DEADLINE_S):
         async with local_server("echo") as url, Client(url) as client:
