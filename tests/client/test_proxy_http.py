@@ -57,8 +57,13 @@ async def proxy(*arguments: str, **options: Any) -> AsyncIterator[Proxy]:
 
 async def refused(*arguments: str) -> str:
     process = await start(*arguments)
-    async with asyncio.timeout(DEADLINE_S):
-        _, errors = await process.communicate()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
     assert process.returncode == 1
     return errors.decode()
 
