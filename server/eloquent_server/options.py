@@ -50,8 +50,9 @@ class ServerOptions:
     """Send the engines a `cache_salt` for each tenant, so that none can tell by the time that its
     answers take what others have asked. vLLM and SGLang take it; some hosted ones refuse it."""
     upstream_continues: Continues = "no"
-    """How the engines are asked to go on with an answer after a restart of this server: `vllm` (and
-    SGLang), `llama` (llama.cpp); `no`: such an answer ends with an error."""
+    """How the engines are asked to go on with an answer that was cut off, by a restart of this
+    server or since one of several engines failed: `vllm` (and SGLang), `llama` (llama.cpp); `no`:
+    it ends with an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where the model runs; `auto` takes CUDA where present."
     precision: Literal["default", "auto", "fp32", "bf16", "int8"] = "default"

@@ -26,6 +26,8 @@ from eloquent_server.backends.base import (
 )
 from eloquent_server.backends.upstream import Patience, Upstream, open_client
 from eloquent_server.backends.upstreams import MAX_TRIES, UpstreamBackend
+from eloquent_server.options import ServerOptions
+from eloquent_server.starting import start_backend
 
 DEADLINE_S = 30.0
 "Ends a hang; decides nothing."
@@ -495,3 +497,23 @@ async def test_other_urls_are_refused(url: str) -> None:
     async with open_client() as client:
         with pytest.raises(ConfigurationError):
             Upstream(url, client, Patience())
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_an_engine_must_be_given_time(seconds: float) -> None:
+    with pytest.raises(ConfigurationError, match="no time"):
+        Patience(idle_s=seconds)
+
+
+async def test_the_server_takes_the_key_from_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with BadEngine(say_hello, "m") as engine:
+        options = ServerOptions(upstream=(engine.url,), upstream_key_env="ENGINE_KEY")
+        with pytest.raises(ConfigurationError, match="ENGINE_KEY"):
+            await start_backend(options)
+        monkeypatch.setenv("ENGINE_KEY", " secret\n")
+        started = await start_backend(options)
+        await started.close()
+        assert engine.others[-1].headers["authorization"] == "Bearer secret"
+    assert isinstance(started, UpstreamBackend)

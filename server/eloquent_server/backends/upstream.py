@@ -60,6 +60,18 @@ class Patience:
     idle_s: float = IDLE_S
     "Between bytes. Comments count, by which engines show that they live."
 
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            ConfigurationError: one is not positive.
+        """
+        if not (self.first_byte_s > 0 and self.idle_s > 0):
+            raise ConfigurationError(
+                f"--upstream-timeout {self.idle_s:g} leaves an engine no time: it is in seconds, "
+                "more than 0."
+            )
+
 
 def open_client(key: str = "") -> httpx2.AsyncClient:
     """Return the client that all engines share; `key` goes to each as a bearer key."""
