@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from eloquent.seldom import Seldom
 from eloquent_server.store_types import OnRecord, StoreError, TurnRecord
 
 LEASE_S = 5.0
@@ -41,6 +42,7 @@ class Leases:
         self._loop = asyncio.get_running_loop()
         self._of_key: dict[tuple[str, bytes], TurnRecord] = {}
         self._until_s: dict[TurnRecord, float] = {}
+        self._warnings = Seldom(logger)
         self._alarm: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._task = asyncio.ensure_future(self._run())
@@ -98,7 +100,7 @@ class Leases:
         try:
             answers = await self._renew(records)
         except StoreError as error:
-            logger.warning("%d leases were not renewed: %s", len(records), error)
+            self._warnings.warn(asked_s, f"{len(records)} leases were not renewed: {error}")
             return False
         for record, is_renewed in zip(records, answers, strict=True):
             if record not in self._until_s:

@@ -110,7 +110,11 @@ class Openings:
             return None
         request = Request(key[1], stored.body)
         principal = self._admission.named(key[0])
-        return Turn(self._keeper, request, principal, stored.record, stored=stored)
+        try:
+            return Turn(self._keeper, request, principal, stored.record, stored=stored)
+        except EloquentError:
+            self._store.let_go(stored.record)
+            raise
 
     async def _begin(self, key: TurnKey, opening: Opening) -> Turn:
         """Make a turn that the store does not have.

@@ -50,7 +50,7 @@ ASK_S = 5.0
 SCAN_EVERY_S = 15.0
 "How often open turns without an owner are looked for, after the first time."
 SCAN_TURNS = 500
-"So many of the oldest open turns are looked at each time."
+"So many of the open turns are looked at by one call."
 CLOSE_S = 2.0
 "What could not be written in this time after the end was asked for is not."
 
@@ -276,8 +276,11 @@ class RedisTokenStore:
         wait_s = self._lease_s  # then those of a gateway that was killed just now are free
         while True:
             try:
-                for name in await self._without_owner():
-                    yield turn_named(name)
+                first = 0
+                while names := await self._open_turns(first):
+                    for name in await self._without_owner(names):
+                        yield turn_named(name)
+                    first += len(names)
             except StoreError as error:
                 logger.warning("no look for turns without an owner: %s", error)
             await asyncio.sleep(wait_s)
@@ -423,10 +426,12 @@ class RedisTokenStore:
         )
         self._on_lost(record)
 
-    async def _without_owner(self) -> list[bytes]:
-        names = await self._link.command("ZRANGE", OPEN_KEY, 0, SCAN_TURNS - 1)
-        if not names:
-            return []
+    async def _open_turns(self, first: int) -> list[bytes]:
+        last = first + SCAN_TURNS - 1
+        names: list[bytes] = await self._link.command("ZRANGE", OPEN_KEY, first, last)
+        return names
+
+    async def _without_owner(self, names: list[bytes]) -> list[bytes]:
         leases = [Keys(*turn_named(name)).lease for name in names]
         owners = await self._link.command("MGET", *leases)
         return [name for name, owner in zip(names, owners, strict=True) if owner is None]

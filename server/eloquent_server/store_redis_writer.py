@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from eloquent.seldom import Seldom
 from eloquent_server.meters import StoreMeters
 from eloquent_server.store_redis_link import RedisLink
 from eloquent_server.store_redis_scripts import OPEN_KEY, WRITE, Keys
@@ -74,6 +75,7 @@ class RedisWriter:
         self._given = self._settled = 0
         "How many writes were handed over, and how many of them were dealt with."
         self._settling: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._warnings = Seldom(logger)
         self.meters = StoreMeters()
         self._is_closed = False
         self._task = asyncio.ensure_future(self._run())
@@ -120,7 +122,7 @@ class RedisWriter:
                 replies = await self._send(batch)
                 self.meters.on_flush(len(batch), time.monotonic() - began_s, is_stored=True)
             except StoreAwayError as error:
-                logger.warning("%d writes wait: %s", len(batch), error)
+                self._warnings.warn(time.monotonic(), f"{len(batch)} writes wait: {error}")
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * RETRY_GROWTH, RETRY_MAX_S)
             except StoreError as error:

@@ -310,6 +310,7 @@ class TurnHub:
             stored = await follow(self._store, turn, self._on_grown)
         except RequestError as error:
             self.forget(turn, error)
+            self._store.let_go(turn.record)
             return
         if stored is not None:
             turn.take_over(stored)

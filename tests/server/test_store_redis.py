@@ -12,6 +12,7 @@ import pytest
 from redis_server import RedisServer, command
 from tools import needs_tool
 
+from eloquent_server import store_redis
 from eloquent_server.store_redis import RedisTokenStore
 from eloquent_server.store_redis_scripts import Keys
 from eloquent_server.store_types import (
@@ -387,6 +388,22 @@ async def test_turns_of_a_gateway_that_is_gone_are_found(
     assert not (await claim(other)).is_elsewhere
 
 
+async def test_all_pages_of_open_turns_are_looked_at(
+    gateway: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_redis, "SCAN_TURNS", 3)
+    one, other = await gateway(), await gateway()
+    free = [await begin(one, number.to_bytes(16)) for number in range(4)]
+    held = [await begin(other, number.to_bytes(16)) for number in range(4, 8)]
+    await one.close()
+    found = set()
+    async with aclosing(other.abandoned()) as turns:
+        for _ in free:
+            found.add(await asyncio.wait_for(anext(turns), DEADLINE_S))
+    assert found == {record.key for record in free}
+    assert len(held) == other.turns
+
+
 async def test_a_turn_is_followed_until_its_owner_is_gone(gateway: Open) -> None:
     one, other = await gateway(), await gateway()
     record = await begin(one)
@@ -491,6 +508,21 @@ async def test_a_password_is_asked_for_taken_from_the_environment_and_never_said
         monkeypatch.setenv("ELOQUENT_REDIS_PASSWORD", "sesame")
         store = await RedisTokenStore.open(server.url)
         await store.close()
+    finally:
+        server.stop()
+
+
+async def test_a_unix_socket_and_another_database_serve_as_well(tmp_path: Path) -> None:
+    socket = tmp_path / "socket"
+    server = RedisServer(tmp_path, "--unixsocket", str(socket))
+    server.start()
+    try:
+        store = await RedisTokenStore.open(f"unix://{socket}?db=3")
+        record = await begin(store)
+        assert await stored(store.append, record, 0, b"x") is None
+        await store.close()
+        assert command(server, "-n", "3", "EXISTS", KEYS.log) == b"1"
+        assert command(server, "EXISTS", KEYS.log) == b"0"
     finally:
         server.stop()
 
