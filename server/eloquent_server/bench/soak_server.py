@@ -13,6 +13,7 @@ from pathlib import Path
 
 from eloquent.quic import listen as quic
 from eloquent.quic.certificate import make_certificate
+from eloquent.quic.tickets import TicketBook
 from eloquent.websocket import server as websocket
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
@@ -24,6 +25,9 @@ from eloquent_server.turns import TurnHub
 HOST = "127.0.0.1"
 STOP = "stop"
 TIDY_EVERY_S = 5.0
+TICKETS = 500
+"""The book of session tickets is full before memory is looked at. A server's takes 10,000, which is
+10 MB, and fills for an hour."""
 _SAMPLE = re.compile(r"^([a-z_:]+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 "A line of Prometheus' text format."
 
@@ -71,7 +75,9 @@ async def _serve(serving: Serving, parent: Connection) -> None:
     backend = MeteredBackend(EchoBackend(serving.tokens_per_s))
     gateway = Gateway(backend)
     hub = TurnHub(gateway.handle, store, go_on=gateway.go_on, grace_s=serving.grace_s)
-    over_udp = await quic.listen(HOST, 0, certificate=certificate, service=hub)
+    over_udp = await quic.listen(
+        HOST, 0, certificate=certificate, service=hub, tickets=TicketBook(TICKETS)
+    )
     over_tcp = await websocket.listen(HOST, over_udp.port, certificate=certificate, service=hub)
     sources = Sources(backend=backend, hub=hub, store=store, quic=over_udp, websocket=over_tcp)
     metrics = Metrics(sources)
