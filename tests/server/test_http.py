@@ -228,14 +228,18 @@ async def test_a_stream_that_goes_on_while_the_model_thinks_begins_at_once(
 ) -> None:
     monkeypatch.setattr(answers, "BEGIN_S", 2 * DEADLINE_S)
     backend = Scripted(free=1)
-    async with front_with(backend) as front:
-        async with front.post(stream=True, model="other", headers=names()) as response:
-            turn, secret = (response.headers[f"x-eloquent-{n}"] for n in ("turn", "secret"))
-            before = await read_sent(response, until="to ")
-        async with front.events(turn, secret, **{"Last-Event-ID": before.ids[-1]}) as response:
+    async with (
+        front_with(backend) as front,
+        front.post(stream=True, model="other", headers=names()) as response,
+    ):
+        turn, secret = (response.headers[f"x-eloquent-{n}"] for n in ("turn", "secret"))
+        lines = response.aiter_lines()
+        before = await read_sent(lines, until="to ")
+        async with front.events(turn, secret, **{"Last-Event-ID": before.ids[-1]}) as other:
             backend.go()
-            after = await read_sent(response)
-    assert after.text == "be"
+            after = await read_sent(other)
+        rest = await read_sent(lines)
+    assert after.text == rest.text == "be"  # It takes nobody's place.
     assert after.data[0]["model"] == "other"
 
 
