@@ -354,6 +354,9 @@ class TurnHub:
         assert turn.stored is not None
         if turn.is_cancelled:
             turn.end_early("cancelled")
+        elif not turn.stored.events:
+            turn.stored = None
+            turn.task = self._spawn(self._generate(turn, self._handler))
         elif any(isinstance(event, Failure) for event in turn.stored.events):
             turn.end_early("error")
         elif self._go_on is None:

@@ -321,6 +321,32 @@ async def test_a_turn_cut_off_with_its_server_ends_with_what_was_stored(tmp_path
         assert other.asked == 0
 
 
+@pytest.mark.parametrize("has_go_on", [False, True])
+async def test_a_turn_cut_off_before_its_first_word_is_generated_by_the_next_server(
+    tmp_path: Path, has_go_on: bool
+) -> None:
+    path = tmp_path / "turns.sqlite"
+    turn_id, secret = names()
+    script = Script("never said")
+    store = TokenStore.open(path)
+    hub = TurnHub(script, store)
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    await reader.news.wait()
+    await store.close()  # as if the process had gone
+    other = Script("said")
+    other.go()
+    restarted = TurnHub(other, TokenStore.open(path), go_on=script if has_go_on else None)
+    restarted.recover()
+    again = Notes(turn_id, secret, body=b"")
+    restarted.on_request(again)
+    await again.finished()
+    assert (again.text, again.rejected, other.asked) == ("said", None, 1)
+    await restarted.close()
+    script.go()
+    await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+
+
 async def test_a_turn_goes_on_after_a_server_that_was_stopped(tmp_path: Path) -> None:
     path = tmp_path / "turns.sqlite"
     turn_id, secret = names()
