@@ -6,13 +6,15 @@ import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
+import httpx2
 import pytest
 from bad_engine import Asked, BadEngine, Handler, say_hello
 
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import ConfigurationError, RequestError
+from eloquent_netem.vloop import VirtualNetwork, run
 from eloquent_server.backends import upstream as one
 from eloquent_server.backends import upstreams as several
 from eloquent_server.backends.base import (
@@ -32,6 +34,7 @@ from eloquent_server.starting import start_backend
 DEADLINE_S = 30.0
 "Ends a hang; decides nothing."
 
+UNUSED = cast(httpx2.AsyncClient, None)
 HELLO = [TextDelta("Hel"), TextDelta("lo"), Finish("stop", 0, 2)]
 
 
@@ -201,22 +204,35 @@ async def test_an_engine_that_falls_silent() -> None:
     assert failure.code == "upstream_timeout"
 
 
-async def test_comments_show_that_an_engine_lives() -> None:
+async def test_comments_are_no_events() -> None:
     async def slow(asked: Asked) -> None:
         asked.begin()
         asked.say("Hel")
-        for _ in range(15):
-            await asyncio.sleep(0.1)
-            asked.piece(b": PROCESSING\n\n")
+        asked.piece(b": PROCESSING\n\n")
         asked.say("lo")
         asked.finish()
         asked.end()
 
-    async with (
-        BadEngine(slow) as engine,
-        backend(engine, patience=Patience(idle_s=1.0)) as engines,
-    ):
+    async with BadEngine(slow) as engine, backend(engine) as engines:
         assert await all_of(engines.generate(body())) == HELLO
+
+
+@pytest.mark.parametrize(("gap_s", "comes"), [(59.0, True), (61.0, False)])
+def test_any_byte_shows_that_an_engine_lives(gap_s: float, comes: bool) -> None:
+    async def comments() -> AsyncGenerator[bytes]:
+        for _ in range(20):
+            yield b":"
+            await asyncio.sleep(gap_s)
+
+    async def read() -> bytes:
+        upstream = Upstream("http://h", UNUSED, Patience(first_byte_s=600, idle_s=60))
+        return b"".join([piece async for piece in upstream.paced(comments())])
+
+    if comes:
+        assert run(read(), VirtualNetwork()) == b":" * 20
+    else:
+        with pytest.raises(RequestError, match="60 s without a word"):
+            run(read(), VirtualNetwork())
 
 
 async def test_an_end_without_its_mark_and_without_the_connections(
