@@ -62,6 +62,7 @@ async def server_process(
     *options: str,
     environment: dict[str, str] | None = None,
     stdin: int = DEVNULL,
+    model: str = "echo",
 ) -> AsyncIterator[ServerProcess]:
     """Run a server as long as the block lasts; a free port, unless `options` have one.
 
@@ -71,7 +72,7 @@ async def server_process(
     port = () if "--port" in options else ("--port", "0")
     with stderr.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "eloquent", "serve", "--model", "echo"),
+            *(sys.executable, "-m", "eloquent", "serve", "--model", model),
             *(*port, *options),
             stdin=stdin,
             stdout=PIPE,

@@ -95,6 +95,6 @@ class Gateway:
                 turn.append(cast(Delta, event), continuation)
                 continuation = None
                 if isinstance(event, Failure):
-                    logger.error("turn %s failed: %s", turn.name, event.message)
+                    logger.error("turn %s failed: %s", turn.name, event.code)
                     break
         turn.close("error", model=self._default_model, prompt_tokens=0, completion_tokens=0)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_bytes
 
+import httpx2
 import pytest
+from bad_engine import Asked, BadEngine
 from server_process import DEADLINE_S, server_process
 
 from eloquent.core.events import End
@@ -198,6 +200,40 @@ async def test_no_log_of_a_server_has_text_or_keys(log_format: str, tmp_path: Pa
         assert all(line["completion_tokens"] == 2 for line in ends)
     else:
         assert log.count("ended: stop, 2 tokens") == 2
+
+
+async def test_words_of_an_engine_that_quotes_the_conversation_are_in_no_log(
+    tmp_path: Path,
+) -> None:
+    async def quote(asked: Asked) -> None:
+        """Fail before the first token, or, every other time, after it."""
+        error = {"message": f"cannot answer {asked.body.decode()}", "code": "broken"}
+        if len(engine.chats) % 2:
+            asked.reply(500, json.dumps({"error": error}))
+        else:
+            asked.begin()
+            asked.say(SECRET)
+            asked.piece(b"data: " + json.dumps({"error": error}).encode() + b"\n\n")
+            asked.end()
+
+    async with BadEngine(quote, "model") as engine:
+        options = ("--log-level", "debug", "--upstream", engine.url, "--http", "0")
+        async with server_process(tmp_path, *options, model="model") as server:
+            for _ in range(2):
+                await ask(server.url, connect_quic, "")
+            url = (await server.line()).partition(" ")[2]
+            body = {"model": "model", "messages": [{"role": "user", "content": SECRET}]}
+            async with httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
+                for stream in (False, True):
+                    for path in ("chat/completions", f"completions?input={SECRET}"):
+                        given = {"Authorization": f"Bearer {SECRET}"}
+                        asked = {**body, "stream": stream}
+                        await http.post(f"/v1/{path}", json=asked, headers=given)
+            server.signal(signal.SIGTERM)
+            assert await server.wait() == 0
+        assert len(engine.chats) >= 4
+    assert "broken" in server.log, "the engine's own word for it"
+    assert SECRET not in server.log
 
 
 async def ask(url: ServerUrl, connector: Connector, key: str) -> None:

@@ -10,6 +10,8 @@ from eloquent.errors import RequestError
 
 MAX_MESSAGE_CHARS = 1000
 "Of an engine's words, passed on."
+MAX_WORD_CHARS = 80
+"Of its code and type, for the log."
 MAX_RETRY_AFTER_S = 3600.0
 
 NOT_SAID = "it gave no reason"
@@ -86,7 +88,8 @@ class EngineError:
         """Return what the client is told, and whether another engine may do better."""
         said = self.message or NOT_SAID
         everything = f"{self.word} {self.message}".lower()
-        detail = f"HTTP {self.status}, {said}"
+        # Its words may quote the conversation, which is in no log.
+        detail = f"HTTP {self.status}, {self.word[:MAX_WORD_CHARS]}"
         is_about_model = "model_not_found" in everything or (
             self.status == 404 and "model" in everything
         )
