@@ -103,8 +103,8 @@ class ServerOptions:
     turn_ttl: float = 24.0
     "Hours for which an answer is kept after its end."
     store_limit: float = 4.0
-    """The most that all answers together may take, in GB; beyond it turns are declined or end, until
-    older ones have expired. With --store it is Redis's `maxmemory`."""
+    """The most that all answers together may take, in GB; beyond it turns are declined or end,
+    until older ones have expired. With --store it is Redis's `maxmemory`."""
     durable: bool = False
     "Wait for the disk at each commit, so that the turns in --state survive a loss of power."
     cert: Path | None = None
