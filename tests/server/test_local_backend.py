@@ -190,6 +190,14 @@ async def test_an_answer_goes_on_wherever_it_was_cut_off(
     await asyncio.gather(*(go_on(cut) for cut in cuts))
 
 
+async def test_an_answer_that_was_cut_off_before_it_began_is_the_whole_one(backend: Local) -> None:
+    request = ask("Hello", **SAMPLED, seed=3)
+    whole = text_of(await answer(backend, request))
+    nothing = StoredAnswer((), ())
+    again = text_of([event async for event in backend.resume(encode(request), nothing)])
+    assert again == whole != ""
+
+
 async def test_an_answer_that_an_engine_dies_in_has_its_logprobs_whole() -> None:
     request = ask("Tell me a story", **LOGPROBS)
     async with started("slow") as backend:

@@ -102,7 +102,9 @@ class LocalBackend:
             RequestError: `interrupted`: it was another model's, or what was stored of it cannot be
                 read; else as `generate`.
         """
-        return self._answer(body, answer, asker)
+        # A server that was killed between the turn's request and its first token has stored nothing.
+        has_begun = bool(answer.events or answer.continuations)
+        return self._answer(body, answer if has_begun else None, asker)
 
     async def stats(self) -> Mapping[str, int]:
         """Return the engine's counts, by the names of `EngineStats`; none while it is down."""
