@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import socket
 import ssl
 import sys
@@ -184,6 +185,14 @@ async def refusal(session: Session, request: Request) -> RequestError:
     return raised.value
 
 
+async def is_let_in(session: Session, request: Request) -> bool:
+    try:
+        await read(session.open(request))
+    except RequestError as error:
+        return error.code != "unauthorized"
+    return True
+
+
 @asynccontextmanager
 async def connected(server: Server, rung: str) -> AsyncIterator[Session]:
     session = Session(server.url, connector=CONNECTORS[rung])
@@ -277,6 +286,24 @@ async def test_a_key_gets_what_its_limits_allow(server: Server, rung: str) -> No
     for reason, code in (("turns", "too_many_turns"), ("requests", "rate_limited")):
         assert counted["requests_refused_total", reason] == 1
         assert counted["refusals_total", code, rung] == 1
+
+
+async def test_a_key_that_is_taken_away_asks_nothing_more(server: Server) -> None:
+    """What it asked before goes on to its end."""
+    async with somebody_reads(server, QUIC), connected(server, QUIC) as session:
+        running = session.open(asking(CARLA))
+        first = await anext(aiter(running))
+        assert isinstance(first, TextDelta)
+        keys = server.log.with_name("keys.toml")
+        keys.write_text(KEYS.replace(entry_for(CARLA, "carla"), ""))
+        os.kill(server.pid, signal.SIGHUP)
+        async with asyncio.timeout(DEADLINE_S):
+            while await is_let_in(session, asking(CARLA, "still there?")):
+                pass
+        assert first.text + await read(running) == TEXT
+        keys.write_text("[[key]]\nbroken")
+        os.kill(server.pid, signal.SIGHUP)
+        assert await read(session.open(asking(BOB, "and I"))) == "and I"
 
 
 @RUNGS

@@ -132,6 +132,14 @@ def test_requests_and_bytes_are_counted_apart(path: Path) -> None:
     assert world.refused == {"requests": 1, "bytes": 1}
 
 
+def test_what_is_asked_counts_at_once(path: Path) -> None:
+    world = World(path, entry_for(ALICE, "alice"), "bytes_per_minute = 600")
+    assert world.ask(ALICE, body_bytes=600) is None
+    refused = world.ask(ALICE, body_bytes=600)
+    assert refused is not None
+    assert refused.retry_after_s == pytest.approx(60)
+
+
 def test_all_keys_together_are_bounded(path: Path) -> None:
     world = World(path, entry_for(ALICE, "alice"), entry_for(BOB, "bob"), max_turns=2)
     assert [world.code(key) for key in (ALICE, BOB, ALICE)] == ["", "", "overloaded"]
