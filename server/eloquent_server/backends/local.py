@@ -102,7 +102,7 @@ class LocalBackend:
             RequestError: `interrupted`: it was another model's, or what was stored of it cannot be
                 read; else as `generate`.
         """
-        # A server that was killed between the turn's request and its first token has stored nothing.
+        # Of a server that was killed between the request and the first token, nothing is stored.
         has_begun = bool(answer.events or answer.continuations)
         return self._answer(body, answer if has_begun else None, asker)
 
