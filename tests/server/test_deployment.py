@@ -1,15 +1,21 @@
 """The Dockerfile and the systemd unit: what they say of the server is so."""
 
+import asyncio
 import dataclasses
+import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tomllib
+from asyncio.subprocess import DEVNULL
 from pathlib import Path
 
 import pytest
 from cyclopts import App
+from server_process import DEADLINE_S, server_process
 
 from eloquent.url import DEFAULT_PORT
 from eloquent_server.commands import serve
@@ -53,6 +59,25 @@ def test_the_image_s_environment_is_made_of_options(monkeypatch: pytest.MonkeyPa
     exposed = set(instructions("EXPOSE")[0].split())
     assert exposed == {f"{DEFAULT_PORT}/udp", f"{DEFAULT_PORT}/tcp", f"{port}/tcp"}
     assert f":{port}/health" in instructions("HEALTHCHECK")[0]
+
+
+async def test_the_image_s_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
+    (command,) = re.findall(r"CMD (\[.*\])", instructions("HEALTHCHECK")[0])
+    words = json.loads(command)
+    words[0] = sys.executable
+
+    async def check(at: str) -> int:
+        given = [word.replace(":8080/", f":{at}/") for word in words]
+        process = await asyncio.create_subprocess_exec(*given, stderr=DEVNULL)
+        async with asyncio.timeout(DEADLINE_S):
+            return await process.wait()
+
+    async with server_process(tmp_path, "--http", "0.0.0.0:0") as server:
+        at = (await server.line()).rpartition(":")[2]
+        assert await check(at) == 0
+        server.signal(signal.SIGTERM)
+        assert await server.wait() == 0
+    assert await check(at) != 0
 
 
 def test_the_image_s_extras_exist_and_its_sources_are_let_through() -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from server_process import DEADLINE_S, ServerProcess, server_process
 
@@ -25,8 +26,8 @@ LONG = " ".join(f"word{number}" for number in range(3000))
 "A minute of it."
 
 
-def body(text: str) -> bytes:
-    return json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+def body(text: str, **more: object) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": text}], **more}).encode()
 
 
 def text_of(events: list[Event]) -> str:
@@ -74,13 +75,13 @@ async def reading(server: ServerProcess, text: str) -> AsyncIterator[Reading]:
         await found.close()
 
 
-async def refusal(url: ServerUrl) -> RequestError:
+async def refusal(url: ServerUrl, asked: bytes) -> RequestError:
     """Ask for a new turn, which is refused."""
     session = Session(url)
     try:
         async with asyncio.timeout(DEADLINE_S):
             with pytest.raises(RequestError) as refused:
-                async for _ in session.ask(body("hello")):
+                async for _ in session.ask(asked):
                     pass
     finally:
         await session.close()
@@ -92,15 +93,28 @@ async def test_answers_end_and_no_new_ones_begin(tmp_path: Path) -> None:
         async with reading(server, WORDS) as answer:
             server.signal(signal.SIGTERM)
             await server.says("stopping: 1 turns under way")
-            refused = await refusal(server.url)
+            refused = await refusal(server.url, body(WORDS))
             assert refused.code == "overloaded"
             assert refused.retry_after_s >= MIN_RETRY_AFTER_S
             assert await answer.whole() == WORDS
         assert await server.wait() == 0
 
 
-async def test_an_idle_server_stops_at_once(tmp_path: Path) -> None:
-    async with server_process(tmp_path, "--drain-timeout", "1000000") as server:
+async def test_an_idle_server_stops_at_once_whatever_was_asked_before(tmp_path: Path) -> None:
+    async with server_process(tmp_path, "--drain-timeout", "1000000", "--http", "0") as server:
+        async with reading(server, "short") as answer:
+            assert await answer.whole() == "short"
+        async with reading(server, LONG):
+            pass  # cancelled
+        assert (await refusal(server.url, b"no chat")).code == "invalid_request"
+        front = (await server.line()).partition(" ")[2]
+        async with httpx2.AsyncClient(base_url=front, timeout=DEADLINE_S) as http:
+            url = "/v1/chat/completions"
+            assert (await http.post(url, content=body("short"))).status_code == 200
+            assert (await http.post(url, content=b"no chat")).status_code == 400
+            async with http.stream("POST", url, content=body(LONG, stream=True)) as streamed:
+                await anext(streamed.aiter_lines())
+            assert (await http.post("/v1/embeddings", content=b"{}")).status_code == 404
         server.signal(signal.SIGTERM)
         assert await server.wait() == 0
 
