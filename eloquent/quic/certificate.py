@@ -82,8 +82,10 @@ def certificate_pin(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def make_certificate(host: str, not_before: datetime.datetime) -> ServerCertificate:
-    """Make a self-signed certificate for a host name or address, valid for `VALID_DAYS`.
+def make_certificate(
+    host: str, not_before: datetime.datetime, *, days: int = VALID_DAYS
+) -> ServerCertificate:
+    """Make a self-signed certificate for a host name or address, valid for some `days`.
 
     Ed25519, whose signatures have one length, and a serial number of one length: handshakes are
     alike, byte for byte in size.
@@ -101,7 +103,7 @@ def make_certificate(host: str, not_before: datetime.datetime) -> ServerCertific
         .public_key(private_key.public_key())
         .serial_number(_SERIAL_TOP_BIT | secrets.randbits(_SERIAL_BITS - 1))
         .not_valid_before(not_before)
-        .not_valid_after(not_before + datetime.timedelta(days=VALID_DAYS))
+        .not_valid_after(not_before + datetime.timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([subject]), critical=False)
         .sign(private_key, None)
     )

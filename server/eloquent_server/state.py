@@ -21,6 +21,9 @@ TICKETS_FILE = "tickets"
 HOUR_S = 3600.0
 
 CLOCK_SKEW_ALLOWED = datetime.timedelta(hours=1)
+KEPT_DAYS = 3650
+"""Clients know a kept certificate by its pin, and each would have to be told of another; its owner
+revokes it by removing the file."""
 RENEW_BEFORE = datetime.timedelta(days=1)
 "A kept certificate that ends sooner is made anew, and the server's URL changes."
 
@@ -83,7 +86,7 @@ def server_certificate(
         kept = _read(path) if path.exists() else None
         if kept is not None and _is_for(kept, host, now):
             return kept
-        made = make_certificate(host, now - CLOCK_SKEW_ALLOWED)
+        made = make_certificate(host, now - CLOCK_SKEW_ALLOWED, days=KEPT_DAYS)
         write_private(path, made.pem())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
