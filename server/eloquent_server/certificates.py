@@ -22,6 +22,9 @@ from eloquent_server.state import server_certificate
 CHECK_EVERY_S = 60.0
 "How often the files are looked at."
 
+WARN_BEFORE = datetime.timedelta(days=7)
+WARN_EVERY = datetime.timedelta(days=1)
+
 CURVES = (ec.SECP256R1, ec.SECP384R1)
 KINDS = "Take ECDSA with P-256 or P-384, Ed25519, or RSA."
 
@@ -49,6 +52,9 @@ class CertificateFiles:
         self._key = key
         self._now = now
         self._seen = self._state()
+        self._until: datetime.datetime | None = None
+        "When what was read last ends."
+        self._warned_at: datetime.datetime | None = None
 
     def read(self) -> ServerCertificate:
         """Read the files as they are now.
@@ -84,11 +90,23 @@ class CertificateFiles:
             raise ConfigurationError(
                 f"TLS does not take the certificate in {self._certificate} ({error}). {KINDS}"
             ) from error
+        self._until = until
         return certificate
 
     def has_changed(self) -> bool:
         """Return whether the files are others than when they were last read."""
         return self._state() != self._seen
+
+    def warn_if_late(self) -> None:
+        """Log that the certificate is about to end, once a day."""
+        now = self._now()
+        is_late = self._until is not None and self._until - now < WARN_BEFORE
+        if is_late and (self._warned_at is None or now - self._warned_at >= WARN_EVERY):
+            self._warned_at = now
+            logger.warning(
+                "The certificate in %s is good until %s only: renew it.",
+                *(self._certificate, self._until),
+            )
 
     def _read_key(self) -> PrivateKey:
         try:
@@ -136,6 +154,7 @@ async def follow(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(every_s):
                 await asked.wait()
+        files.warn_if_late()
         if not asked.is_set() and not files.has_changed():
             continue
         asked.clear()

@@ -146,6 +146,27 @@ def test_an_expired_one_is_refused(authority: Authority, tmp_path: Path) -> None
         files_of(authority.issue(HOST, days=1), tmp_path).read()
 
 
+def test_one_that_is_about_to_end_is_said_to_be_once_a_day(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [NOW]
+    paths = authority.issue(HOST, days=30).write(tmp_path)
+    files = CertificateFiles(*paths, now=lambda: times[-1])
+    said = []
+    files.read()
+    for days in (0, 21, 22.5, 22.6, 23.6, 40):
+        times.append(NOW + datetime.timedelta(days=days))
+        caplog.clear()
+        files.warn_if_late()
+        said.append("renew it" in caplog.text)
+    assert said == [False, False, True, False, True, True]
+    authority.issue(HOST, days=90).write(tmp_path)
+    files.read()
+    caplog.clear()
+    files.warn_if_late()
+    assert not caplog.records
+
+
 def test_clients_call_the_server_by_a_name_in_its_certificate(
     authority: Authority, tmp_path: Path
 ) -> None:
