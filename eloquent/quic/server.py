@@ -63,6 +63,15 @@ NO_CHANNEL = (
 REQUEST_DEADLINE_S = 10.0
 "A request has to be whole so long after its first bytes."
 
+MAX_UNFINISHED_BYTES = 8 << 20
+"Of a connection's requests together, while they are not whole: nobody knows yet who asks."
+
+TOO_MUCH = (
+    f"The requests that this connection has begun and not finished take more than "
+    f"{MAX_UNFINISHED_BYTES} bytes: send the rest of the others, then ask again."
+)
+TOO_MUCH_FOR_S = 1.0
+
 TOO_LATE = f"The request was not whole within {REQUEST_DEADLINE_S:.0f} s: ask again."
 
 
@@ -376,7 +385,12 @@ class ServerConnection(Connection):
             self._forget_request(turn)
             self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
             self.reject(turn, "request_too_large", TOO_LARGE)
-        elif event.end_stream:
+        elif not event.end_stream:
+            if sum(map(len, self._requests.values())) > MAX_UNFINISHED_BYTES:
+                self._forget_request(turn)
+                self._quic.stop_stream(event.stream_id, STREAM_REFUSED)
+                self.reject(turn, "overloaded", TOO_MUCH, TOO_MUCH_FOR_S)
+        else:
             self._forget_request(turn)
             self._complete.add(turn)
             try:

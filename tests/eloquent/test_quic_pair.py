@@ -93,7 +93,7 @@ class World:
             (*self.pair.actors, clock), until=lambda: clock.rang, start_s=self.now, limit_s=end + 1
         )
 
-    def ask(self, raw: bytes | None = None) -> int:
+    def ask(self, raw: bytes | None = None, *, is_whole: bool = True) -> int:
         """Open a turn, with any bytes in place of a request; return its number."""
         if raw is None:
             return self.pair.request(BODY, self.now)
@@ -102,7 +102,7 @@ class World:
         turn = self.pair.client.request(Request(TURN_ID, b""))
         stream = quic._streams[stream_id]
         stream.sender.__init__(stream_id, True)  # replace what `request` wrote
-        quic.send_stream_data(stream_id, raw, end_stream=True)
+        quic.send_stream_data(stream_id, raw, end_stream=is_whole)
         self.pair.flush(self.now)
         return turn
 
@@ -420,6 +420,29 @@ def test_a_bad_request_is_declined_by_name_and_hurts_no_other_turn(raw: bytes, c
     assert error.code == code
     world.append(good, log, "unharmed")
     world.until(lambda: world.text(good) == "unharmed")
+
+
+def test_requests_that_are_begun_and_not_finished_have_little_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eloquent.quic.server.MAX_UNFINISHED_BYTES", 10_000)
+    world = World()
+    good, log = world.accepted_turn()
+    raw = encode_request(Request(TURN_ID, bytes(5_000)))
+    for _ in range(3):
+        world.ask(raw[:4_000], is_whole=False)
+    world.until(lambda: world.client(TurnFailed) != [])
+    (failed,) = world.client(TurnFailed)
+    assert isinstance(failed.error, RequestError)
+    assert (failed.error.code, failed.error.retry_after_s) == ("overloaded", 1.0)
+    assert sum(map(len, world.pair.server._requests.values())) <= 10_000
+    world.append(good, log, "unharmed")
+    world.until(lambda: world.text(good) == "unharmed")
+    others = [turn for turn in (good + 1, good + 2, good + 3) if turn != failed.turn]
+    for turn in others:
+        world.pair.client.quic.send_stream_data(4 * turn, raw[4_000:], end_stream=True)
+    world.pair.flush(world.now)
+    world.until(lambda: len(world.server(TurnRequested)) == 1 + len(others))
 
 
 def rude_datagram(payload: bytes) -> World:
