@@ -209,8 +209,16 @@ def _most_open(options: ServerOptions) -> str:
 
 
 def _work(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
-    """Do this beside everything else until `stack` is left."""
-    stack.callback(asyncio.ensure_future(work).cancel)
+    """Do this beside everything else until `stack` is left; a fault in it is logged at once."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(_say_fault)
+    stack.callback(task.cancel)
+
+
+def _say_fault(task: asyncio.Task[None]) -> None:
+    fault = None if task.cancelled() else task.exception()
+    if fault is not None:
+        logger.error("A part of the server works no more; restart it.", exc_info=fault)
 
 
 async def _tidy(store: TurnStore) -> None:
