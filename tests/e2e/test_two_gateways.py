@@ -77,12 +77,11 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 async def gateways(redis: RedisServer, tmp_path: Path) -> AsyncIterator[tuple[Gateway, Gateway]]:
     async with AsyncExitStack() as stack:
-        started = []
-        for name in ("one", "other"):
-            gateway = await Gateway.start(redis, tmp_path / f"{name}.log")
+        logs = tmp_path / "one.log", tmp_path / "other.log"
+        one, other = await asyncio.gather(*(Gateway.start(redis, log) for log in logs))
+        for gateway in (one, other):
             stack.push_async_callback(gateway.end)
-            started.append(gateway)
-        yield started[0], started[1]
+        yield one, other
 
 
 async def begin(gateway: Gateway) -> tuple[str, str]:

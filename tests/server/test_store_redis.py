@@ -484,6 +484,24 @@ async def test_a_closed_store_takes_nothing(gateway: Open) -> None:
         await store.claim("local", TURN)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_store_closes_without_its_redis_too(tmp_path: Path, number: signal.Signals) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    store = await RedisTokenStore.open(server.url)
+    try:
+        record = await begin(store)
+        assert await stored(store.append, record, 0, b"x") is None
+        if number is signal.SIGKILL:
+            server.stop(number)
+        else:
+            server.send(number)
+        store.append(record, 1, b"never stored")
+        await asyncio.wait_for(store.close(), DEADLINE_S)
+    finally:
+        server.stop()
+
+
 async def test_principals_have_turns_of_their_own(gateway: Open) -> None:
     store = await gateway()
     await begin(store)
