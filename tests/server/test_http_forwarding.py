@@ -58,7 +58,7 @@ async def test_a_request_goes_on_without_what_is_not_for_the_engine() -> None:
     engine.gate.set()
     async with front_with(Scripted(), pass_through=engine) as front:
         response = await front.http.post(
-            "/v1/embed%2Ddings?a=1&b=%20",
+            "/v1/embeddings/a%2Db?a=1&b=%20",
             content=b"{}",
             headers={
                 "Authorization": "Bearer mine",
@@ -71,7 +71,7 @@ async def test_a_request_goes_on_without_what_is_not_for_the_engine() -> None:
             },
         )
     ((method, target, headers, body),) = engine.asked
-    assert (method, target, body) == ("POST", "/v1/embed%2Ddings?a=1&b=%20", b"{}")
+    assert (method, target, body) == ("POST", "/v1/embeddings/a%2Db?a=1&b=%20", b"{}")
     sent = dict(headers)
     assert (sent["x-other"], sent["content-type"]) == ("2", "application/json")
     hidden = {"authorization", "cookie", "connection", "x-own", "x-eloquent-turn", "host"}
@@ -85,7 +85,7 @@ async def test_the_answer_comes_as_it_is_made() -> None:
     engine = Engine()
     async with (
         front_with(Scripted(), pass_through=engine) as front,
-        front.http.stream("GET", "/v1/files") as response,
+        front.http.stream("GET", "/v1/responses/1") as response,
     ):
         pieces = response.aiter_bytes()
         assert await anext(pieces) == b"one "
@@ -96,9 +96,9 @@ async def test_the_answer_comes_as_it_is_made() -> None:
 async def test_an_answer_that_nobody_waits_for_is_given_up() -> None:
     engine, gate = Engine(), Gate(max_turns=1)
     async with front_with(Scripted(), pass_through=engine, gate=gate) as front:
-        async with front.http.stream("GET", "/v1/files") as response:
+        async with front.http.stream("GET", "/v1/responses/1") as response:
             await anext(response.aiter_bytes())
-            assert (await front.http.get("/v1/files")).status_code == 503
+            assert (await front.http.get("/v1/responses/1")).status_code == 503
         await until_true(lambda: engine.is_left)
         await until_true(lambda: gate.open_turns == 0)
 
@@ -106,7 +106,7 @@ async def test_an_answer_that_nobody_waits_for_is_given_up() -> None:
 async def test_an_engine_that_cannot_be_reached_is_said_so() -> None:
     engine, gate = Engine(RequestError("upstream_error", "not there")), Gate(max_turns=1)
     async with front_with(Scripted(), pass_through=engine, gate=gate) as front:
-        response = await asyncio.wait_for(front.http.get("/v1/files"), DEADLINE_S)
+        response = await asyncio.wait_for(front.http.get("/v1/responses/1"), DEADLINE_S)
         assert gate.open_turns == 0
     assert response.status_code == 502
     assert response.json()["error"]["code"] == "upstream_error"
@@ -119,7 +119,7 @@ async def test_an_answer_that_breaks_off_does_so_for_its_reader(
     engine.gate.set()
     async with front_with(Scripted(), pass_through=engine) as front:
         with pytest.raises(httpx2.RemoteProtocolError):
-            await front.http.get("/v1/files")
+            await front.http.get("/v1/responses/1")
     assert engine.is_left
     assert "broke off: gone" in caplog.text
     assert "Traceback" not in caplog.text
@@ -134,7 +134,15 @@ async def test_a_body_that_is_too_large_does_not_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/v1/turns/00", "/v1/../metrics", "/v1/a/%2e%2e/%2e%2e/metrics", "/v1/..%5cmetrics"]
+    "target",
+    [
+        "/v1/turns/00",
+        "/v1/files",
+        "/v1/load_lora_adapter",
+        "/v1/../metrics",
+        "/v1/a/%2e%2e/%2e%2e/metrics",
+        "/v1/..%5cmetrics",
+    ],
 )
 async def test_what_is_ours_or_leads_elsewhere_does_not_go_on(target: str) -> None:
     engine = Engine()

@@ -32,6 +32,10 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
+PASSED_ON = frozenset(
+    {"audio", "completions", "embeddings", "images", "moderations", "rerank", "responses", "score"}
+)
+"What a path under `/v1` may begin with."
 OURS = "x-eloquent-"
 _NOT_PASSED_UP = HOP_BY_HOP | {"authorization", "content-length", "cookie", "expect", "host"}
 _NOT_PASSED_DOWN = HOP_BY_HOP | {"date", "server", "set-cookie"}
@@ -114,9 +118,12 @@ class Passing:
 
 
 def may_be_passed_on(path: str) -> bool:
-    """Return whether a path, from behind `/v1/` on, is none of ours, and stays below that."""
+    """Return whether a path, from behind `/v1/` on, is one that users of OpenAI's API ask.
+
+    Engines have others below `/v1`, such as vLLM's to load adapters, which are for their operator.
+    """
     steps = path.replace("\\", "/").split("/")
-    return steps[0] != "turns" and not {".", ".."} & set(steps)
+    return steps[0] in PASSED_ON and not {".", ".."} & set(steps)
 
 
 def passed_up(headers: Iterable[tuple[str, str]]) -> Headers:
