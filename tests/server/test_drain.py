@@ -6,22 +6,29 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
+from secrets import token_bytes
 
 import httpx2
 import pytest
 from server_process import DEADLINE_S, ServerProcess, server_process
 
 from eloquent.core.events import Event, Failure, TextDelta
+from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
 from eloquent.errors import RequestError
-from eloquent.session.session import Session
+from eloquent.quic.connect import connect as connect_quic
+from eloquent.session.session import Connector, Session
 from eloquent.url import ServerUrl
+from eloquent.websocket.client import connect as connect_websocket
 from eloquent_server.admission import LOCAL, Gate
 from eloquent_server.drain import MIN_RETRY_AFTER_S, ClosableGate, notify
 
-WORDS = " ".join(f"word{number}" for number in range(100))
-"Two seconds of the echo backend."
+WORDS = " ".join(f"word{number}" for number in range(200))
+"Four seconds of the echo backend."
+CONNECTORS = (connect_quic, connect_websocket)
 LONG = " ".join(f"word{number}" for number in range(3000))
 "A minute of it."
 
@@ -37,11 +44,12 @@ def text_of(events: list[Event]) -> str:
 class Reading:
     """An answer that is being read."""
 
-    def __init__(self, url: ServerUrl, text: str) -> None:
-        self._session = Session(url)
+    def __init__(self, url: ServerUrl, request: Request, connector: Connector) -> None:
+        self.request = request
+        self._session = Session(url, connector=connector)
         self.events: list[Event] = []
         self._begun = asyncio.Event()
-        self._task = asyncio.ensure_future(self._read(text))
+        self._task = asyncio.ensure_future(self._read())
 
     async def begun(self) -> None:
         """Wait for the first event."""
@@ -59,15 +67,18 @@ class Reading:
         await asyncio.wait((self._task,))
         await self._session.close()
 
-    async def _read(self, text: str) -> None:
-        async for event in self._session.ask(body(text)):
+    async def _read(self) -> None:
+        async for event in self._session.open(self.request):
             self.events.append(event)
             self._begun.set()
 
 
 @asynccontextmanager
-async def reading(server: ServerProcess, text: str) -> AsyncIterator[Reading]:
-    found = Reading(server.url, text)
+async def reading(
+    server: ServerProcess, text: str, connector: Connector = connect_quic
+) -> AsyncIterator[Reading]:
+    request = Request(token_bytes(TURN_ID_BYTES), body(text), token_bytes(SECRET_BYTES))
+    found = Reading(server.url, request, connector)
     try:
         await found.begun()
         yield found
@@ -151,14 +162,29 @@ async def test_what_does_not_end_in_time_is_ended(tmp_path: Path) -> None:
         assert "stopping with 1 turns under way" in server.log
 
 
-async def test_with_a_state_directory_it_goes_on_after_the_restart(tmp_path: Path) -> None:
-    options = ("--state", str(tmp_path / "state"), "--drain-timeout", "0.2")
-    async with server_process(tmp_path, *options) as server, reading(server, WORDS) as answer:
+async def test_with_a_state_directory_answers_go_on_after_each_restart(tmp_path: Path) -> None:
+    options = ("--state", str(tmp_path / "state"), "--drain-timeout", "0")
+    texts = [f"{number} {WORDS}" for number in range(10)]
+    async with AsyncExitStack() as stack:
+        async with server_process(tmp_path, *options) as server:
+            answers = [
+                await stack.enter_async_context(reading(server, text, connector))
+                for text, connector in zip(texts, cycle(CONNECTORS), strict=False)
+            ]
+            server.signal(signal.SIGTERM)
+            assert await server.wait() == 0
+        begun = [text_of(answer.events) for answer in answers]
+        assert all(text.startswith(said) for text, said in zip(texts, begun, strict=True))
+        assert begun != texts
+        requests = [answer.request for answer in answers]
+    async with server_process(tmp_path, *options) as server:
         server.signal(signal.SIGTERM)
         assert await server.wait() == 0
-        port = str(server.url.port)
-        async with server_process(tmp_path, *options, "--port", port):
-            assert await answer.whole() == WORDS
+    async with server_process(tmp_path, *options) as server:
+        for text, request in zip(texts, requests, strict=True):
+            answer = Reading(server.url, replace(request, body=b""), connect_quic)
+            assert await answer.whole() == text
+            await answer.close()
 
 
 async def test_a_hangup_ends_nothing_where_there_is_nothing_to_read_again(tmp_path: Path) -> None:
