@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import ipaddress
 import ssl
 
 from websockets.asyncio.client import ClientConnection
@@ -137,7 +138,7 @@ async def connect(url: ServerUrl, user: LinkUser, timeout_s: float) -> WebSocket
             port=url.port,
             ssl=_tls_context(url.pin),
             server_hostname=url.host,
-            happy_eyeballs_delay=STAGGER_S,
+            happy_eyeballs_delay=_stagger_s(url.host),
             subprotocols=[SUBPROTOCOL],
             proxy=None,
             open_timeout=timeout_s,
@@ -154,6 +155,18 @@ async def connect(url: ServerUrl, user: LinkUser, timeout_s: float) -> WebSocket
         websocket.transport.abort()
         raise refusal
     return WebSocketLink(url, user, websocket)
+
+
+def _stagger_s(host: str) -> float | None:
+    """Return how long to wait between a name's addresses; None: it is an address.
+
+    Then there is no race of addresses; one that is cancelled can lose a socket (Python 3.11).
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return STAGGER_S
+    return None
 
 
 def _tls_context(pin: str | None) -> ssl.SSLContext:
