@@ -11,7 +11,7 @@ from eloquent.url import ServerUrl
 from eloquent_server.bench import soak_clients
 from eloquent_server.bench.soak import Outcome
 from eloquent_server.bench.soak_clients import FATES, Crowd, plan_turn
-from eloquent_server.bench.soak_server import HOST, STOP, Look, Serving, run
+from eloquent_server.bench.soak_server import COUNT, HOST, STOP, Look, Serving, run
 
 SEED = 20261122
 
@@ -80,7 +80,7 @@ async def test_clients_that_come_and_go_get_what_they_asked(
         port, pin = ours.recv()
         crowd = Crowd(ServerUrl(HOST, port, pin), 10, 100.0, SEED)
         await crowd.run(6.0, ramp_s=0.5)
-        ours.send("look")
+        ours.send(COUNT)
         seen: Look = ours.recv()
         ours.send(STOP)
         process.join()
@@ -91,3 +91,5 @@ async def test_clients_that_come_and_go_get_what_they_asked(
     assert sum(Counter(crowd.ends).values()) > 10
     assert seen.metrics["eloquent:resumes_total"] > 0
     assert seen.resident_bytes > 1 << 20
+    assert seen.objects is not None
+    assert seen.objects > 1000

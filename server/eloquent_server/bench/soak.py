@@ -17,7 +17,7 @@ from eloquent.errors import ConfigurationError
 from eloquent.quic.connection import IDLE_TIMEOUT_S
 from eloquent.url import ServerUrl
 from eloquent_server.bench.soak_clients import Crowd
-from eloquent_server.bench.soak_server import HOST, STOP, Look, Serving, run
+from eloquent_server.bench.soak_server import COUNT, HOST, LOOK, STOP, Look, Serving, run
 
 LOOK_EVERY_S = 10.0
 RAMP_S = 60.0
@@ -145,13 +145,13 @@ async def _soak(
     port, pin = await asyncio.to_thread(server.recv)
     began_s = time.monotonic()
 
-    async def look(note: str = "") -> Look:
-        server.send("look")
+    async def look(note: str = "", message: str = LOOK) -> Look:
+        server.send(message)
         found: Look = await asyncio.to_thread(server.recv)
         say(f"{time.monotonic() - began_s:5.0f} s  {_line(found)}{note}")
         return found
 
-    idle = await look("  before the first client")
+    idle = await look("  before the first client", COUNT)
     crowd = Crowd(ServerUrl(HOST, port, pin), wanted.turns, wanted.tokens_per_s, wanted.seed)
     running = asyncio.ensure_future(crowd.run(WARM_UP_S + 60 * wanted.minutes, ramp_s=RAMP_S))
     looks = []
@@ -161,12 +161,13 @@ async def _soak(
         if is_warm:
             looks.append(now)
     await running
-    left = await look("  the clients are gone")
+    await look("  the clients are gone")
     gone_s = time.monotonic()
     last_s = max(IDLE_TIMEOUT_S, serving.grace_s + 2 * serving.ttl_s) + SLACK_S
     while time.monotonic() - gone_s < last_s:
         await asyncio.sleep(LOOK_EVERY_S)
-        left = await look()
+        await look()
+    left = await look("  all times have run out", COUNT)
     return Outcome(idle, looks, left, dict(crowd.ends), crowd.faults)
 
 
@@ -174,7 +175,7 @@ def _line(look: Look) -> str:
     of = look.metrics
     connections = sum(value for name, value in of.items() if "connections{" in name)
     return (
-        f"{look.resident_bytes / 2**20:7.1f} MiB  {look.objects:8d} objects  "
+        f"{look.resident_bytes / 2**20:7.1f} MiB  "
         f"{of[OPEN_TURNS]:4.0f} turns  "
         f"{connections:4.0f} connections  {look.open_files:3d} files  "
         f"{of['eloquent:asyncio_tasks']:5.0f} tasks  {look.cpu_s:6.1f} s CPU"
@@ -192,7 +193,8 @@ def describe(wanted: Soak, outcome: Outcome) -> str:
         f"Resident memory over the last {minutes:.1f} minutes: {first.resident_bytes / 2**20:.1f} "
         f"to {last.resident_bytes / 2**20:.1f} MiB, {100 * outcome.growth:+.2f} % (bound "
         f"{100 * MAX_GROWTH:g} %).",
-        f"Left behind: {'; '.join(outcome.leaks) or 'nothing'}.",
+        f"Left behind: {'; '.join(outcome.leaks) or 'nothing'}; {outcome.idle.objects} objects of "
+        f"Python's before the first client, {outcome.left.objects} after the last.",
         *(f"Wrong: {fault}" for fault in outcome.faults),
     ]
     return "\n".join(lines)

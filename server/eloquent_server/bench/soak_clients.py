@@ -28,6 +28,7 @@ WEBSOCKET_EVERY = 10
 "One client in so many is connected so; the others by QUIC."
 AWAY_S = (0.0, 5.0)
 "Who loses the server comes back after so long, from and to."
+STOP_S = 5.0
 CONNECT_S = 30.0
 "On a machine that is busy a handshake may take long."
 
@@ -79,9 +80,11 @@ class Crowd:
             for each in range(self._clients)
         ]
         await asyncio.sleep(seconds)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        left = set(tasks)
+        while left:  # `wait_for` may forget a cancellation (Python 3.11)
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=STOP_S)
 
     async def _ask_on(self, number: int, wait_s: float) -> None:
         await asyncio.sleep(wait_s)

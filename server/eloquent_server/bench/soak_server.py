@@ -23,6 +23,9 @@ from eloquent_server.store import TokenStore
 from eloquent_server.turns import TurnHub
 
 HOST = "127.0.0.1"
+LOOK = "look"
+COUNT = "count"
+"Look, and count Python's objects, for which a place of some megabytes is needed."
 STOP = "stop"
 TIDY_EVERY_S = 5.0
 TICKETS = 500
@@ -52,15 +55,15 @@ class Look:
     resident_bytes: int
     open_files: int
     threads: int
-    objects: int
-    "Python's, those that its garbage collector knows."
+    objects: int | None
+    "Python's, those that its garbage collector knows, after it has run; None: not counted."
     cpu_s: float
     metrics: dict[str, float]
     "What `/metrics` says, by name and labels."
 
 
 def run(serving: Serving, parent: Connection) -> None:
-    """Serve; answer each message of the parent's with a `Look`, until it is `STOP`."""
+    """Serve; answer `LOOK` and `COUNT` of the parent's with a `Look`, until it says `STOP`."""
     logging.getLogger("quic").setLevel(logging.ERROR)  # as `eloquent serve` has it
     asyncio.run(_serve(serving, parent))
 
@@ -84,8 +87,8 @@ async def _serve(serving: Serving, parent: Connection) -> None:
     parent.send((over_udp.port, certificate.pin))
     tidying = asyncio.ensure_future(_tidy(store))
     try:
-        while await asyncio.to_thread(parent.recv) != STOP:
-            parent.send(_look(metrics))
+        while (message := await asyncio.to_thread(parent.recv)) != STOP:
+            parent.send(_look(metrics, is_count=message == COUNT))
     finally:
         tidying.cancel()
         await hub.close()
@@ -99,7 +102,9 @@ async def _tidy(store: TokenStore) -> None:
         store.expire()
 
 
-def _look(metrics: Metrics) -> Look:
+def _look(metrics: Metrics, *, is_count: bool) -> Look:
+    if is_count:
+        gc.collect()
     text = metrics.render()[0].decode()
     status = Path("/proc/self/status").read_text()
     resident_kb = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
@@ -113,7 +118,7 @@ def _look(metrics: Metrics) -> Look:
         resident_bytes=int(resident_kb[1]) << 10,
         open_files=open_files,
         threads=int(threads[1]),
-        objects=len(gc.get_objects()),
+        objects=len(gc.get_objects()) if is_count else None,
         cpu_s=times.user + times.system,
         metrics={name + labels: float(value) for name, labels, value in _SAMPLE.findall(text)},
     )
