@@ -1,8 +1,8 @@
 """The soak's measures by hand, and its clients against a real server for some seconds."""
 
+import asyncio
 import multiprocessing
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from eloquent_server.bench.soak_clients import FATES, Crowd, plan_turn
 from eloquent_server.bench.soak_server import COUNT, HOST, STOP, Look, Serving, run
 
 SEED = 20261122
+DEADLINE_S = 60.0
+"Ends a hang; decides nothing."
 
 
 def look(mebibytes: float, *, files: int = 10, **metrics: float) -> Look:
@@ -79,7 +81,12 @@ async def test_clients_that_come_and_go_get_what_they_asked(
     try:
         port, pin = ours.recv()
         crowd = Crowd(ServerUrl(HOST, port, pin), 10, 100.0, SEED)
-        await crowd.run(6.0, ramp_s=0.5)
+        running = asyncio.ensure_future(crowd.run(DEADLINE_S, ramp_s=0.5))
+        while not all(crowd.ends[fate] for fate in ("whole", "lost", "left", "cancelled")):
+            assert not running.done(), f"no more than {crowd.ends} in {DEADLINE_S} s"
+            await asyncio.sleep(0.1)
+        running.cancel()
+        await asyncio.wait((running,))
         ours.send(COUNT)
         seen: Look = ours.recv()
         ours.send(STOP)
@@ -88,7 +95,6 @@ async def test_clients_that_come_and_go_get_what_they_asked(
         process.kill()
     assert crowd.faults == []
     assert crowd.ends["wrong"] == 0
-    assert sum(Counter(crowd.ends).values()) > 10
     assert seen.metrics["eloquent:resumes_total"] > 0
     assert seen.resident_bytes > 1 << 20
     assert seen.objects is not None

@@ -16,13 +16,13 @@ from statistics import median
 from eloquent.errors import ConfigurationError
 from eloquent.quic.connection import IDLE_TIMEOUT_S
 from eloquent.url import ServerUrl
-from eloquent_server.bench.soak_clients import Crowd
+from eloquent_server.bench.soak_clients import LASTS_S, Crowd
 from eloquent_server.bench.soak_server import COUNT, HOST, LOOK, STOP, Look, Serving, run
 
 LOOK_EVERY_S = 10.0
 RAMP_S = 60.0
 "Clients begin over this time."
-WARM_UP_S = IDLE_TIMEOUT_S + RAMP_S
+WARM_UP_S = max(IDLE_TIMEOUT_S, LASTS_S[1]) + RAMP_S
 """After a connection's idle timeout as many are forgotten as are left behind; only then is the
 number of them steady."""
 MEASURED_SHARE = 0.8

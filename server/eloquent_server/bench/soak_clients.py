@@ -23,7 +23,8 @@ from eloquent.url import ServerUrl
 from eloquent.websocket.client import connect as connect_websocket
 
 LASTS_S = (60.0, 240.0)
-"A turn takes so long if nothing happens to it, from and to."
+"""A turn takes so long if nothing happens to it, from and to. Each has a connection of its own, so
+that connections have all ages they can have before memory is looked at."""
 WEBSOCKET_EVERY = 10
 "One client in so many is connected so; the others by QUIC."
 AWAY_S = (0.0, 5.0)
@@ -79,12 +80,14 @@ class Crowd:
             asyncio.ensure_future(self._ask_on(each, ramp_s * each / self._clients))
             for each in range(self._clients)
         ]
-        await asyncio.sleep(seconds)
-        left = set(tasks)
-        while left:  # `wait_for` may forget a cancellation (Python 3.11)
-            for task in left:
-                task.cancel()
-            _, left = await asyncio.wait(left, timeout=STOP_S)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            left = set(tasks)
+            while left:  # `wait_for` may forget a cancellation (Python 3.11)
+                for task in left:
+                    task.cancel()
+                _, left = await asyncio.wait(left, timeout=STOP_S)
 
     async def _ask_on(self, number: int, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
@@ -126,6 +129,7 @@ class _Client:
         if plan.fate == "cancelled":
             assert self._link is not None
             self._link.cancel_turn(reading.number)
+            await self.leave()
         elif plan.fate in ("lost", "gone"):
             await self._vanish()
         elif plan.fate == "left":
@@ -137,6 +141,7 @@ class _Client:
             offset = reading.offset
             reading = await self._read(Request(turn_id, b"", secret, offset), None)
             words = words + reading.words
+        await self.leave()
         if words != plan.words or not reading.has_ended:
             return f"{len(words)} words of {len(plan.words)}, ended: {reading.has_ended}"
         return ""
