@@ -55,7 +55,7 @@ async def ask(client: Client) -> str:
         return (await stream.get_final_message()).text
 
 
-@pytest.mark.parametrize("key", ["", "wrong", ALICE + "x"])
+@pytest.mark.parametrize("key", ["", "wrong", ALICE + "x"], ids=["none", "wrong", "almost"])
 async def test_who_has_no_key_is_told(key: str, certificate: ServerCertificate, keys: Path) -> None:
     async with (
         serving(saying("yes"), certificate, keys) as url,
