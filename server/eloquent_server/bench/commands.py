@@ -105,7 +105,7 @@ def soak(
     *,
     turns: int = 500,
     minutes: float = 10.0,
-    tokens_per_s: float = 2.0,
+    tokens_per_s: float = 1.0,
     seed: int = 1,
     state: Path | None = None,
     json: Path | None = None,
