@@ -21,6 +21,10 @@ class ConnectionFailedError(EloquentError):
     """The connection could not be made, or ended while it was still needed."""
 
 
+class ServerStoppingError(ConnectionFailedError):
+    """The server ended the connection in order, as it does when it stops: it may be back soon."""
+
+
 class ServerRefusedError(ConnectionFailedError):
     """The address answers, and what answers is no server, or not the right one."""
 

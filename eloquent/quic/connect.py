@@ -7,7 +7,12 @@ from eloquent.core.path import Path
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnFailed, TurnProgress
 from eloquent.core.wire import Request
-from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
+from eloquent.errors import (
+    ConnectionFailedError,
+    EloquentError,
+    ServerRefusedError,
+    ServerStoppingError,
+)
 from eloquent.link import LinkUser, Rung
 from eloquent.quic.client import ClientConnection, client_configuration
 from eloquent.quic.connection import Address, Connected, ConnectionEnded, ConnectionEvent
@@ -183,7 +188,8 @@ class QuicLink:
 
     def _why_ended(self, event: ConnectionEnded) -> EloquentError:
         if self._connected.done():
-            return ConnectionFailedError(
+            kind = ServerStoppingError if event.is_peers_end else ConnectionFailedError
+            return kind(
                 f"The connection to {self._url.host} ended: {event.reason}. What has arrived is "
                 "kept; ask again to go on."
             )

@@ -63,6 +63,8 @@ class ConnectionEnded:
     "Why, for a person."
     by_peer_error: bool
     "False for an ordinary close or an idle timeout."
+    is_peers_end: bool = False
+    "Whether the peer ended it in order, as a server does when it stops."
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,4 +246,9 @@ def _ended(event: quic_events.ConnectionTerminated) -> ConnectionEnded:
     else:
         reason = event.reason_phrase or f"closed with code 0x{event.error_code:x}"
     is_idle = event.reason_phrase == "Idle timeout"
-    return ConnectionEnded(reason, by_peer_error=event.error_code != CLOSE_NORMAL and not is_idle)
+    is_orderly = event.error_code == CLOSE_NORMAL
+    return ConnectionEnded(
+        reason,
+        by_peer_error=not is_orderly and not is_idle,
+        is_peers_end=is_orderly and event.frame_type is None,  # an application's close
+    )

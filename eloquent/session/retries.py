@@ -12,6 +12,9 @@ REFUSED_FOR_S = 5.0
 MIN_REFUSALS = 4
 "When so many refusals have come for so long, the server is gone, and its turns fail."
 
+STOPPED_FOR_S = 60.0
+"As long it is waited for where it said before that it stops: it is being restarted, or moved."
+
 REFUSALS_APART_S = 30.0
 """Attempts without an answer do not take that back (machines limit how often they refuse); but
 after so long without a refusal the next one is the first."""
@@ -40,17 +43,22 @@ class Retries:
         self._first_refused_s = self._last_refused_s = float("-inf")
         self._refusals = 0
         self._is_refused = False
+        self._refused_for_s = REFUSED_FOR_S
 
     @property
     def is_over(self) -> bool:
         """Whether there is no use in going on."""
         refused_s = self._last_refused_s - self._first_refused_s
-        is_gone = self._refusals >= MIN_REFUSALS and refused_s >= REFUSED_FOR_S
+        is_gone = self._refusals >= MIN_REFUSALS and refused_s >= self._refused_for_s
         return (self._is_refused and is_gone) or self._spent_s >= RETRY_FOR_S
 
     def hurry(self) -> None:
         """Begin with short waits again: something has changed."""
         self._wait_s = RETRY_FIRST_S
+
+    def on_stop(self) -> None:
+        """Take note that the server said that it stops."""
+        self._refused_for_s = STOPPED_FOR_S
 
     def on_failure(self, begun_s: float, now_s: float, *, is_refusal: bool) -> float:
         """Take note of an attempt that failed; return how long to wait before the next."""

@@ -19,7 +19,12 @@ from eloquent.core.liveness import (
 )
 from eloquent.core.receiver import Receiver
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
-from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
+from eloquent.errors import (
+    ConnectionFailedError,
+    EloquentError,
+    ServerRefusedError,
+    ServerStoppingError,
+)
 from eloquent.link import Link, LinkUser
 from eloquent.quic.connect import CONNECT_TIMEOUT_S
 from eloquent.quic.connect import connect as connect_quic
@@ -230,6 +235,8 @@ class Session:
             self._forget_told(link)
             self._link = None
             self._retries.hurry()
+            if isinstance(error, ServerStoppingError):
+                self._retries.on_stop()
             self._numbers = dict.fromkeys(self._numbers, -1)
             self._wake()
 

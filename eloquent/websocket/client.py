@@ -14,7 +14,12 @@ from eloquent.core.channel_client import ClientChannel
 from eloquent.core.receiver import Receiver
 from eloquent.core.turns import TurnEvent, TurnFailed, TurnProgress
 from eloquent.core.wire import Request
-from eloquent.errors import ConnectionFailedError, EloquentError, ServerRefusedError
+from eloquent.errors import (
+    ConnectionFailedError,
+    EloquentError,
+    ServerRefusedError,
+    ServerStoppingError,
+)
 from eloquent.link import STAGGER_S, LinkUser, Rung
 from eloquent.url import ServerUrl
 from eloquent.websocket.driver import OPTIONS, SUBPROTOCOL, ChannelDriver, HeardConnection
@@ -113,9 +118,10 @@ class WebSocketLink:
         reason = await self._driver.run()
         if not self._is_closing:
             self._is_closing = True
+            kind = ServerStoppingError if self._driver.is_peers_end else ConnectionFailedError
             self._user.on_link_ended(
                 self,
-                ConnectionFailedError(
+                kind(
                     f"The connection to {self._url.host} ended: {reason}. What has arrived is "
                     "kept; ask again to go on."
                 ),

@@ -82,6 +82,12 @@ class ChannelDriver:
             with contextlib.suppress(OSError):  # a system that knows none: late binding is coarser
                 tcp.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
+    @property
+    def is_peers_end(self) -> bool:
+        """Whether the peer ended the connection in order, as a server does when it stops."""
+        received = self._websocket.protocol.close_rcvd
+        return received is not None and received.code == CloseCode.NORMAL_CLOSURE
+
     def now(self) -> float:
         """Return the loop's time in seconds."""
         return self._loop.time()

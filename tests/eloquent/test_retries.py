@@ -9,6 +9,7 @@ from eloquent.session.retries import (
     RETRY_FIRST_S,
     RETRY_FOR_S,
     RETRY_MAX_S,
+    STOPPED_FOR_S,
     Retries,
 )
 
@@ -32,6 +33,14 @@ def test_refusals_for_five_seconds_are_enough() -> None:
     retries = Retries()
     assert not refused(retries, 10.0, 11.0, 12.0, 13.0)
     assert refused(retries, 10.0 + REFUSED_FOR_S)
+
+
+def test_a_server_that_said_that_it_stops_is_waited_for() -> None:
+    retries = Retries()
+    retries.on_stop()
+    count = int(STOPPED_FOR_S / RETRY_MAX_S)
+    assert not refused(retries, *(10.0 + RETRY_MAX_S * number for number in range(count)))
+    assert refused(retries, 10.0 + STOPPED_FOR_S)
 
 
 def test_a_refusal_that_was_late_is_not_enough() -> None:

@@ -29,7 +29,7 @@ from eloquent.errors import (
 )
 from eloquent.quic.connect import connect
 from eloquent.serving import Reader
-from eloquent.session.retries import REFUSED_FOR_S, RETRY_FOR_S
+from eloquent.session.retries import REFUSED_FOR_S, RETRY_FOR_S, RETRY_MAX_S, STOPPED_FOR_S
 from eloquent.session.session import Session
 from eloquent.session.states import SILENT_FOR_S, LinkState
 from eloquent_netem.vloop_network import Datagram
@@ -207,6 +207,37 @@ def test_a_server_that_is_gone_for_good_fails_the_turn_by_name() -> None:
         return now() - gone_s
 
     assert REFUSED_FOR_S <= in_world(play) < REFUSED_FOR_S + 15.0
+
+
+def test_a_server_that_stopped_in_order_is_waited_for_while_it_is_restarted() -> None:
+    async def play(world: World) -> tuple[str, float]:
+        turn = world.session.ask(b"{}")
+        assert world.listener is not None
+        reading = asyncio.ensure_future(read(turn))
+        await asyncio.sleep(1.0)
+        await world.listener.close()
+        stopped_s = now()
+        await asyncio.sleep(STOPPED_FOR_S / 2)
+        await world.start_server()
+        return await reading, now() - stopped_s
+
+    text, back_s = in_world(play)
+    assert text == ALL
+    assert back_s < STOPPED_FOR_S / 2 + RETRY_MAX_S + 1.0
+
+
+def test_and_no_longer_than_that() -> None:
+    async def play(world: World) -> float:
+        turn = world.session.ask(b"{}")
+        await first_events(turn, 5)
+        assert world.listener is not None
+        await world.listener.close()
+        stopped_s = now()
+        with pytest.raises(ServerRefusedError, match="Nothing listens"):
+            await read(turn)
+        return now() - stopped_s
+
+    assert STOPPED_FOR_S <= in_world(play) < STOPPED_FOR_S + 2 * RETRY_MAX_S
 
 
 class FewRefusals:
