@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from eloquent.errors import EloquentError, RequestError
 from eloquent_server.store_types import StoreAwayError, StoredTurn, TurnStore
@@ -23,12 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 async def follow(
-    store: TurnStore, turn: Turn, on_grown: Callable[[Turn], bool]
-) -> StoredTurn | None:
+    store: TurnStore,
+    turn: Turn,
+    *,
+    on_grown: Callable[[Turn], None],
+    is_wanted: Callable[[Turn], bool],
+) -> None:
     """Have a turn's log grow until it ends, or nobody wants it, or this process is its owner.
 
-    `on_grown` is called when there is more, and says whether the turn is still wanted. Returns what
-    is stored of a turn that this process is now to generate, else None.
+    In the last case the turn is no longer `is_elsewhere`, and is to be generated. `on_grown` is
+    called when there is more.
 
     Raises:
         RequestError: the turn cannot be read any further; for its readers.
@@ -36,17 +40,24 @@ async def follow(
     try:
         while True:
             stored = await _claim(store, turn)
+            if not is_wanted(turn):
+                # The task was cancelled in vain, while a connection was being made.
+                store.abandon(stored.record)
+                return
             turn.record = stored.record
             turn.grow(stored.log[turn.log.written :])
-            if not on_grown(turn) or turn.is_over:
-                return None
-            if not stored.is_elsewhere:
-                return stored
-            async with aclosing(store.follow(turn.record)) as pieces:
-                async for data in pieces:
-                    turn.grow(data)
-                    if not on_grown(turn) or turn.is_over:
-                        return None
+            if not stored.is_elsewhere and not turn.is_over:
+                turn.take_over(stored)
+            on_grown(turn)
+            if not turn.is_elsewhere or turn.is_over:
+                return
+            with suppress(StoreAwayError):  # `_claim` waits until it is back.
+                async with aclosing(store.follow(turn.record)) as pieces:
+                    async for data in pieces:
+                        turn.grow(data)
+                        on_grown(turn)
+                        if turn.is_over or not is_wanted(turn):
+                            return
     except RequestError:
         raise
     except EloquentError as error:

@@ -60,7 +60,7 @@ class Leases:
         """Begin a lease that was granted, and asked for at `asked_s` by the loop's clock."""
         previous = self._of_key.get(record.key)
         if previous is not None:
-            self.drop(previous)
+            self.lose(previous)
         self._of_key[record.key] = record
         self._lengthen(record, asked_s)
         self._set_alarm()
@@ -116,6 +116,7 @@ class Leases:
 
     def _set_alarm(self) -> None:
         if self._alarm is None and self._until_s:
+            # All are as long, so none that is taken later is over much earlier.
             self._alarm = self._loop.call_at(min(self._until_s.values()), self._give_up)
 
     def _give_up(self) -> None:

@@ -247,6 +247,10 @@ class RedisTokenStore:
         else:
             self._drop(record)
 
+    def abandon(self, record: TurnRecord) -> None:
+        """See `TurnStore.abandon`."""
+        self._leases.drop(record)
+
     async def delete(self, principal: str, turn_id: bytes) -> bool:
         """See `TurnStore.delete`.
 

@@ -236,6 +236,9 @@ class TurnStore(Protocol):
         One to which nothing was appended is forgotten: its id is free again.
         """
 
+    def abandon(self, record: TurnRecord) -> None:
+        """Own a turn no longer, and leave it to whoever finds it without an owner."""
+
     async def delete(self, principal: str, turn_id: bytes) -> bool:
         """Remove a turn, open or ended, and leave its tombstone; say whether there was one.
 
@@ -282,6 +285,9 @@ class SoleOwner:
 
     def attend(self, on_lost: OnRecord, on_cancel: OnRecord) -> None:
         """See `TurnStore.attend`."""
+
+    def abandon(self, record: TurnRecord) -> None:
+        """See `TurnStore.abandon`."""
 
     async def follow(self, record: TurnRecord) -> AsyncGenerator[bytes]:
         """See `TurnStore.follow`."""

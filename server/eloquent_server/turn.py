@@ -68,6 +68,8 @@ class Turn:
         self.is_cancelled = False
         "Whether its owner wants no more of it."
         self.readers: dict[Reader, None] = {}
+        self.late: dict[Reader, asyncio.Task[None]] = {}
+        "Those that wait until a turn that is followed has come as far as they are."
         self.task: asyncio.Task[None] | None = None
         self.grace: asyncio.TimerHandle | None = None
         self.handed = self._restored_bytes = self.log.written

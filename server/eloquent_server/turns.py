@@ -48,6 +48,10 @@ __all__ = ["Turn", "TurnHandler", "TurnHub"]
 GRACE_S = 120.0
 "A turn that nobody reads is generated for so long."
 
+LATE_S = 2.0
+"Another process's turn is that much behind here at most."
+LATE_POLL_S = 0.02
+
 STOP_S = 1.0
 "How long `close` waits for the turns' tasks."
 
@@ -167,6 +171,8 @@ class TurnHub:
         if turn is None:
             self._openings.remove(reader)
             return
+        if reader in turn.late:
+            turn.late.pop(reader).cancel()
         turn.readers.pop(reader, None)
         self._leave_memory(turn)
         if self._is_current(turn) and not turn.is_over:
@@ -235,12 +241,14 @@ class TurnHub:
     def forget(self, turn: Turn, error: RequestError) -> None:
         """Stop a turn and drop it from the memory; its readers get the reason."""
         self._drop(turn)
-        for reader in list(turn.readers):
+        for reader in (*turn.readers, *turn.late):
             self._of_reader.pop(reader, None)
             _reject(reader, error)
         turn.readers.clear()
+        while turn.late:
+            turn.late.popitem()[1].cancel()
 
-    def _admit(self, reader: Reader, turn: Turn) -> None:
+    def _admit(self, reader: Reader, turn: Turn, *, may_wait: bool = True) -> None:
         request = reader.request
         if not hmac.compare_digest(hash_of(request.secret), turn.secret_hash):
             reader.reject("unknown_turn", UNKNOWN_TURN)
@@ -249,6 +257,9 @@ class TurnHub:
                 "turn_conflict",
                 "This turn id was used for another request: make a new id for each turn.",
             )
+        elif request.offset > turn.log.length and turn.is_elsewhere and may_wait:
+            self._of_reader[reader] = turn
+            turn.late[reader] = self._spawn(self._admit_later(reader, turn))
         elif request.offset > turn.log.length:
             reader.reject(
                 "bad_offset",
@@ -263,6 +274,17 @@ class TurnHub:
             turn.readers[reader] = None
             self._of_reader[reader] = turn
             reader.accept(turn.log)
+
+    async def _admit_later(self, reader: Reader, turn: Turn) -> None:
+        """Admit a reader that has more of a followed turn than has come here by now."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + LATE_S
+        offset = reader.request.offset
+        while turn.log.length < offset and turn.is_elsewhere and loop.time() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(LATE_POLL_S)
+        del turn.late[reader], self._of_reader[reader]
+        self._admit(reader, turn, may_wait=False)
+        self._leave_memory(turn)
 
     def _replace_owners(self, turn: Turn) -> None:
         """Let go of the owner's earlier readers: it has come back over another connection."""
@@ -307,19 +329,17 @@ class TurnHub:
     async def _follow(self, turn: Turn) -> None:
         """Serve a turn's readers from what its owner stores; become its owner if that is gone."""
         try:
-            stored = await follow(self._store, turn, self._on_grown)
+            await follow(self._store, turn, on_grown=self._show_more, is_wanted=self._is_current)
         except RequestError as error:
             self.forget(turn, error)
             self._store.let_go(turn.record)
             return
-        if stored is not None:
-            turn.take_over(stored)
+        if self._is_current(turn) and not turn.is_over:
             self._continue(turn)
             self._begin_grace(turn)
 
-    def _on_grown(self, turn: Turn) -> bool:
+    def _show_more(self, turn: Turn) -> None:
         self._release(turn, turn.log.written)
-        return self._is_current(turn)
 
     def _on_lost(self, record: TurnRecord) -> None:
         """Stop generating a turn that may be another process's by now, and follow it."""
@@ -433,7 +453,7 @@ class TurnHub:
     def _leave_memory(self, turn: Turn) -> None:
         """Drop a turn that nobody reads, and that the store or another process has all of."""
         is_kept = turn.is_elsewhere or turn.log.end is not None
-        if is_kept and not turn.readers and self._is_current(turn):
+        if is_kept and not turn.readers and not turn.late and self._is_current(turn):
             self._drop(turn)
 
     def _is_current(self, turn: Turn) -> bool:

@@ -154,6 +154,30 @@ async def test_who_may_not_read_is_told_why_at_any_gateway(
     assert script.asked == 1
 
 
+async def test_a_reader_that_is_ahead_of_what_has_come_to_its_gateway_waits_for_that(
+    gateways: Gateways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script("one ", "two ", "three")
+    one, other = await gateways.open(script), await gateways.open(script)
+    turn_id, secret = names()
+    near, far = Notes(turn_id, secret), Notes(turn_id, secret, body=b"", is_owner=False)
+    one.on_request(near)
+    script.go(1)
+    await near.until(lambda: near.text == "one ")
+    other.on_request(far)
+    await far.until(lambda: far.text == "one ")
+    script.go(1)
+    ahead = Notes(turn_id, secret, body=b"", offset=2 * near.offset)  # words of the same length
+    leaving = Notes(turn_id, secret, body=b"", offset=2 * near.offset)
+    other.on_request(ahead)
+    other.on_request(leaving)
+    other.on_gone(leaving)
+    script.go()
+    await ahead.finished()
+    assert (ahead.text, ahead.rejected) == ("three", None)
+    assert leaving.events == []
+
+
 async def test_what_an_owner_loses_the_lease_of_goes_on_elsewhere_and_its_readers_stay(
     gateways: Gateways, server: RedisServer
 ) -> None:
