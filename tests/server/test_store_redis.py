@@ -178,7 +178,8 @@ async def test_an_owner_may_claim_its_own_turn_and_its_earlier_self_is_stale(
     assert await stored(store.append, record, 0, b"one ") is None
     again = await claim(store)
     assert not again.is_elsewhere
-    assert isinstance(await stored(store.append, record, 4, b"stale"), StaleOwnerError)
+    with pytest.raises(StaleOwnerError):
+        store.append(record, 4, b"stale")
     assert await stored(store.append, again.record, 4, b"two") is None
     assert (await claim(store)).log == b"one two"
 
