@@ -225,6 +225,30 @@ async def test_a_turn_goes_on_after_a_redis_that_was_away_for_longer_than_the_le
     assert going.asked == 1
 
 
+async def test_a_turn_that_nobody_reads_goes_on_after_its_lease_was_lost(
+    gateways: Gateways, server: RedisServer
+) -> None:
+    words = ("one ", "two ", "three")
+    script, going = Script(*words), Going(*words)
+    hub = await gateways.open(script, go_on=going, lease_s=SHORT_S)
+    turn_id, secret = names()
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    script.go(1)
+    await reader.until(lambda: reader.text == "one ")
+    hub.on_gone(reader)
+    command(server, "DEL", Keys("local", turn_id).lease)
+    async with asyncio.timeout(DEADLINE_S):
+        while hub.open:  # noqa: ASYNC110 (nobody reads it)
+            await asyncio.sleep(0.01)
+    assert going.asked == 1
+    late = Notes(turn_id, secret, body=b"")
+    hub.on_request(late)
+    await late.finished()
+    assert late.text == "one two three"
+    assert finish(late) == OVER
+
+
 async def test_a_redis_that_stays_away_ends_the_waiting(
     gateways: Gateways, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
