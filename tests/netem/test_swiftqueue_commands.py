@@ -89,6 +89,35 @@ def test_the_cost_of_predictions_is_a_part_with_bars(
     assert "## Cost" in (tmp_path / "out.md").read_text()
 
 
+def test_parts_of_other_times_are_shown_beside(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiftqueue_study, "measure", partial(measure, predictions=10))
+    first, page = tmp_path / "first.json", tmp_path / "page.md"
+    lab_swiftqueue(
+        scenario=(scenario,),
+        part=("policies",),
+        seeds=1,
+        schedulers=("wrr",),
+        policies=("all-l", "oracle"),
+        json=first,
+        workers=1,
+    )
+    lab_swiftqueue(part=("speed",), also=(first,), json=tmp_path / "both.json", markdown=page)
+    both, told = json.loads((tmp_path / "both.json").read_text()), page.read_text()
+    before = json.loads(first.read_text())
+    assert both["policies"] == before["policies"]
+    assert [one["part"] for one in both["findings"][-len(before["findings"]) :]] == [
+        one["part"] for one in before["findings"]
+    ]
+    assert "### P99, wrr" in told
+    assert "## Cost" in told
+    assert told.count("- policies: `eloquent") == 1
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigurationError, match="has no figures"):
+        lab_swiftqueue(part=("speed",), also=(tmp_path / "other.json",))
+
+
 def test_a_page_without_runs_has_no_figures(tmp_path: Path) -> None:
     path = write_report(Found(), tmp_path)
     assert path.read_text().startswith("<!doctype html>")

@@ -168,6 +168,7 @@ def lab_swiftqueue(
     models: Names = (),
     weights: Path | None = None,
     data: Path | None = None,
+    also: Paths = (),
     json: Path | None = None,
     markdown: Path | None = None,
     report: Path | None = None,
@@ -210,6 +211,8 @@ def lab_swiftqueue(
     data
         For `prediction`, the folder that `eloquent swiftqueue collect` wrote. By default one in the
         user's cache folder, and if there is none, a few flows of each family are collected.
+    also
+        Files that --json wrote at other times: what they have of other parts is shown beside.
     json
         Write all rows to this file: {"meta", "prediction", "policies", ...}.
     markdown
@@ -223,7 +226,7 @@ def lab_swiftqueue(
         default swiftqueue.jsonl in the user's cache folder.
     """
     from eloquent_netem.lab.report_style import check_can_draw
-    from eloquent_netem.lab.swiftqueue_study import Options, dumps, show
+    from eloquent_netem.lab.swiftqueue_study import Options, dumps, joined, read_found, show
     from eloquent_netem.lab.swiftqueue_study import evaluate as run
 
     if seeds < 1 or (workers is not None and workers < 1):
@@ -238,6 +241,7 @@ def lab_swiftqueue(
     if report is not None:
         check_can_draw()
         _made(report)
+    earlier = [read_found(path) for path in also]
     found = run(
         Options(
             scenarios=scenario,
@@ -256,6 +260,7 @@ def lab_swiftqueue(
             command=_command(),
         )
     )
+    found = joined(found, earlier)
     show(found)
     if json is not None:
         json.write_text(dumps(found), encoding="utf-8")

@@ -1,7 +1,8 @@
 """The page of SwiftQueue's figures, `docs/results-swiftqueue.md`: all that an evaluation found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from eloquent_netem.lab.findings import (
     SUMMARY_HEADER,
@@ -44,9 +45,9 @@ def results_page(found: Found) -> str:
     meta = found.meta
     parts = [
         "# SwiftQueue's figures",
-        f"Made by `{meta['command']}` at commit {meta['commit']}, {meta['begun_at'][:10]}; do not "
-        "edit. What is measured, and how, and the caveats that stand beside every figure here: "
-        "[swiftqueue.md](swiftqueue.md#what-is-measured).",
+        "Made by command; do not edit. What is measured, and how, and the caveats that stand "
+        "beside every figure here: [swiftqueue.md](swiftqueue.md#what-is-measured).",
+        "\n".join(map(_made, [meta, *meta.get("also", ())])),
     ]
     if found.findings:
         parts += [
@@ -61,10 +62,16 @@ def results_page(found: Found) -> str:
             parts += ["### Missed", markdown_table(header, missed)]
     if found.prediction:
         parts += ["## Prediction", _table(prediction_sheet(found.prediction))]
-    parts += _policies(found.policies, meta["congested"])
+    congested = [name for one in (meta, *meta.get("also", ())) for name in one["congested"]]
+    parts += _policies(found.policies, congested)
     if found.speed:
         parts += ["## Cost", _table(speed_sheet(found.speed))]
     return "\n\n".join(parts) + "\n"
+
+
+def _made(meta: Mapping[str, Any]) -> str:
+    parts = " and ".join(meta["parts"])
+    return f"- {parts}: `{meta['command']}`, commit {meta['commit']}, {meta['begun_at'][:10]}"
 
 
 def _policies(study: PolicyStudy, congested: Sequence[str]) -> list[str]:

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,13 @@ from eloquent_netem.lab.swiftqueue_places import (
 from eloquent_netem.lab.swiftqueue_policies import (
     SCHEDULERS,
     PolicyPlan,
+    PolicyRow,
     PolicyStudy,
     check_schedulers,
     scheduler_of,
     study_of,
 )
-from eloquent_netem.lab.swiftqueue_speed import Speed, measure
+from eloquent_netem.lab.swiftqueue_speed import Row, Speed, measure
 from eloquent_netem.lab.swiftqueue_speed import findings as speed_findings
 from eloquent_netem.lab.swiftqueue_speed import sheet as speed_sheet
 from eloquent_netem.scenario_parts import TraceRateSpec
@@ -160,6 +161,54 @@ def evaluate(options: Options) -> Found:
         failures=tuple(failures),
         is_complete=is_complete,
         meta=_meta(options, plan, begun_at, is_complete=is_complete),
+    )
+
+
+def read_found(path: Path) -> Found:
+    """Return what an earlier evaluation found, but for its curves, from the file of `dumps`.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is something else.
+    """
+    try:
+        return _loads(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(
+            f"{path} has no figures of eloquent lab swiftqueue ({error}): name a file that --json "
+            "wrote."
+        ) from error
+
+
+def joined(found: Found, earlier: Sequence[Found]) -> Found:
+    """Return what was found, and beside it what others found of other parts, the first first."""
+    for one in earlier:
+        new = [finding for finding in one.findings if finding not in found.findings]
+        found = replace(
+            found,
+            prediction=found.prediction or one.prediction,
+            policies=found.policies if found.policies.rows else one.policies,
+            speed=found.speed or one.speed,
+            findings=(*found.findings, *new),
+            meta={**found.meta, "also": [*found.meta.get("also", ()), one.meta]},
+        )
+    return found
+
+
+def _loads(content: Mapping[str, Any]) -> Found:
+    speed = content["speed"]
+    rows = [Row(**row) for row in speed["rows"]] if speed else []
+    return Found(
+        prediction=tuple(PredictionRow(**row) for row in content["prediction"]),
+        policies=PolicyStudy(
+            rows=tuple(PolicyRow(**row) for row in content["policies"]),
+            crowd=tuple(PolicyRow(**row) for row in content["many_flows"]),
+        ),
+        speed=Speed(rows=tuple(rows), held_bytes=speed["held_bytes"]) if speed else None,
+        findings=tuple(
+            Finding(**{name: value for name, value in one.items() if name != "is_met"})
+            for one in content["findings"]
+        ),
+        meta=content["meta"],
     )
 
 
