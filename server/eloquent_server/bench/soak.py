@@ -163,7 +163,8 @@ async def _soak(
     await running
     await look("  the clients are gone")
     gone_s = time.monotonic()
-    last_s = max(IDLE_TIMEOUT_S, serving.grace_s + 2 * serving.ttl_s) + SLACK_S
+    ends_s = max(IDLE_TIMEOUT_S + serving.grace_s, LASTS_S[1])  # of the last turn
+    last_s = ends_s + 2 * serving.ttl_s + SLACK_S
     while time.monotonic() - gone_s < last_s:
         await asyncio.sleep(LOOK_EVERY_S)
         await look()
