@@ -10,7 +10,7 @@ SEED ?= $(shell date +%Y%m%d)
 TRACES ?= ../shared/traces
 SYSTEM_TOOLS := tmux:tmux ip:iproute2 tcpdump:tcpdump nft:nftables redis-server:redis-server curl:curl
 
-.PHONY: chat test check soak format paper bench-netem bench-transport bench-engine bench-swiftqueue clean help
+.PHONY: chat test check soak format paper bench-netem bench-transport bench-engine bench-swiftqueue soak-server clean help
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -64,6 +64,10 @@ bench-swiftqueue: $(INSTALLED) ## Judge SwiftQueue's predictions, policies and c
 	$(BIN)/eloquent lab swiftqueue --seeds 5 --traces $(TRACES) --data build/swiftqueue \
 		--cache build/swiftqueue.jsonl --json build/swiftqueue.json --report build/swiftqueue-report \
 		--markdown docs/results-swiftqueue.md
+
+soak-server: $(INSTALLED) ## Hold 500 turns in flight for ten minutes: memory, tasks, files (23 minutes on two idle cores).
+	@mkdir -p build
+	$(BIN)/eloquent bench soak --json build/soak-server.json
 
 clean: ## Remove the environment and all caches in this folder.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
