@@ -12,6 +12,7 @@ from textual.pilot import Pilot
 from textual.widgets import RichLog
 
 from eloquent.core.events import Failure, TextDelta
+from eloquent.session import retries
 from eloquent.session.states import LinkState
 from eloquent.url import ServerUrl
 from eloquent_client import Client, LocalServerError, StreamStats
@@ -189,8 +190,9 @@ async def test_a_link_that_is_lost_and_comes_back(start_server: StartServer) -> 
 
 
 async def test_a_link_that_is_lost_in_mid_answer_is_shown_and_escape_still_works(
-    start_server: StartServer,
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(retries, "STOPPED_FOR_S", retries.REFUSED_FOR_S)  # it will not be back
     server = await start_server(Hanging("So far"))
     async with chatting(server.url) as chat:
         await chat.send("go on")
