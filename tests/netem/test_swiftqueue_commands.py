@@ -104,6 +104,22 @@ def test_parts_of_other_times_are_shown_beside(
         workers=1,
     )
     lab_swiftqueue(part=("speed",), also=(first,), json=tmp_path / "both.json", markdown=page)
+    lab_swiftqueue(
+        scenario=(scenario,),
+        part=("policies",),
+        seeds=2,
+        schedulers=("wrr",),
+        policies=("all-l",),
+        also=(first,),
+        json=tmp_path / "more.json",
+        workers=1,
+    )
+    rows = json.loads((tmp_path / "more.json").read_text())["policies"]
+    assert [(row["policy"], row["seed"]) for row in rows] == [
+        ("all-l", 0),
+        ("all-l", 1),
+        ("oracle", 0),
+    ]
     both, told = json.loads((tmp_path / "both.json").read_text()), page.read_text()
     before = json.loads(first.read_text())
     assert both["policies"] == before["policies"]

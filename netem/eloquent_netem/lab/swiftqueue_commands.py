@@ -212,7 +212,8 @@ def lab_swiftqueue(
         For `prediction`, the folder that `eloquent swiftqueue collect` wrote. By default one in the
         user's cache folder, and if there is none, a few flows of each family are collected.
     also
-        Files that --json wrote at other times: what they have of other parts is shown beside.
+        Files that --json wrote at other times: the runs and parts that they have more are shown
+        beside.
     json
         Write all rows to this file: {"meta", "prediction", "policies", ...}.
     markdown

@@ -180,18 +180,32 @@ def read_found(path: Path) -> Found:
 
 
 def joined(found: Found, earlier: Sequence[Found]) -> Found:
-    """Return what was found, and beside it what others found of other parts, the first first."""
+    """Return what was found, and beside it what others found that it lacks, the first first."""
     for one in earlier:
         new = [finding for finding in one.findings if finding not in found.findings]
         found = replace(
             found,
             prediction=found.prediction or one.prediction,
-            policies=found.policies if found.policies.rows else one.policies,
+            policies=replace(
+                found.policies,
+                rows=_together(found.policies.rows, one.policies.rows),
+                crowd=_together(found.policies.crowd, one.policies.crowd),
+            ),
             speed=found.speed or one.speed,
             findings=(*found.findings, *new),
             meta={**found.meta, "also": [*found.meta.get("also", ()), one.meta]},
         )
     return found
+
+
+def _together(rows: Sequence[PolicyRow], more: Sequence[PolicyRow]) -> tuple[PolicyRow, ...]:
+    """Return rows and those of more that they lack, run by run."""
+    there = {_run_of(row) for row in rows}
+    return (*rows, *(row for row in more if _run_of(row) not in there))
+
+
+def _run_of(row: PolicyRow) -> tuple[str, str, str, int]:
+    return row.scenario, row.scheduler, row.policy, row.seed
 
 
 def _loads(content: Mapping[str, Any]) -> Found:
