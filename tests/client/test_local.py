@@ -60,6 +60,7 @@ async def test_options_of_another_server_in_the_environment_are_not_taken(
     monkeypatch.setenv("ELOQUENT_SERVE_KEYS", "/nowhere")
     async with asyncio.timeout(DEADLINE_S), local_server("echo") as url, Client(url) as client:
         await client.connect()
+        assert client.link.is_up
 
 
 async def test_it_answers_and_ends_with_the_block() -> None:
