@@ -29,10 +29,10 @@ from eloquent_server.metered import MeteredBackend
 from eloquent_server.options import ServerOptions
 from eloquent_server.starting import start_backend
 from eloquent_server.state import open_tickets
-from eloquent_server.store_types import TurnStore
 from eloquent_server.stores import open_turn_store
 from eloquent_server.swiftqueue_records import marking_with
 from eloquent_server.tenants import tenants
+from eloquent_server.tidying import tidy
 from eloquent_server.turns import TurnHub
 
 READY_PREFIX = "LISTENING"
@@ -45,8 +45,6 @@ PLAIN = (
     "HTTP at %s is not encrypted: whoever is on the way reads keys and conversations. Give a "
     "certificate (--cert), or listen on this machine alone, behind a proxy that has one."
 )
-
-TIDY_EVERY_S = 60.0
 
 FREE_PORT_TRIES = 10
 "A port that is free for UDP may be taken for TCP; then another is tried."
@@ -101,7 +99,7 @@ async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Sig
     # Readers of turns that are stored need no model, and would take a closed port for the end.
     loading = LoadingBackend(start_backend(options))
     stack.push_async_callback(loading.close)
-    _work(stack, _tidy(store))
+    _work(stack, tidy(store))
     backend = MeteredBackend(loading)
     gateway = Gateway(backend, tenant_of=tenants(options.state))
     gate = ClosableGate(keys, asyncio.get_running_loop().time)
@@ -219,13 +217,6 @@ def _say_fault(task: asyncio.Task[None]) -> None:
     fault = None if task.cancelled() else task.exception()
     if fault is not None:
         logger.error("A part of the server works no more; restart it.", exc_info=fault)
-
-
-async def _tidy(store: TurnStore) -> None:
-    """Let expired turns go from an idle server, too."""
-    while True:
-        await asyncio.sleep(TIDY_EVERY_S)
-        store.expire()
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from eloquent.quic.connection import IDLE_TIMEOUT_S
 from eloquent.url import ServerUrl
 from eloquent_server.bench.soak_clients import LASTS_S, Crowd
 from eloquent_server.bench.soak_server import COUNT, HOST, LOOK, STOP, Look, Serving, run
+from eloquent_server.tidying import TIDY_EVERY_S
 
 LOOK_EVERY_S = 10.0
 RAMP_S = 60.0
@@ -164,7 +165,7 @@ async def _soak(
     await look("  the clients are gone")
     gone_s = time.monotonic()
     ends_s = max(IDLE_TIMEOUT_S + serving.grace_s, LASTS_S[1])  # of the last turn
-    last_s = ends_s + 2 * serving.ttl_s + SLACK_S
+    last_s = ends_s + 2 * (serving.ttl_s + TIDY_EVERY_S) + SLACK_S
     while time.monotonic() - gone_s < last_s:
         await asyncio.sleep(LOOK_EVERY_S)
         await look()

@@ -20,6 +20,7 @@ from eloquent_server.gateway import Gateway
 from eloquent_server.metered import MeteredBackend
 from eloquent_server.metrics import Metrics, Sources
 from eloquent_server.store import TokenStore
+from eloquent_server.tidying import tidy
 from eloquent_server.turns import TurnHub
 
 HOST = "127.0.0.1"
@@ -27,7 +28,6 @@ LOOK = "look"
 COUNT = "count"
 "Look, and count Python's objects, for which a place of some megabytes is needed."
 STOP = "stop"
-TIDY_EVERY_S = 5.0
 TICKETS = 500
 """The book of session tickets is full before memory is looked at. A server's takes 10,000, which is
 10 MB, and fills for an hour."""
@@ -85,7 +85,7 @@ async def _serve(serving: Serving, parent: Connection) -> None:
     sources = Sources(backend=backend, hub=hub, store=store, quic=over_udp, websocket=over_tcp)
     metrics = Metrics(sources)
     parent.send((over_udp.port, certificate.pin))
-    tidying = asyncio.ensure_future(_tidy(store))
+    tidying = asyncio.ensure_future(tidy(store))
     try:
         while (message := await asyncio.to_thread(parent.recv)) != STOP:
             parent.send(_look(metrics, is_count=message == COUNT))
@@ -94,12 +94,6 @@ async def _serve(serving: Serving, parent: Connection) -> None:
         await hub.close()
         await over_udp.close()
         await over_tcp.close()
-
-
-async def _tidy(store: TokenStore) -> None:
-    while True:
-        await asyncio.sleep(TIDY_EVERY_S)
-        store.expire()
 
 
 def _look(metrics: Metrics, *, is_count: bool) -> Look:
