@@ -98,6 +98,10 @@ class Front:
         return self.http.stream("GET", f"/v1/turns/{turn}/events", headers=given)
 
 
+async def ready() -> str:
+    return ""
+
+
 @asynccontextmanager
 async def front_with(
     backend: Backend,
@@ -114,6 +118,7 @@ async def front_with(
     hub = TurnHub(Gateway(backend).handle, store, admission=gate, grace_s=grace_s)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
+        behind = {"why_not_ready": ready, **behind}
         given = Behind(hub=hub, admission=gate, models=lambda: backend.models, **behind)
         listener = await listen(
             "127.0.0.1", 0, given, certificate=certificate, names=names, connections=connections

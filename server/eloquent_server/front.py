@@ -1,24 +1,30 @@
 """The HTTP front that the options ask for, with metrics of all parts of the server."""
 
+import logging
+import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.listen import Listener
+from eloquent.seldom import Seldom
 from eloquent.websocket.server import WebSocketListener
 from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.drain import DRAINING, ClosableGate
 from eloquent_server.metered import MeteredBackend
-from eloquent_server.store_types import TurnStore
+from eloquent_server.store_types import StoreError, TurnStore
 from eloquent_server.turns import TurnHub
 
 if TYPE_CHECKING:
     from eloquent_server.http.listen import HttpListener
 
 LOADING = "The model is loading."
+NOT_STORING = "Answers cannot be stored at the moment; the server's log says why."
+
+logger = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
 MAX_PORT = 65535
@@ -37,12 +43,21 @@ class Core:
     store: TurnStore
     refusals: Mapping[str, int]
     "Requests that were refused for their key or a limit, by reason."
+    seldom: Seldom = field(default_factory=lambda: Seldom(logger))
 
-    def why_not_ready(self) -> str:
+    async def why_not_ready(self) -> str:
         """Return why it takes no turns now; empty: it does."""
         if self.gate.is_shut:
             return DRAINING
-        return LOADING if self.loading.backend is None else ""
+        if self.loading.backend is None:
+            return LOADING
+        try:
+            await self.store.check()
+        except StoreError as error:
+            # Whoever reaches the port may ask, and the error names files.
+            self.seldom.warn(time.monotonic(), f"Not ready: {error}")
+            return NOT_STORING
+        return ""
 
 
 async def open_front(

@@ -310,6 +310,22 @@ class TokenStore(SoleOwner):
             raise error
         return True
 
+    async def check(self) -> None:
+        """See `TurnStore.check`.
+
+        Raises:
+            StoreFullError: all that may be held is.
+            StoreError: the file takes nothing.
+            StoreClosedError: the store is closed.
+        """
+        self._check_open()
+        self._check_room(1)
+        written: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
+        self._write(StoreDatabase.try_room, None, partial(_settle, written))
+        error = await written
+        if error is not None:
+            raise error
+
     def unfinished(self) -> list[TurnRecord]:
         """Return the turns that are open: after a start, those to go on with, oldest first."""
         turns = [record for record in self._records.values() if record.state is TurnState.OPEN]
@@ -356,13 +372,16 @@ class TokenStore(SoleOwner):
         """Count bytes against the limits."""
         self._check_open()
         record.check_room(count, self._max_turn_bytes)
+        self._check_room(count)
+        record.size += count
+        self._size += count
+
+    def _check_room(self, count: int) -> None:
         if self._size + count > self._max_bytes:
             raise StoreFullError(
                 f"The token store holds {self._size} bytes and may hold {self._max_bytes}. Old "
                 "turns make room as they expire: wait, raise the limit, or shorten their time."
             )
-        record.size += count
-        self._size += count
 
     def _release(self, record: TurnRecord, count: int) -> None:
         record.size -= count

@@ -21,6 +21,7 @@ from eloquent_server.store_redis_link import RedisLink
 from eloquent_server.store_redis_scripts import (
     BEGIN,
     BURY,
+    CHECK_KEY,
     CLAIM,
     FENCE_KEY,
     OPEN_KEY,
@@ -318,6 +319,17 @@ class RedisTokenStore:
             As `claim`.
         """
         return bool(await self._link.command("EXISTS", Keys(*record.key).read))
+
+    async def check(self) -> None:
+        """See `TurnStore.check`.
+
+        Raises:
+            StoreFullError: Redis has reached its `maxmemory`.
+            As `claim`.
+        """
+        self._check_open()
+        async with self._turn_to_ask():
+            await self._link.command("SET", CHECK_KEY, b"", "PX", self._lease_ms)
 
     def expire(self) -> None:
         """Do nothing: Redis itself lets go of turns whose time to live is over."""

@@ -9,7 +9,8 @@ A turn is four keys, all with a time to live:
 
 `eloquent:grave:...` outlives them: an id that was used is never used again. `eloquent:read:...` is
 there while another gateway has readers of the turn. `eloquent:open` has the turns without an end,
-`eloquent:fence` the newest fencing number, `eloquent:inbox:OWNER` messages to a gateway.
+`eloquent:fence` the newest fencing number, `eloquent:inbox:OWNER` messages to a gateway;
+`eloquent:check` is written to see whether that is possible.
 
 A script runs alone, so what it writes is there whole or not at all. It may run twice: who asked
 sends a write again when the answer was lost on the way. One Redis, not a cluster: the keys of a
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 OPEN_KEY = b"eloquent:open"
 FENCE_KEY = b"eloquent:fence"
+CHECK_KEY = b"eloquent:check"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ FREE_SHARE = 0.5
 """It is copied earlier when it has this share of what is free on the disk: that may need as much
 again, and a log that has filled the disk cannot be emptied any more."""
 
+TRIED_BYTES = 8 * PAGE_BYTES
+
 logger = logging.getLogger(__name__)
 
 # Appending writes one row of `chunk` and nothing else. The body has a table of its own, so that
@@ -173,6 +175,11 @@ class StoreDatabase:
         except (OSError, sqlite3.Error) as error:
             # What was committed is safe in the log; the next commit tries again.
             logger.debug("%s: its write-ahead log stays as it is (%s)", self._name, error)
+
+    def try_room(self) -> None:
+        """Write a body that is no turn's, and remove it."""
+        self._connection.execute("INSERT INTO body VALUES (0, zeroblob(?))", (TRIED_BYTES,))
+        self._connection.execute("DELETE FROM body WHERE turn = 0")
 
     def create(self, record: TurnRecord, body: bytes) -> None:
         """Add a turn; it takes the place of one with its id that should have been forgotten."""

@@ -273,6 +273,13 @@ class TurnStore(Protocol):
             StoreError: that is not known at the moment.
         """
 
+    async def check(self) -> None:
+        """Store something that is of no turn, to see whether turns can be stored now.
+
+        Raises:
+            StoreError: they cannot.
+        """
+
     def expire(self) -> None:
         """Let go of what is kept no longer; to be called now and then."""
 

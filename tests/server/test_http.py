@@ -413,7 +413,10 @@ async def test_operators_see_health_readiness_and_metrics() -> None:
     async def metrics_now() -> tuple[bytes, str]:
         return b"up 1\n", "text/plain; v=1"
 
-    async with front_with(Scripted(), why_not_ready=lambda: why[0], metrics=metrics_now) as front:
+    async def why_not() -> str:
+        return why[0]
+
+    async with front_with(Scripted(), why_not_ready=why_not, metrics=metrics_now) as front:
         assert (await front.http.get("/health")).status_code == 200
         assert (await front.http.get("/ready")).status_code == 200
         why[0] = "It drains."
@@ -445,7 +448,7 @@ async def test_what_is_not_there_is_said_so_in_json(
 
 
 async def test_a_fault_is_an_error_in_json(caplog: pytest.LogCaptureFixture) -> None:
-    def broken() -> str:
+    async def broken() -> str:
         raise RuntimeError("a defect")
 
     async with front_with(Scripted(), why_not_ready=broken) as front:

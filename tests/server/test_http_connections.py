@@ -10,7 +10,16 @@ from typing import Any
 
 import httpx2
 import pytest
-from http_front import CHAT, DEADLINE_S, Front, Scripted, front_with, read_sent, until_true
+from http_front import (
+    CHAT,
+    DEADLINE_S,
+    Front,
+    Scripted,
+    front_with,
+    read_sent,
+    ready,
+    until_true,
+)
 
 from eloquent import handshakes
 from eloquent.core.events import TextDelta
@@ -293,7 +302,7 @@ async def test_tls_has_no_more_time_than_headers(monkeypatch: pytest.MonkeyPatch
 
 async def test_an_address_that_is_taken_is_said_so() -> None:
     async with front_with(Scripted()) as front:
-        behind = Behind(hub=front.hub, admission=Gate(), models=list)
+        behind = Behind(hub=front.hub, admission=Gate(), models=list, why_not_ready=ready)
         with pytest.raises(ConfigurationError, match="--http"):
             await listen("127.0.0.1", front.port, behind)
         with pytest.raises(ConfigurationError, match="--http"):

@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 from authority import Authority
+from redis_server import RedisServer
 from server_process import DEADLINE_S, ServerProcess, server_process
+from tools import needs_tool
 
 from eloquent.core.events import TextDelta
 from eloquent.errors import ConfigurationError, EloquentError
@@ -19,7 +21,7 @@ from eloquent.quic.connect import connect as connect_quic
 from eloquent.session.session import Connector, Session
 from eloquent.url import ServerUrl
 from eloquent.websocket.client import connect as connect_websocket
-from eloquent_server.front import address_of, is_for_others, url_of_front
+from eloquent_server.front import NOT_STORING, address_of, is_for_others, url_of_front
 from eloquent_server.serve import HTTP_PREFIX
 
 HOST = "127.0.0.1"
@@ -103,6 +105,28 @@ async def test_while_it_stops_it_is_not_ready_and_says_so_over_http(tmp_path: Pa
         rest = [line async for line in lines]
         assert any("error" in line for line in rest)
         assert await server.wait() == 0
+
+
+@needs_tool("redis-server")
+async def test_it_is_ready_while_turns_can_be_stored(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path)
+    redis.start()
+    try:
+        async with (
+            server_process(tmp_path, "--http", "0", "--store", redis.url) as server,
+            client(await front_of(server)) as http,
+        ):
+            assert (await http.get("/ready")).status_code == 200
+            redis.stop()
+            response = await http.get("/ready")
+            assert response.status_code == 503
+            assert response.json()["error"]["message"] == NOT_STORING
+            await server.says(f"Not ready: {redis.url} cannot be reached")
+            assert (await http.get("/health")).status_code == 200
+            redis.start()
+            assert (await http.get("/ready")).status_code == 200
+    finally:
+        redis.stop()
 
 
 async def test_a_certificate_from_files_needs_no_pin_and_is_read_anew_on_a_hangup(

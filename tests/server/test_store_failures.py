@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 from tools import needs_tool
 
-from eloquent_server.store import StoreError, TokenStore, TurnRecord
+from eloquent_server.store import (
+    StoreClosedError,
+    StoreError,
+    StoreFullError,
+    TokenStore,
+    TurnRecord,
+)
 from eloquent_server.store_sqlite import APPLICATION_ID, SCHEMA_VERSION, StoreDatabase
 from eloquent_server.store_writer import Write
 
@@ -216,6 +222,25 @@ async def main():
 asyncio.run(main())
 """
 DISK_BYTES = 3 << 20
+
+
+async def test_a_store_says_when_it_takes_no_turns(path: Path) -> None:
+    store = TokenStore.open(path)
+    await pragma(store, "max_page_count = 1")
+    with pytest.raises(StoreError, match="is full"):
+        await store.check()
+    await pragma(store, "max_page_count = 1000000")
+    await store.check()
+    create(store, 1)
+    size = store.size
+    await store.close()
+    with pytest.raises(StoreClosedError, match="shutting down"):
+        await store.check()
+    again = TokenStore.open(path, max_bytes=size)
+    with pytest.raises(StoreFullError, match="as they expire"):
+        await again.check()
+    assert len(again.unfinished()) == 1
+    await again.close()
 
 
 @needs_tool("unshare")

@@ -461,8 +461,11 @@ async def test_a_full_redis_takes_nothing_and_says_so(gateway: Open, server: Red
         assert isinstance(await stored(store.append, record, 0, b"x"), StoreFullError)
         with pytest.raises(StoreFullError, match="maxmemory"):
             await begin(store, OTHER)
+        with pytest.raises(StoreFullError, match="maxmemory"):
+            await store.check()
     finally:
         command(server, "CONFIG", "SET", "maxmemory", "0")
+    await store.check()
     assert (await claim(store)).log == b""
 
 

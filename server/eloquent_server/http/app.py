@@ -47,7 +47,7 @@ class Behind:
     "The hub's."
     models: Callable[[], Sequence[str]]
     "The names under which the backend answers; the first is the default."
-    why_not_ready: Callable[[], str] = str
+    why_not_ready: Callable[[], Awaitable[str]]
     "Returns why the server takes no turns now; empty: it does."
     metrics: Callable[[], Awaitable[tuple[bytes, str]]] | None = None
     "Returns the metrics and their content type."
@@ -131,7 +131,7 @@ class Front:
 
     async def _ready(self, http: HttpRequest) -> Response:
         """Say whether it takes turns."""
-        why_not = self._behind.why_not_ready()
+        why_not = await self._behind.why_not_ready()
         if why_not:
             raise RequestError("unavailable", why_not)
         return JsonResponse({"status": "ready"})
