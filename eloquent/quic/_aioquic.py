@@ -276,6 +276,12 @@ class LateBoundConnection(QuicConnection):
         elif was_silent and not self._recovery.is_heard:
             self._recovery.on_heard_again(now)
 
+    def _confirm_handshake(self) -> None:
+        """See `QuicConnection._confirm_handshake`; what TLS wrote into is not kept, 48 KiB."""
+        super()._confirm_handshake()
+        # TLS has nothing to say after it: keys are updated by QUIC itself (RFC 9001 section 6).
+        self._crypto_buffers = {epoch: Buffer(capacity=1) for epoch in self._crypto_buffers}
+
     def _next_skip(self) -> int:
         if self._skips is None:
             return -1

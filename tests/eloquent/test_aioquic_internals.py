@@ -22,6 +22,7 @@ from eloquent.quic.client import client_configuration
 
 USED_ATTRIBUTES = (
     "_ack_delay",
+    "_crypto_buffers",
     "_datagrams_pending",
     "_handshake_confirmed",
     "_local_ack_delay_exponent",
@@ -94,6 +95,12 @@ def test_loss_recovery_has_the_attribute(name: str) -> None:
 @pytest.mark.parametrize("name", USED_BUILDER_PARTS)
 def test_the_packet_builder_has_the_part(name: str) -> None:
     assert hasattr(QuicPacketBuilder, name), f"aioquic's QuicPacketBuilder lost {name}"
+
+
+def test_what_tls_wrote_is_taken_from_its_buffers_before_the_handshake_is_confirmed() -> None:
+    source = quic_source("_handle_crypto_frame")
+    taken, confirmed = "self._push_crypto_data()", "self._confirm_handshake()"
+    assert source.index(taken) < source.index(confirmed)
 
 
 def test_datagrams_are_written_the_way_that_we_override() -> None:

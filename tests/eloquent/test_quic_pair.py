@@ -154,6 +154,16 @@ class _Alarm:
         self.rang, self._at = True, None
 
 
+def test_connections_keep_no_buffers_of_the_handshake() -> None:
+    world = World()
+    turn, log = world.accepted_turn()
+    world.append(turn, log, "hello")
+    world.until(lambda: world.text(turn) == "hello")
+    for end in (world.pair.client, world.pair.server):
+        kept = end.quic._crypto_buffers.values()
+        assert sum(buffer.capacity for buffer in kept) <= 3
+
+
 def test_a_request_reaches_the_server_whole() -> None:
     world = World()
     turn = world.ask()
