@@ -43,7 +43,8 @@ class Opening:
     readers: dict[Reader, None] = field(default_factory=dict)
     asked: tuple[Request, Principal] | None = None
     "With what it can begin if there is none."
-    is_cancelled: bool = False
+    cancels: set[bytes] = field(default_factory=set)
+    "The secrets of those who want it cancelled; nobody has looked yet whether they are right."
 
 
 class Openings:
@@ -76,7 +77,8 @@ class Openings:
     def cancel(self, reader: Reader) -> None:
         """Have the turn that a reader waits for cancelled as soon as it is there."""
         for opening in self._of_key.values():
-            opening.is_cancelled |= reader in opening.readers
+            if reader in opening.readers:
+                opening.cancels.add(reader.request.secret)
 
     def remove(self, reader: Reader) -> None:
         """A reader waits no longer; its turn is opened all the same."""

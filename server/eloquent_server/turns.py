@@ -250,7 +250,7 @@ class TurnHub:
 
     def _admit(self, reader: Reader, turn: Turn, *, may_wait: bool = True) -> None:
         request = reader.request
-        if not hmac.compare_digest(hash_of(request.secret), turn.secret_hash):
+        if not _is_of(turn, request.secret):
             reader.reject("unknown_turn", UNKNOWN_TURN)
         elif request.body and hash_of(request.body) != turn.body_hash:
             reader.reject(
@@ -313,7 +313,7 @@ class TurnHub:
             turn.task = self._spawn(self._generate(turn, self._handler))
         elif not turn.is_over:
             self._continue(turn)
-        if opening.is_cancelled:
+        if any(_is_of(turn, secret) for secret in opening.cancels):
             self._cancel(turn)
         self._leave_memory(turn)
         if not turn.is_over:
@@ -491,6 +491,11 @@ class TurnHub:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _is_of(turn: Turn, secret: bytes) -> bool:
+    """Say whether this is a turn's resume secret."""
+    return hmac.compare_digest(hash_of(secret), turn.secret_hash)
 
 
 def _reject(reader: Reader, error: RequestError) -> None:

@@ -152,6 +152,21 @@ async def test_a_cancel_that_comes_with_the_request_is_not_missed(is_gone: bool)
         assert hub.generating == 0
 
 
+async def test_who_does_not_know_the_secret_cannot_cancel_a_turn_that_is_looked_up() -> None:
+    script = Script("said")
+    async with hub_with(script) as hub:
+        turn_id, secret = names()
+        owner, stranger = Notes(turn_id, secret), Notes(turn_id, names()[1], body=b"")
+        hub.on_request(owner)
+        hub.on_request(stranger)
+        hub.on_cancel(stranger)
+        hub.on_gone(stranger)
+        script.go()
+        end = (await owner.finished())[-1]
+        assert isinstance(end, End)
+        assert (owner.text, end.finish_reason) == ("said", "stop")
+
+
 async def test_an_owner_that_comes_back_takes_the_place_of_its_old_reader() -> None:
     script = Script("a", "b")
     async with hub_with(script) as hub:
