@@ -87,5 +87,6 @@ async def _claim(store: TurnStore, turn: Turn) -> StoredTurn:
         raise RequestError("unknown_turn", NOT_KEPT)
     if len(stored.log) < turn.log.length:
         logger.error("turn %s: the store has lost a part of it", turn.name)
+        store.let_go(stored.record)
         raise RequestError("not_stored", LOST)
     return stored

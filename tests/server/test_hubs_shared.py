@@ -271,6 +271,31 @@ async def test_a_redis_that_stays_away_ends_the_waiting(
     assert hub.open == 0
 
 
+async def test_a_turn_that_redis_has_lost_a_part_of_ends_and_is_nobody_s(
+    gateways: Gateways, server: RedisServer
+) -> None:
+    words = ("one ", "two ", "three")
+    script, going = Script(*words), Going(*words)
+    one, other = await gateways.open(script), await gateways.open(script, go_on=going)
+    turn_id, secret = names()
+    near, far = Notes(turn_id, secret), Notes(turn_id, secret, body=b"")
+    one.on_request(near)
+    script.go(2)
+    await near.until(lambda: near.text == "one two ")
+    other.on_request(far)
+    await far.until(lambda: far.text == "one two ")
+    keys = Keys("local", turn_id)  # as after a failover to a replica that was behind
+    command(server, "XDEL", keys.log, "2-0")
+    command(server, "HSET", keys.turn, "chunks", "1", "length", str(near.offset // 2))
+    command(server, "DEL", keys.lease)
+    await far.finished()
+    assert far.rejected is not None
+    assert (far.rejected[0], going.asked) == ("not_stored", 0)
+    async with asyncio.timeout(DEADLINE_S):
+        while command(server, "EXISTS", keys.lease) == b"1":  # noqa: ASYNC110 (in Redis)
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("is_at_once", [True, False])
 async def test_a_cancel_at_the_following_gateway_stops_the_generation(
     gateways: Gateways, is_at_once: bool
