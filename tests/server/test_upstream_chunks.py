@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from eloquent.core.events import (
     ChosenLogprob,
     Delta,
+    EventDecoder,
     Extra,
     Logprobs,
     ReasoningDelta,
@@ -37,6 +38,11 @@ def decode(*stream: bytes) -> tuple[list[Delta], Finish]:
 
 def delta(fields: str) -> list[Delta]:
     return decode(chunk(f'"delta":{{{fields}}}'), END)[0]
+
+
+def delta_of(*calls: str) -> list[Delta]:
+    """Return what comes of tool calls, each in a chunk of its own."""
+    return decode(*[chunk(f'"delta":{{"tool_calls":[{call}]}}') for call in calls], END)[0]
 
 
 LLAMA = b"".join(
@@ -123,6 +129,64 @@ def test_tool_calls() -> None:
     assert finish.reason == "tool_calls"
 
 
+def test_calls_under_one_index_are_several_calls() -> None:
+    """Ollama and Gemini have sent parallel calls, each whole and each with the index 0."""
+    events = delta_of(
+        '{"index":0,"id":"a","function":{"name":"sum","arguments":"{}"}}',
+        '{"index":0,"id":"b","function":{"name":"now","arguments":"{"}}',
+        '{"index":0,"function":{"arguments":"}"}}',
+        '{"id":"c","function":{"name":"day","arguments":"{}"}}',
+    )
+    assert events == [
+        ToolCallDelta(0, "a", "sum", "{}"),
+        ToolCallDelta(1, "b", "now", "{"),
+        ToolCallDelta(1, "", "", "}"),
+        ToolCallDelta(2, "c", "day", "{}"),
+    ]
+
+
+def test_an_id_and_a_name_with_each_piece_are_one_call() -> None:
+    piece = '{"index":3,"id":"a","function":{"name":"sum","arguments":"{}"}}'
+    assert [
+        event.index for event in delta_of(piece, piece) if isinstance(event, ToolCallDelta)
+    ] == [
+        3,
+        3,
+    ]
+
+
+def test_a_call_of_another_form_has_an_index_of_its_own() -> None:
+    """Without one, OpenAI's own client does not read it."""
+    signed = '"function":{"name":"sum","arguments":"{}"},"extra_content":{"signature":"x"}'
+    first, second = delta_of(f'{{"id":"a",{signed}}}', f'{{"index":0,"id":"b",{signed}}}')
+    assert isinstance(first, Extra)
+    assert isinstance(second, Extra)
+    calls = [msgspec.json.decode(each.data)["delta"]["tool_calls"][0] for each in (first, second)]
+    assert [(call["index"], call["id"]) for call in calls] == [(0, "a"), (1, "b")]
+    assert calls[0]["extra_content"] == {"signature": "x"}
+
+
+def test_bytes_that_are_no_utf8_are_replaced_and_leave_the_log_whole() -> None:
+    said = b'"delta":{"content":"a\xff","note":"\xc3"},"finish_reason":"stop"'
+    usage = b'"usage":{"prompt_tokens":1,"why":"\xff"}'
+    events, finish = decode(b'data: {"choices":[{' + said + b"}]," + usage + b"}\n\n")
+    assert events == [TextDelta("a\ufffd"), Extra('{"delta":{"note":"\ufffd"}}'.encode())]
+    decoder = EventDecoder()
+    assert [e for event in events for e in decoder.feed(encode_event(event))] == events
+    assert msgspec.json.decode(finish.usage) == {"prompt_tokens": 1, "why": "\ufffd"}
+
+
+def test_counts_that_are_none_count_nothing() -> None:
+    for count in ("-1", str(10**30)):
+        finish = decode(chunk('"delta":{}', f',"usage":{{"prompt_tokens":{count}}}'), END)[1]
+        assert finish.prompt_tokens == 0
+
+
+def test_a_choice_without_an_index_is_the_answers() -> None:
+    said = b'data: {"choices":[{"index":null,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+    assert decode(said)[0] == [TextDelta("a")]
+
+
 def test_transformers_serve_has_no_end_mark_and_its_usage_in_the_last_chunk() -> None:
     events, finish = decode(TRANSFORMERS)
     assert events == [TextDelta("x")]
@@ -157,9 +221,9 @@ def test_usage_that_is_none() -> None:
             '{"delta":{"tool_calls":[{"index":0,"id":"x","type":"custom","custom":{"name":"n"}}]}}',
         ),
         (
-            '"tool_calls":[{"id":"x","function":{"name":"n"},"extra_content":{"sig":1e400}}]',
-            '{"delta":{"tool_calls":[{"id":"x","function":{"name":"n"},'
-            '"extra_content":{"sig":1e400}}]}}',
+            '"tool_calls":[{"index":0,"id":"x","function":{"name":"n"},"more":{"sig":1e400}}]',
+            '{"delta":{"tool_calls":[{"index":0,"id":"x","function":{"name":"n"},'
+            '"more":{"sig":1e400}}]}}',
         ),
         (
             '"tool_calls":[{"index":-1,"id":"x"}]',
@@ -217,6 +281,7 @@ def test_a_finish_reason_that_is_a_failure() -> None:
         ('{"error":{"message":"boom","code":400}}', "invalid_request"),
         ('{"error":{"message":"boom: context length","code":400}}', "prompt_too_long"),
         ('{"error":"boom"}', "upstream_error"),
+        ('{"object":"error","message":"boom","type":"BadRequest","code":400}', "invalid_request"),
     ],
 )
 def test_an_error_in_the_stream(data: str, code: str) -> None:

@@ -107,19 +107,23 @@ class SseDecoder:
 
 
 class _Chunk(msgspec.Struct):
+    object: msgspec.Raw = msgspec.Raw(b"null")
     choices: list[_Fields] | None = None
     usage: msgspec.Raw = msgspec.Raw(b"null")
     error: msgspec.Raw = msgspec.Raw(b"null")
     model: str | None = None
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
 class _UsageDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _UsageDetails | None = None
 
 
@@ -144,11 +148,27 @@ class _Function(msgspec.Struct, forbid_unknown_fields=True):
     arguments: str | None = None
 
 
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
 class _Call(msgspec.Struct, forbid_unknown_fields=True):
-    index: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None = None
+    index: _Index | None = None
     id: str | None = None
     type: str | None = None
     function: _Function | None = None
+
+
+class _Named(msgspec.Struct):
+    name: str | None = None
+
+
+class _AnyCall(msgspec.Struct):
+    """A call of any form, as far as it tells which one it is."""
+
+    index: _Index | None = None
+    id: str | None = None
+    function: _Named | None = None
+    custom: _Named | None = None
 
 
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
@@ -156,6 +176,7 @@ _logprobs_decoder = msgspec.json.Decoder(_Logprobs)
 _usage_decoder = msgspec.json.Decoder(_Usage)
 _calls_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 _call_decoder = msgspec.json.Decoder(_Call)
+_any_call_decoder = msgspec.json.Decoder(_AnyCall)
 
 
 class AnswerDecoder:
@@ -168,6 +189,7 @@ class AnswerDecoder:
         self._reason = ""
         self._usage = b""
         self._pieces = self._logprobs = 0
+        self._calls = _Calls()
         self.is_done = False
         "Whether the stream's own end mark has come."
         self.error: UpstreamError | None = None
@@ -218,8 +240,10 @@ class AnswerDecoder:
         )
 
     def _chunk(self, data: bytes) -> list[Delta]:
-        chunk = _chunk_decoder.decode(data)
-        if bytes(chunk.error) != b"null":
+        # What is kept as it came is for readers, who take UTF-8 alone.
+        chunk = _chunk_decoder.decode(data.decode(errors="replace"))
+        # Before its 0.10 vLLM's errors had no `error` around them.
+        if bytes(chunk.error) != b"null" or bytes(chunk.object) == b'"error"':
             self.error = EngineError.read(200, data).as_upstream_error()
             return []
         self._model = chunk.model or self._model
@@ -227,7 +251,7 @@ class AnswerDecoder:
             self._usage = bytes(chunk.usage)
         events: list[Delta] = []
         for choice in chunk.choices or ():
-            if bytes(choice.pop("index", b"0")) == b"0":
+            if bytes(choice.pop("index", b"0")) in (b"0", b"null"):
                 events += self._choice(choice)
         return events
 
@@ -250,7 +274,7 @@ class AnswerDecoder:
             events.append(ReasoningDelta(reasoning[0] or reasoning[1]))
         if text:
             events.append(TextDelta(text))
-        events += _take_calls(delta)
+        events += self._calls.take(delta)
         self._pieces += len(events)
         events += _what_is_left(choice, delta)
         if logprobs:
@@ -296,30 +320,68 @@ def _take_logprobs(choice: _Fields) -> tuple[ChosenLogprob, ...]:
     )
 
 
-def _take_calls(delta: _Fields) -> list[Delta]:
-    """Take the pieces of tool calls out of a delta; those of another form stay there."""
-    try:
-        calls = _calls_decoder.decode(delta.get("tool_calls", b"[]"))
-    except msgspec.ValidationError:
-        return []
-    events: list[Delta] = []
-    left: list[msgspec.Raw] = []
-    for place, raw in enumerate(calls):
+class _Calls:
+    """The calls of one answer, each with an index of its own.
+
+    Some engines, such as Ollama and Gemini, have given several calls the same index, or none.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[int, tuple[int, str]] = {}
+        "By the engine's index, its newest call: our index and the id."
+        self._used: set[int] = set()
+        self._next = 0
+        "Above all that are used."
+
+    def take(self, delta: _Fields) -> list[Delta]:
+        """Take the pieces of calls out of a delta; those of another form stay there."""
         try:
-            call = _call_decoder.decode(raw)
+            calls = _calls_decoder.decode(delta.get("tool_calls", b"[]"))
         except msgspec.ValidationError:
-            left.append(raw)
-            continue
-        if call.type not in (None, "", "function"):
-            left.append(raw)
-            continue
-        index = place if call.index is None else call.index
-        function = call.function or _Function()
-        name, arguments = function.name or "", function.arguments or ""
-        if call.id or name or arguments:
-            events.append(ToolCallDelta(index, call.id or "", name, arguments))
-    delta["tool_calls"] = msgspec.Raw(msgspec.json.encode(left))
-    return events
+            return []
+        events: list[Delta] = []
+        left: list[msgspec.Raw] = []
+        for place, raw in enumerate(calls):
+            try:
+                call = _call_decoder.decode(raw)
+            except msgspec.ValidationError:
+                left.append(self._indexed(place, raw))
+                continue
+            if call.type not in (None, "", "function"):
+                left.append(self._indexed(place, raw))
+                continue
+            function = call.function or _Function()
+            name, arguments = function.name or "", function.arguments or ""
+            if call.id or name or arguments:
+                given = place if call.index is None else call.index
+                index = self._index(given, call.id or "", name)
+                events.append(ToolCallDelta(index, call.id or "", name, arguments))
+        delta["tool_calls"] = msgspec.Raw(msgspec.json.encode(left))
+        return events
+
+    def _indexed(self, place: int, raw: msgspec.Raw) -> msgspec.Raw:
+        """Return a piece of another form with its index, as far as it is a call at all."""
+        try:
+            call = _any_call_decoder.decode(raw)
+        except msgspec.ValidationError:
+            return raw
+        named = call.function or call.custom or _Named()
+        given = place if call.index is None else call.index
+        index = self._index(given, call.id or "", named.name or "")
+        if index == call.index:
+            return raw
+        fields = _fields_decoder.decode(raw)
+        return msgspec.Raw(msgspec.json.encode({**fields, "index": index}))
+
+    def _index(self, given: int, id_: str, name: str) -> int:
+        """Return the index of a piece; one with another id and a name begins another call."""
+        index, known = self._at.get(given, (-1, ""))
+        if index < 0 or (id_ and name and known and id_ != known):
+            index = given if given not in self._used else self._next
+            self._used.add(index)
+            self._next = max(self._next, index + 1)
+        self._at[given] = index, id_ or known
+        return index
 
 
 def _what_is_left(choice: _Fields, delta: _Fields) -> list[Delta]:
