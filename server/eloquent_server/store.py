@@ -10,6 +10,7 @@ import heapq
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,8 @@ class TokenStore(SoleOwner):
             return False
         loop = asyncio.get_running_loop()
         removed: asyncio.Future[StoreError | None] = loop.create_future()
-        self._entomb(record, partial(_settle, removed))
+        before = replace(record)
+        self._entomb(record, lambda error: self._on_entombed(record, before, removed, error))
         error = await removed
         if error is not None:
             raise error
@@ -408,6 +410,22 @@ class TokenStore(SoleOwner):
         record.updated_s = now = self._now()
         self._schedule(record)
         self._write(lambda database: database.entomb(record.row, now), None, done)
+
+    def _on_entombed(
+        self,
+        record: TurnRecord,
+        before: TurnRecord,
+        removed: "asyncio.Future[StoreError | None]",
+        error: StoreError | None,
+    ) -> None:
+        """Take a turn that is still in the file back, so that its deletion can be asked again."""
+        if error is not None and self._records.get(record.key) is record:
+            record.state, record.updated_s = before.state, before.updated_s
+            record.secret_hash, record.body_hash = before.secret_hash, before.body_hash
+            record.length = before.length
+            self._release(record, record.size - before.size)
+            self._schedule(record)
+        _settle(removed, error)
 
     def _forget(self, record: TurnRecord) -> None:
         """Remove a turn and its id."""

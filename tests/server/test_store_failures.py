@@ -107,6 +107,28 @@ async def test_a_turn_that_failed_can_be_deleted(path: Path) -> None:
     await store.close()
 
 
+async def test_a_turn_whose_deletion_failed_is_still_there_and_deleted_when_asked_again(
+    path: Path,
+) -> None:
+    store = TokenStore.open(path)
+    record = create(store, 1)
+    assert await stored(store.close_turn, record, 0, b"text") is None
+    size = store.size
+    await pragma(store, "query_only = 1")
+    with pytest.raises(StoreError, match="cannot be written"):
+        await store.delete("local", record.turn_id)
+    await pragma(store, "query_only = 0")
+    found = await store.load("local", record.turn_id)
+    assert found is not None
+    assert (found.log, found.record.secret_hash, store.size) == (b"text", HASH, size)
+    assert await store.delete("local", record.turn_id)
+    assert (await store.load("local", record.turn_id), store.size) == (None, 0)
+    await store.close()
+    store = TokenStore.open(path)
+    assert await store.load("local", record.turn_id) is None
+    await store.close()
+
+
 async def test_a_tombstone_that_could_not_be_removed_is_not_in_the_way(path: Path) -> None:
     times = iter([0.0] * 4)
     store = TokenStore.open(path, tombstone_ttl_s=1.0, now=lambda: next(times, 2.0))
