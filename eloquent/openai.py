@@ -71,6 +71,9 @@ _STATUS = {
     "unavailable": 503,
     "upstream_timeout": 504,
 }
+_SAID_ONCE = ("id", "name", "type")
+"Texts of a delta that do not come in pieces; some engines repeat them."
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -185,20 +188,25 @@ def completion(events: Sequence[Event], *, turn_id: str, model: str, created: in
     end = events[-1] if events else None
     if not isinstance(end, End):
         raise ValueError("the answer's events do not end with its End")
-    said: JsonObject = {"message": _message(events)}
-    logprobs = [token for each in events if isinstance(each, Logprobs) for token in each.tokens]
-    said["logprobs"] = _logprobs(logprobs) if logprobs else None
-    for event in events:
-        if isinstance(event, Extra):
+    message, logprobs, said = _Message(), list[ChosenLogprob](), JsonObject()
+    for event in events[:-1]:
+        if isinstance(event, Logprobs):
+            logprobs += event.tokens
+        elif isinstance(event, Extra):
             extra = msgspec.json.decode(event.data, type=JsonObject)
-            _join(said["message"], extra.pop("delta", {}))
-            _join(said, extra)
+            delta = extra.pop("delta", None)
+            message.add(delta if isinstance(delta, dict) else {})
+            _join(said, extra, do_texts_grow=False)
+        elif isinstance(event, TextDelta | ReasoningDelta | ToolCallDelta):
+            message.add(_delta(event))
+    choice: JsonObject = {"logprobs": _logprobs(logprobs) if logprobs else None, **said}
+    choice |= {"index": 0, "message": message.whole(), "finish_reason": end.finish_reason}
     return {
         "id": _completion_id(turn_id),
         "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": [{"index": 0, **said, "finish_reason": end.finish_reason}],
+        "choices": [choice],
         "usage": _usage(end),
     }
 
@@ -222,35 +230,78 @@ def _delta(event: TextDelta | ReasoningDelta | ToolCallDelta) -> JsonObject:
     return {"tool_calls": [call]}
 
 
-def _message(events: Sequence[Event]) -> JsonObject:
-    text = "".join(event.text for event in events if isinstance(event, TextDelta))
-    reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
-    calls: dict[int, list[ToolCallDelta]] = {}
-    for event in events:
-        if isinstance(event, ToolCallDelta):
-            calls.setdefault(event.index, []).append(event)
-    message: JsonObject = {"role": "assistant", "content": None if calls and not text else text}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [_call(pieces) for _, pieces in sorted(calls.items())]
-    return message
+class _Message:
+    """A message, gathered from its deltas."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+        self._parts: list[Any] = []
+        "Content that is no text, as Mistral's models think in."
+        self._calls: dict[int, list[JsonObject]] = {}
+        self._rest: JsonObject = {}
+
+    def add(self, delta: JsonObject) -> None:
+        """Take the next delta."""
+        rest: JsonObject = {}
+        for name, value in delta.items():
+            if name in self._texts and isinstance(value, str):
+                self._texts[name].append(value)
+            elif name == "content" and isinstance(value, list):
+                self._parts += value
+            elif name == "tool_calls" and isinstance(value, list):
+                for call in filter(_is_piece, value):
+                    self._calls.setdefault(call["index"], []).append(call)
+                rest[name] = [call for call in value if not _is_piece(call)]
+            else:
+                rest[name] = value
+        _join(self._rest, rest)
+
+    def whole(self) -> JsonObject:
+        """Return the message."""
+        text, reasoning = map("".join, self._texts.values())
+        calls = [_call(pieces) for _, pieces in sorted(self._calls.items())]
+        calls += self._rest.pop("tool_calls", [])
+        content: Any = None if calls and not text else text
+        if self._parts:
+            content = [*self._parts, *([{"type": "text", "text": text}] if text else [])]
+        message: JsonObject = {"role": "assistant", "content": content, **self._rest}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return message
 
 
-def _call(pieces: Sequence[ToolCallDelta]) -> JsonObject:
-    arguments = "".join(piece.arguments for piece in pieces)
-    function = {"name": pieces[0].name, "arguments": arguments}
-    return {"id": pieces[0].id, "type": "function", "function": function}
+def _is_piece(call: Any) -> bool:
+    """Say whether it is a piece of a call, as far as that matters here."""
+    is_one = isinstance(call, dict) and isinstance(call.get("index"), int)
+    return is_one and isinstance(call.get("function"), dict | None)
 
 
-def _join(whole: JsonObject, piece: Mapping[str, Any]) -> None:
+def _call(pieces: Sequence[JsonObject]) -> JsonObject:
+    call: JsonObject = {"function": {"name": ""}} if pieces[0].get("function") else {}
+    arguments: list[str] = []
+    for piece in pieces:
+        function = piece.get("function")
+        if function and isinstance(function.get("arguments"), str):
+            arguments.append(function.pop("arguments"))
+        _join(call, piece)
+    if arguments:
+        call["function"]["arguments"] = "".join(arguments)
+    del call["index"]
+    return {"id": "", "type": "function", **call}
+
+
+def _join(whole: JsonObject, piece: Mapping[str, Any], *, do_texts_grow: bool = True) -> None:
     """Add a piece to what came before: texts and lists grow, objects field by field."""
     for name, value in piece.items():
         before = whole.get(name)
         if isinstance(before, dict) and isinstance(value, dict):
-            _join(before, value)
-        elif isinstance(before, str | list) and isinstance(value, type(before)):
-            whole[name] += value
+            _join(before, value, do_texts_grow=do_texts_grow)
+        elif isinstance(before, list) and isinstance(value, list):
+            before += value
+        elif isinstance(before, str) and isinstance(value, str) and do_texts_grow:
+            whole[name] = (before or value) if name in _SAID_ONCE else before + value
         elif value is not None or before is None:
             whole[name] = value
 
@@ -273,14 +324,13 @@ def _token(token: TokenLogprob) -> JsonObject:
 
 def _usage(end: End) -> JsonObject:
     """Return the usage as the engine behind the server said it, or as the counts make it."""
-    if end.usage:
-        try:
-            return msgspec.json.decode(end.usage, type=JsonObject)
-        except msgspec.MsgspecError:
-            pass  # Of a server that breaks the protocol; the counts are there all the same.
-    return {
+    counts: JsonObject = {
         "prompt_tokens": end.prompt_tokens,
         "completion_tokens": end.completion_tokens,
         "total_tokens": end.prompt_tokens + end.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
     }
+    try:
+        return counts | msgspec.json.decode(end.usage, type=JsonObject)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        # There is none, or of a server that breaks the protocol.
+        return {**counts, "prompt_tokens_details": {"cached_tokens": end.cached_tokens}}

@@ -198,6 +198,83 @@ def test_a_completion_has_everything_that_the_chunks_have() -> None:
     assert said.usage.total_tokens == 10
 
 
+def test_a_call_that_an_engine_said_in_two_forms_is_one_call() -> None:
+    """Gemini signs a call's first piece, in a field of its own."""
+    signed = b'"function": {"name": "weather", "arguments": "{"}, "extra_content": {"by": "g"}'
+    custom = b'{"index": 1, "id": "c", "type": "custom", "custom": {"name": "sh", "input": "l"}}'
+    (choice,) = completion(
+        (
+            Extra(b'{"delta": {"tool_calls": [{"index": 0, "id": "call_1", %s}]}}' % signed),
+            ToolCallDelta(0, "", "", "}"),
+            Extra(b'{"delta": {"tool_calls": [%s]}}' % custom),
+            Extra(b'{"delta": {"tool_calls": [{"index": 1, "custom": {"input": "s"}}]}}'),
+            end("tool_calls"),
+        ),
+        **ABOUT,
+    )["choices"]
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"] == [
+        {
+            "id": "call_1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": "{}"},
+            "extra_content": {"by": "g"},
+        },
+        {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls"}},
+    ]
+
+
+def test_a_call_whose_id_name_and_type_are_repeated_has_them_once() -> None:
+    piece = b'{"index": 0, "id": "a", "type": "custom", "custom": {"name": "n", "input": "x"}}'
+    extra = Extra(b'{"delta": {"tool_calls": [%s]}}' % piece)
+    (choice,) = completion((extra, extra, end("tool_calls")), **ABOUT)["choices"]
+    assert choice["message"]["tool_calls"] == [
+        {"id": "a", "type": "custom", "custom": {"name": "n", "input": "xx"}}
+    ]
+    pieces = (ToolCallDelta(0, "a", "", ""), ToolCallDelta(0, "a", "n", "{}"), end("tool_calls"))
+    (choice,) = completion(pieces, **ABOUT)["choices"]
+    assert choice["message"]["tool_calls"] == [
+        {"id": "a", "type": "function", "function": {"name": "n", "arguments": "{}"}}
+    ]
+
+
+def test_text_is_whole_beside_content_that_is_none() -> None:
+    """Mistral's models think in lists and answer in text."""
+    thought = Extra(b'{"delta": {"content": [{"type": "thinking", "thinking": []}]}}')
+    (choice,) = completion((thought, TextDelta("to "), TextDelta("be"), end()), **ABOUT)["choices"]
+    assert choice["message"]["content"] == [
+        {"type": "thinking", "thinking": []},
+        {"type": "text", "text": "to be"},
+    ]
+
+
+def test_what_an_engine_says_of_a_choice_again_and_again_is_said_once() -> None:
+    """Azure does so with its filters."""
+    extra = Extra(b'{"content_filter_results": {"hate": {"severity": "safe"}}}')
+    (choice,) = completion((extra, extra, end()), **ABOUT)["choices"]
+    assert choice["content_filter_results"] == {"hate": {"severity": "safe"}}
+
+
+@pytest.mark.parametrize("usage", [b"{}", b"[]", b'{"a": "\xff"}', b"[" * 100_000])
+def test_usage_has_its_counts_whatever_an_engine_says(usage: bytes) -> None:
+    said = whole(end(usage=usage)).usage
+    assert said is not None
+    assert (said.prompt_tokens, said.completion_tokens, said.total_tokens) == (7, 3, 10)
+
+
+@pytest.mark.parametrize("call", [5, {}, {"index": "x"}, {"index": 0, "function": 5}])
+def test_calls_of_no_known_form_go_on_as_they_are(call: Any) -> None:
+    extra = Extra(msgspec.json.encode({"delta": {"tool_calls": [call]}}))
+    (choice,) = completion((*CALL, extra, end()), **ABOUT)["choices"]
+    assert [each == call for each in choice["message"]["tool_calls"]] == [False, False, True]
+
+
+def test_what_an_engine_says_cannot_replace_the_message() -> None:
+    extras = (Extra(b'{"delta": 5, "index": 1}'), Extra(b'{"message": {"content": "x"}}'))
+    (choice,) = completion((TextDelta("to"), *extras, end()), **ABOUT)["choices"]
+    assert (choice["index"], choice["message"]["content"]) == (0, "to")
+
+
 def test_content_is_null_only_beside_calls() -> None:
     assert whole(end()).choices[0].message.content == ""
     assert whole(*CALL, end()).choices[0].message.content is None

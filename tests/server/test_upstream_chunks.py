@@ -239,6 +239,11 @@ def test_fields_that_say_nothing_are_left_out() -> None:
     assert not delta('"role":"assistant","content":"","refusal":null,"tool_calls":[],"audio":{}')
 
 
+def test_what_repeats_all_that_there_is_does_not_go_on() -> None:
+    said = '"delta":{"content":"be"},"message":{"role":"assistant","content":"to be"}'
+    assert decode(chunk(said), END)[0] == [TextDelta("be")]
+
+
 def test_logprobs_of_another_form_go_on_as_they_are() -> None:
     said = '"logprobs":{"tokens":["a"],"token_logprobs":[-1]}'
     assert decode(chunk(f'"delta":{{}},{said}'), END)[0] == [Extra(f"{{{said}}}".encode())]

@@ -262,6 +262,8 @@ class AnswerDecoder:
             self.error = UpstreamError("upstream_error", BROKE_OFF, detail=detail)
             return []
         self._reason = reason or self._reason
+        if "delta" in choice:
+            choice.pop("message", None)  # Perplexity repeats all that there is in each chunk.
         raw_delta = bytes(choice.pop("delta", msgspec.Raw(b"null")))
         delta = _fields_decoder.decode(raw_delta) if raw_delta != b"null" else {}
         delta.pop("role", None)
