@@ -23,6 +23,8 @@ PRINT_OPTION = "--print-config"
 SOURCES = {"cli": "command line", "env": "environment"}
 "What cyclopts calls them, in words; files go by their path."
 
+NEGATED = "What `--no-NAME` does on the command line is NAME with the value `false` elsewhere."
+
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
 "User and password."
 
@@ -41,12 +43,13 @@ def _refuse_unknown_variables(
         prefix + name.removeprefix("--").replace("-", "_").upper()
         for argument in arguments
         for name in argument.names
+        if name not in argument.negatives
     }
     for variable in os.environ:
         if variable.startswith(prefix) and variable not in known:
             raise ConfigurationError(
                 f"The environment has {variable}, and `eloquent {' '.join(commands)}` has no such "
-                "option: correct the name, or unset it. `--help` lists the options."
+                f"option: correct the name, or unset it. `--help` lists the options. {NEGATED}"
             )
 
 
@@ -68,7 +71,14 @@ def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
         ) from error
     if FILE_OPTION.removeprefix("--") in found:
         raise ConfigurationError(f"{path} names another file of options: put them into one.")
-    Dict(found, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    negatives = {name for argument in arguments for name in argument.negatives}
+    for name in found:
+        if "--" + name.replace("_", "-") in negatives:
+            raise ConfigurationError(f"{path} has {name}, which is no option there. {NEGATED}")
+    # At the top of a file cyclopts passes over what is the name of a command: `keys` is one.
+    for command in reversed(commands):
+        found = {command: found}
+    Dict(found, source=str(path))(app, commands, arguments)
 
 
 def _print_if_asked(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from cyclopts import App, CycloptsError
+from cyclopts import CycloptsError
 
+from eloquent.cli import make_app
 from eloquent.errors import ConfigurationError
-from eloquent_server.commands import serve
 from eloquent_server.options import ServerOptions
 
 OF_OPTIONS = ("config", "print_config")
@@ -18,6 +18,8 @@ OF_OPTIONS = ("config", "print_config")
 FIELDS = [field for field in dataclasses.fields(ServerOptions) if field.name not in OF_OPTIONS]
 TYPES = get_type_hints(ServerOptions, include_extras=True)
 DEFAULTS = ServerOptions()
+APP = make_app()
+"With all commands: what an option is called, one of them may be called, too."
 
 
 def plain(kind: Any) -> Any:
@@ -62,9 +64,7 @@ def as_variable(value: Any) -> str:
 
 
 def options_of(*words: str) -> ServerOptions:
-    app = App(name="eloquent")
-    app.command(serve, name="serve")
-    _, bound, _ = app.parse_args(["serve", *words], exit_on_error=False, print_error=False)
+    _, bound, _ = APP.parse_args(["serve", *words], exit_on_error=False, print_error=False)
     found = bound.arguments.get("options", DEFAULTS)
     assert isinstance(found, ServerOptions)
     return found
@@ -131,6 +131,26 @@ def test_a_misspelt_name_is_an_error_wherever_it_is(
         options_of("--keyz", "keys.toml")
     monkeypatch.setenv("ELOQUENT_SERVE_KEYZ", "keys.toml")
     with pytest.raises(ConfigurationError, match="ELOQUENT_SERVE_KEYZ"):
+        options_of()
+
+
+@pytest.mark.parametrize("text", ['models = "x"', '[serve]\nkeys = "keys.toml"', "[keys]\nx = 1"])
+def test_what_stands_where_no_option_is_looked_for_is_an_error(text: str, file: Path) -> None:
+    file.write_text(text)
+    with pytest.raises(CycloptsError, match="Unknown option"):
+        options_of("--config", str(file))
+
+
+@pytest.mark.parametrize("name", ["no-websocket", "no_padding", "no-durable"])
+def test_an_option_is_not_negated_by_its_name_but_by_its_value(
+    name: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(f"{name} = true\n")
+    with pytest.raises(ConfigurationError, match=f"{name}.* with the value `false`"):
+        options_of("--config", str(file))
+    variable = f"ELOQUENT_SERVE_{name.replace('-', '_').upper()}"
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigurationError, match=f"{variable}.* with the value `false`"):
         options_of()
 
 
