@@ -75,6 +75,7 @@ class MessageStream:
         self._received = ReceiverStats()
         self._is_detached = False
         self._rtt_ms = 0.0
+        self._offset = request.offset
         self._log_bytes = 0
         "Bytes of the log that the events handed out stand for, `End` aside."
         self._started_s: float | None = None
@@ -94,14 +95,15 @@ class MessageStream:
 
     @property
     def offset(self) -> int:
-        """Up to where in the answer's log the events go that have come."""
-        return self._turn.receiver.decoded if self._turn is not None else self._request.offset
+        """Up to where in the answer's log the events go that `text` is of, `End` aside."""
+        return self._offset
 
     @property
     def token(self) -> str:
         """What `Client.resume` goes on with: the id, the secret and the offset; not the key.
 
-        It changes with each event. Keep it to yourself: who has it may read the answer.
+        It changes with each event, together with `text`: what is resumed goes on behind that, also
+        where less of it was read here. Keep it to yourself: who has it may read the answer.
         """
         return f"{self.turn_id}:{self.secret}:{self.offset}"
 
@@ -301,7 +303,7 @@ class MessageStream:
         try:
             async with asyncio.timeout(idle_s) as idle:
                 async for event in turn:
-                    self._take(event)
+                    self._take(turn, event)
                     if idle_s is not None:
                         idle.reschedule(self._now() + idle_s)
         except TimeoutError as error:
@@ -346,11 +348,15 @@ class MessageStream:
         self._running.end(self)
         self._news.set()
 
-    def _take(self, event: Event) -> None:
+    def _take(self, turn: ClientTurn, event: Event) -> None:
         if isinstance(event, TextDelta) and self._first_text_s is None:
             self._first_text_s = self._now()
-        if not isinstance(event, End):
+        if isinstance(event, End):
+            self._offset = event.length  # who resumes an answer that is whole is told its end, too
+        else:
             self._log_bytes += len(encode_event(event))
+            # All that is decoded is taken in one go, so it is what `_events` are of.
+            self._offset = turn.receiver.decoded
         self._events.append(event)
         self._refresh()
         self._news.set()

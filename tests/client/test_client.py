@@ -83,6 +83,36 @@ async def test_events_can_be_read_more_than_once(start_server: StartServer) -> N
     assert isinstance(first[2], End)
 
 
+async def test_a_token_goes_with_the_text_at_each_moment(start_server: StartServer) -> None:
+    words = WORDS[:500]
+    server = await start_server(saying(*words))
+    after = {0: ""}
+    text, offset = "", 0
+    for word in words:
+        text, offset = text + word, offset + len(encode_event(TextDelta(word)))
+        after[offset] = text
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        Client(server.url) as client,
+        client.stream(HELLO) as stream,
+    ):
+        async for _ in stream:
+            assert stream.text == after[stream.offset]
+    assert stream.text == after[stream.offset] == "".join(words)
+
+
+async def test_the_token_of_a_whole_answer_gives_its_end(start_server: StartServer) -> None:
+    server = await start_server(saying("one ", "two"))
+    async with asyncio.timeout(DEADLINE_S), Client(server.url) as client:
+        async with client.stream(HELLO) as stream:
+            whole = await stream.get_final_message()
+        async with client.resume(stream.token) as rest:
+            message = await rest.get_final_message()
+    assert (message.text, message.finish_reason, message.usage) == ("", "stop", whole.usage)
+    assert rest.token == stream.token
+    assert rest.stats.missing == rest.stats.duplicates == 0
+
+
 async def test_two_turns_at_once_on_one_connection(start_server: StartServer) -> None:
     hanging = Hanging("slow")
 
