@@ -51,13 +51,15 @@ async def test_a_request_and_its_answer_go_through_as_they_are() -> None:
         BadEngine(replying(418, "I am", X_Pot="tea")) as engine,
         behind(engine, key="secret") as engines,
     ):
-        answer = await engines.forward("PUT", "/v1/a%2Fb?c=%20d&e", [*JSON, ("X-Y", "z")], b"\0!")
+        form = [("Content-Type", "multipart/form-data; boundary=x"), ("X-Y", "z")]
+        answer = await engines.forward("PUT", "/v1/a%2Fb?c=%20d&e", form, b"\0!")
         assert (answer.status, await body_of(answer)) == (418, b"I am")
         assert ("x-pot", "tea") in answer.headers
         (asked,) = engine.chats
     assert (asked.method, asked.path, asked.body) == ("PUT", "/v1/a%2Fb?c=%20d&e", b"\0!")
     assert asked.headers["authorization"] == "Bearer secret"
-    assert (asked.headers["content-type"], asked.headers["x-y"]) == ("application/json", "z")
+    assert asked.headers["content-type"] == "multipart/form-data; boundary=x"
+    assert asked.headers["x-y"] == "z"
 
 
 async def test_an_engines_own_path_takes_the_place_of_ours() -> None:
@@ -109,6 +111,65 @@ async def test_a_salt_of_the_clients_is_dropped() -> None:
         said = b'{"cache_salt":"mine","prompt":"hi","top_p":0.10}'
         await body_of(await engines.forward("POST", "/v1/completions", JSON, said))
         assert engine.chats[0].body == b'{"prompt":"hi","top_p":0.10}'
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"cache_salt":"mine","top_p":NaN}',
+        b'{"cache_salt":"mine","stop":"\\ud800"}',
+        b'\xef\xbb\xbf{"cache_salt":"mine"}',
+        '{"cache_salt":"mine"}'.encode("utf-16"),
+        b'[{"cache_salt":"mine"}]',
+    ],
+    ids=["nan", "surrogate", "mark", "utf-16", "list"],
+)
+async def test_what_only_an_engine_would_read_a_salt_from_does_not_go_on(said: bytes) -> None:
+    """Python's `json`, with which engines read, takes more than JSON."""
+    async with BadEngine(replying(200, "")) as engine, behind(engine) as engines:
+        with pytest.raises(RequestError, match="no JSON object") as raised:
+            await body_of(await engines.forward("POST", "/v1/completions", JSON, said))
+        assert not engine.chats
+    assert raised.value.code == "invalid_request"
+
+
+async def test_a_salt_is_dropped_beside_a_model_that_is_none() -> None:
+    async with BadEngine(replying(200, "")) as engine, behind(engine) as engines:
+        said = b'{"model":5,"cache_salt":"mine"}'
+        await body_of(await engines.forward("POST", "/v1/completions", JSON, said))
+        assert engine.chats[0].body == b'{"model":5}'
+
+
+async def test_headers_are_bytes_both_ways() -> None:
+    async def named(asked: Asked) -> None:
+        head = "HTTP/1.1 200 x\r\nContent-Length: 0\r\nX-Name: \u6a21\r\n\r\n"
+        asked.out.write(head.encode())
+
+    async with BadEngine(named) as engine, behind(engine) as engines:
+        headers = [("User-Agent", "caf\xc3\xa9")]
+        answer = await engines.forward("GET", "/v1/files", headers, b"")
+        assert await body_of(answer) == b""
+        assert ("x-name", "\u6a21".encode().decode("latin-1")) in answer.headers
+        assert engine.chats[0].headers["user-agent"] == "caf\xe9"
+
+
+@pytest.mark.parametrize("target", ["/v1/files#a", "/v1/files?a#b"])
+async def test_a_target_that_is_none_is_refused(target: str) -> None:
+    async with BadEngine() as engine, behind(engine) as engines:
+        with pytest.raises(RequestError, match="%23") as raised:
+            await engines.forward("GET", target, [], b"")
+    assert raised.value.code == "invalid_request"
+
+
+async def test_cookies_are_not_kept() -> None:
+    """A load balancer's would send all requests of all readers to one engine."""
+    async with (
+        BadEngine(replying(200, "", Set_Cookie="engine=1")) as engine,
+        behind(engine) as engines,
+    ):
+        for _ in range(2):
+            await body_of(await engines.forward("GET", "/v1/files", [], b""))
+        assert not any("cookie" in asked.headers for asked in engine.chats)
 
 
 async def test_a_request_that_was_taken_goes_to_no_other_engine() -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 import msgspec
@@ -80,6 +81,8 @@ def open_client(key: str = "") -> httpx2.AsyncClient:
         headers["Authorization"] = f"Bearer {key}"
     return httpx2.AsyncClient(
         headers=headers,
+        # One that a load balancer sets would send everybody to the same engine.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         # Silence is timed here, byte by byte; the server's own limits bound the connections.
         timeout=httpx2.Timeout(None, connect=CONNECT_S),
         limits=httpx2.Limits(
@@ -159,10 +162,12 @@ class Upstream:
         `target` is a path below the engine's URL, perhaps with a query, as it goes on the wire.
 
         Raises:
+            httpx2.InvalidURL: it cannot go there.
             UpstreamError: it cannot be reached, or does not answer.
         """
         url = self._base.copy_with(raw_path=self._base.raw_path + target)
-        request = self._client.build_request(method, url, content=body, headers=headers)
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        request = self._client.build_request(method, url, content=body, headers=raw)
         self.in_flight += 1
         try:
             response = await self._send(request)

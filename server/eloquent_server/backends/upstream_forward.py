@@ -17,10 +17,12 @@ OURS = "/v1"
 "Where the paths begin that are passed on; an engine may have its own in its place."
 
 NOT_READY = "The server is still looking at its engines. Try again in a moment."
-
-
-class _Body(msgspec.Struct):
-    model: str | None = None
+NOT_JSON = (
+    "The body is no JSON object: {}. Send one, or a form (Content-Type: multipart/form-data)."
+)
+BAD_TARGET = "The path or its query cannot be passed on: {}. Write a '#' in it as %23."
+LATIN = "latin-1"
+"Of headers and targets, in which each byte is a character."
 
 
 class UpstreamForward:
@@ -34,17 +36,18 @@ class UpstreamForward:
         """See `PassThrough.forward`.
 
         The engine is the least busy that is up and has the model that the body names; the next is
-        asked where one cannot be reached. A `cache_salt` is dropped, as from chats.
+        asked where one cannot be reached. A `cache_salt` is dropped, as from chats; so what an
+        engine might read one from and this server cannot read is refused (`invalid_request`).
         """
         backend = self._backend_of()
         if not isinstance(backend, UpstreamBackend):
             raise RequestError("unavailable", NOT_READY)
-        model, body = _read(body)
+        model, body = _read(body, _is_form(headers))
         order = sorted(
             backend.upstreams,
             key=lambda each: (not each.has(model), not each.is_up, each.in_flight),
         )
-        wire_target = target.removeprefix(OURS).encode("latin-1")
+        wire_target = target.removeprefix(OURS).encode(LATIN)
         for upstream in order:
             try:
                 return await _ask(upstream, method, wire_target, headers, body)
@@ -60,10 +63,15 @@ async def _ask(
 ) -> Forwarded:
     async with AsyncExitStack() as stack:
         asked = upstream.asked(method, target, headers, body)
-        response = await stack.enter_async_context(asked)
+        try:
+            response = await stack.enter_async_context(asked)
+        except httpx2.InvalidURL as error:
+            raise RequestError("invalid_request", BAD_TARGET.format(error)) from error
+        # As bytes: what httpx2 makes of them as text depends on what is in the others.
+        given = [(n.decode(LATIN).lower(), v.decode(LATIN)) for n, v in response.headers.raw]
         pieces = _pieces(upstream, response, stack.pop_all())
         await anext(pieces)  # From now on its end is that of the response.
-        return Forwarded(response.status_code, response.headers.multi_items(), pieces)
+        return Forwarded(response.status_code, given, pieces)
 
 
 async def _pieces(
@@ -76,13 +84,34 @@ async def _pieces(
             yield piece
 
 
-def _read(body: bytes) -> tuple[str, bytes]:
-    """Return the model that a body asks for, empty if none, and the body without `cache_salt`."""
-    try:
-        model = msgspec.json.decode(body, type=_Body).model or ""
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+def _is_form(headers: Headers) -> bool:
+    kinds = [value.lower() for name, value in headers if name.lower() == "content-type"]
+    return len(kinds) == 1 and kinds[0].startswith("multipart/form-data")
+
+
+def _read(body: bytes, is_form: bool) -> tuple[str, bytes]:
+    """Return the model that a body asks for, empty if none, and the body without `cache_salt`.
+
+    Engines' own readers take more for JSON than the standard does: NaN, a mark at the beginning,
+    UTF-16.
+
+    Raises:
+        RequestError: `invalid_request`: it is neither empty nor a form nor a JSON object.
+    """
+    if not body:
         return "", body
-    if fields.pop("cache_salt", None) is None:
-        return model, body
-    return model, msgspec.json.encode(fields)
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        if is_form:
+            return "", body
+        raise RequestError("invalid_request", NOT_JSON.format(error)) from error
+    has_salt = fields.pop("cache_salt", None) is not None
+    return _model_in(fields), msgspec.json.encode(fields) if has_salt else body
+
+
+def _model_in(fields: dict[str, msgspec.Raw]) -> str:
+    try:
+        return msgspec.json.decode(fields.get("model", b"null"), type=str | None) or ""
+    except (msgspec.MsgspecError, UnicodeError):
+        return ""  # The engine says what is wrong with it.
