@@ -136,9 +136,9 @@ class TokenLog:
         self._digest.update(whole)
         return events
 
-    def rewind(self) -> None:
-        """Take back what was not released."""
-        del self._bytes[self.length :]
+    def rewind(self, offset: int) -> None:
+        """Take back what was written from `offset` on, but nothing that was released."""
+        del self._bytes[max(offset, self.length) :]
         self._digest = log_digest()
         self._digest.update(bytes(self._bytes))
         self._decoder = None

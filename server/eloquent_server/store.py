@@ -224,12 +224,13 @@ class TokenStore(SoleOwner):
     ) -> None:
         """End a turn, with the last bytes of its log: both are committed, or neither.
 
-        From now on its time to live runs, and its body and continuations are gone.
+        From now on its time to live runs, and its body and continuations are gone. There is always
+        room for this.
 
         Raises:
             As `append`.
         """
-        self._add(record, offset, data, None)
+        self._add(record, offset, data, None, is_last=True)
         record.state = TurnState.ENDED
         sequence, now, length = record.chunks, record.updated_s, record.length
 
@@ -363,18 +364,25 @@ class TokenStore(SoleOwner):
             await self._writer.close()
 
     def _add(
-        self, record: TurnRecord, offset: int, data: bytes, continuation: bytes | None
+        self,
+        record: TurnRecord,
+        offset: int,
+        data: bytes,
+        continuation: bytes | None,
+        *,
+        is_last: bool = False,
     ) -> None:
         """Check that this can be added to a turn, and count it."""
         record.check_next(offset)
-        self._claim(record, len(data) + len(continuation or b""))
+        self._claim(record, len(data) + len(continuation or b""), is_last=is_last)
         record.grow(len(data), self._now())
 
-    def _claim(self, record: TurnRecord, count: int) -> None:
-        """Count bytes against the limits."""
+    def _claim(self, record: TurnRecord, count: int, *, is_last: bool = False) -> None:
+        """Count bytes against the limits, to which a turn's last ones are not held."""
         self._check_open()
-        record.check_room(count, self._max_turn_bytes)
-        self._check_room(count)
+        if not is_last:
+            record.check_room(count, self._max_turn_bytes)
+            self._check_room(count)
         record.size += count
         self._size += count
 

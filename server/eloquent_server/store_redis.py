@@ -229,7 +229,7 @@ class RedisTokenStore:
         Raises:
             As `append`.
         """
-        self._add(record, offset, data, None)
+        self._add(record, offset, data, None, is_last=True)
         record.state = TurnState.ENDED
 
         def on_ended(error: StoreError | None) -> None:
@@ -393,7 +393,13 @@ class RedisTokenStore:
         )
 
     def _add(
-        self, record: TurnRecord, offset: int, data: bytes, continuation: bytes | None
+        self,
+        record: TurnRecord,
+        offset: int,
+        data: bytes,
+        continuation: bytes | None,
+        *,
+        is_last: bool = False,
     ) -> None:
         """Check that this can be added to a turn, and count it.
 
@@ -402,7 +408,8 @@ class RedisTokenStore:
         self._check_open()
         record.check_next(offset)
         count = len(data) + len(continuation or b"")
-        record.check_room(count, self._max_turn_bytes)
+        if not is_last:
+            record.check_room(count, self._max_turn_bytes)
         record.size += count
         record.grow(len(data), self._now())
 

@@ -226,6 +226,8 @@ class TurnStore(Protocol):
     ) -> None:
         """End an owned turn, with the last bytes of its log; returns at once.
 
+        There is always room for these, so that no turn stays open for want of it.
+
         Raises:
             As `append`.
         """

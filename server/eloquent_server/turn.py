@@ -22,8 +22,11 @@ TurnKey = tuple[str, bytes]
 class Keeper(Protocol):
     """Whom a turn tells what is generated."""
 
-    def keep(self, turn: "Turn", continuation: bytes | None = None) -> None:
-        """Have stored what the turn's log has more; readers get it then."""
+    def keep(self, turn: "Turn", continuation: bytes | None = None) -> bool:
+        """Have stored what the turn's log has more; readers get it then.
+
+        Say whether the turn goes on.
+        """
 
     def decline(self, turn: "Turn", error: RequestError) -> None:
         """Drop a turn to which nothing was appended."""
@@ -111,10 +114,14 @@ class Turn:
 
         `continuation` is stored with it, for going on after a restart: what that needs beyond what
         was given with earlier events.
+
+        Raises:
+            asyncio.CancelledError: it cannot be stored, so nobody wants the turn any more.
         """
         self.log.append(event)
         self._clock.event()
-        self._hub.keep(self, continuation)
+        if not self._hub.keep(self, continuation):
+            raise asyncio.CancelledError
 
     def close(
         self,
@@ -141,7 +148,7 @@ class Turn:
     def end_early(self, reason: str, failure: Failure | None = None) -> None:
         """End an answer that will not be whole; its counts are not known."""
         if failure is not None:
-            self.append(failure)
+            self.log.append(failure)
         self.close(reason, model="", prompt_tokens=0, completion_tokens=0)
 
     def reject(self, error: RequestError) -> None:
@@ -162,7 +169,7 @@ class Turn:
         """Generate no more, and take back what is not stored: it is another process's turn."""
         if self.task is not None:
             self.task.cancel()
-        self.log.rewind()
+        self.log.rewind(self.log.length)
         self.handed = self.log.written
         self.is_elsewhere = True
 

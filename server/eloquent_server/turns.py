@@ -8,6 +8,7 @@ be any number and none. A turn's life (`State`):
     GENERATING --declined before the first event--> forgotten
     GENERATING --cancelled by its owner, or no reader for `grace_s`--> ENDED ("cancelled")
     GENERATING --a fault--> ENDED ("error", a Failure before it)
+    GENERATING --the store has no more room for it--> ENDED ("error", a Failure before it)
     GENERATING --the store cannot keep it--> forgotten, its readers told
     GENERATING --the server stops, and its store is kept--> GENERATING, in the next process
     GENERATING --its lease is lost--> FOLLOWED
@@ -38,8 +39,10 @@ from eloquent_server.opening import NOT_STORED, UNKNOWN_TURN, Opening, Openings
 from eloquent_server.store_types import (
     StaleOwnerError,
     StoreError,
+    StoreFullError,
     TurnRecord,
     TurnStore,
+    TurnTooLargeError,
 )
 from eloquent_server.turn import Turn, TurnHandler, TurnKey, hash_of
 
@@ -55,6 +58,10 @@ LATE_POLL_S = 0.02
 STOP_S = 1.0
 "How long `close` waits for the turns' tasks."
 
+TOO_LONG = (
+    "The answer is longer than the server keeps, so it does not go on. What has come is kept; ask "
+    "for a shorter one."
+)
 DELETED = "The turn was deleted, as its owner asked."
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
@@ -210,8 +217,11 @@ class TurnHub:
             self.forget(turn, RequestError("unknown_turn", DELETED))
         await self._store.delete(*key)
 
-    def keep(self, turn: Turn, continuation: bytes | None = None) -> None:
-        """Hand what was written to the store; readers get it when it is kept."""
+    def keep(self, turn: Turn, continuation: bytes | None = None) -> bool:
+        """Hand what was written to the store; readers get it when it is kept.
+
+        Say whether the turn goes on.
+        """
         offset, data = turn.handed, turn.log.written_from(turn.handed)
         turn.handed += len(data)
 
@@ -231,7 +241,14 @@ class TurnHub:
                     turn.record, offset, data, continuation=continuation, on_stored=on_stored
                 )
         except StoreError as error:
-            self._on_not_stored(turn, error)
+            # Of a turn with a failure nothing is stored any more, its end neither.
+            is_sound = turn.record.failure is None
+            if offset and is_sound and isinstance(error, TurnTooLargeError | StoreFullError):
+                self._end_here(turn, offset, error)
+            else:
+                self._on_not_stored(turn, error)
+            return False
+        return True
 
     def decline(self, turn: Turn, error: RequestError) -> None:
         """Drop a turn to which nothing was appended; its id is free again."""
@@ -449,6 +466,16 @@ class TurnHub:
         if self._is_current(turn) and not isinstance(error, StaleOwnerError):
             logger.error("turn %s cannot be stored: %s", turn.name, error)
             self.decline(turn, RequestError("not_stored", NOT_STORED))
+
+    def _end_here(self, turn: Turn, offset: int, error: StoreError) -> None:
+        """End a turn after what the store has of it, as there is no room for more."""
+        if not self._is_current(turn):
+            return
+        logger.error("turn %s ends early: %s", turn.name, error)
+        turn.log.rewind(offset)
+        turn.handed = offset
+        is_long = isinstance(error, TurnTooLargeError)
+        turn.end_early("error", Failure("not_stored", TOO_LONG if is_long else NOT_STORED))
 
     def _leave_memory(self, turn: Turn) -> None:
         """Drop a turn that nobody reads, and that the store or another process has all of."""

@@ -105,7 +105,7 @@ def test_what_was_not_released_can_be_taken_back(is_closed: bool) -> None:
     log.append(TextDelta("taken back"))
     if is_closed:
         close(log)
-    log.rewind()
+    log.rewind(kept)
     assert (log.written, log.length, log.is_closed) == (kept, kept, False)
     close(log)
     assert TokenLog.restored(log.written_from(0))[0].is_closed
@@ -115,5 +115,5 @@ def test_an_end_that_was_released_stays() -> None:
     log = TokenLog(is_held=True)
     end = close(log)
     log.release(log.written)
-    log.rewind()
+    log.rewind(0)
     assert log.end == end

@@ -248,6 +248,8 @@ async def test_a_turn_has_a_size_limit(path: Path, clock: Clock) -> None:
     assert store.find("local", OTHER) is None
     assert await stored(store.append, record, 5, b"67") is None
     assert (await load(store)).log == b"1234567"
+    assert await stored(store.close_turn, record, 7, b"the end") is None
+    assert (await load(store)).log == b"1234567the end"
     await store.close()
 
 
@@ -261,13 +263,13 @@ async def test_the_store_has_a_size_limit_and_ended_turns_make_room(
         store.append(second, 0, b"5")
     with pytest.raises(StoreFullError, match="may hold"):
         create(store, bytes(16))
-    store.close_turn(first, 4)
+    store.close_turn(first, 4, b"5")  # the end of a turn always has room
     store.append(second, 0, b"5")
     await store.delete("local", OTHER)
-    assert store.size == 4
+    assert store.size == 5
     await store.close()
     store = open_store(path, clock)
-    assert store.size == 4
+    assert store.size == 5
     await store.close()
 
 

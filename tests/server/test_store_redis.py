@@ -450,7 +450,8 @@ async def test_a_turn_has_a_size_limit(gateway: Open) -> None:
     with pytest.raises(TurnTooLargeError, match="shorter answer"):
         await store.begin("local", OTHER, SECRET_HASH, BODY + bytes(11), BODY_HASH)
     assert await stored(store.append, record, 5, b"67") is None
-    assert (await claim(store)).log == b"1234567"
+    assert await stored(store.close_turn, record, 7, b"the end") is None
+    assert (await claim(store)).log == b"1234567the end"
 
 
 async def test_a_full_redis_takes_nothing_and_says_so(gateway: Open, server: RedisServer) -> None:

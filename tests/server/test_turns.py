@@ -11,7 +11,7 @@ from hub_readers import BODY, DEADLINE_S, Notes, Script, names
 from eloquent.core.events import End, Failure, TextDelta
 from eloquent.core.wire import Request
 from eloquent.errors import RequestError
-from eloquent_server.store import TokenStore
+from eloquent_server.store import StoreFullError, TokenStore
 from eloquent_server.turns import Turn, TurnHandler, TurnHub
 
 
@@ -385,8 +385,9 @@ async def test_a_turn_goes_on_after_a_server_that_was_stopped(tmp_path: Path) ->
 
 
 async def test_what_cannot_be_stored_is_not_sent(tmp_path: Path) -> None:
-    script = Script("said", "x" * 200)
-    hub = TurnHub(script, TokenStore.open(tmp_path / "t", max_turn_bytes=100))
+    script = Script("x" * 200)
+    store = TokenStore.open(tmp_path / "t", max_turn_bytes=100)
+    hub = TurnHub(script, store)
     reader = Notes(*names())
     hub.on_request(reader)
     script.go()
@@ -394,9 +395,61 @@ async def test_what_cannot_be_stored_is_not_sent(tmp_path: Path) -> None:
     assert reader.rejected is not None
     assert reader.rejected[0] == "not_stored"
     assert str(tmp_path) not in reader.rejected[1]  # where it is kept is not the reader's business
-    assert reader.text in ("", "said")
-    assert hub.generating == 0
+    assert (reader.text, hub.open, store.turns) == ("", 0, 0)
     await hub.close()
+
+
+async def test_an_answer_of_which_a_part_could_not_be_stored_is_not_ended_but_given_up() -> None:
+    script = Script("said ", "never said", "nor this")
+    store = TokenStore.open(None)
+    hub = TurnHub(script, store)
+    turn_id, secret = names()
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    script.go(1)
+    await reader.until(lambda: reader.text == "said ")
+    record = store.find("local", turn_id)
+    assert record is not None
+    record.failure = StoreFullError("as a commit that failed has it set")
+    script.go()
+    await reader.finished()
+    assert reader.rejected is not None
+    assert (reader.rejected[0], hub.open) == ("not_stored", 0)
+    await hub.close()
+
+
+@pytest.mark.parametrize(
+    ("turn_bytes", "all_bytes", "advice"), [(100, 1000, "shorter"), (1000, 100, "whoever runs it")]
+)
+async def test_an_answer_for_which_there_is_no_more_room_ends_with_what_there_is_of_it(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    turn_bytes: int,
+    all_bytes: int,
+    advice: str,
+) -> None:
+    path = tmp_path / "turns.sqlite"
+    script = Script("said ", "x" * 200, "never said")
+    store = TokenStore.open(path, max_turn_bytes=turn_bytes, max_bytes=all_bytes)
+    hub = TurnHub(script, store)
+    reader = Notes(*names())
+    hub.on_request(reader)
+    script.go()
+    text, failure, end = await reader.finished()
+    assert text == TextDelta("said ")
+    assert isinstance(failure, Failure)
+    assert (failure.code, advice in failure.message) == ("not_stored", True)
+    assert isinstance(end, End)
+    assert end.finish_reason == "error"
+    await asyncio.wait_for(script.ended.wait(), DEADLINE_S)
+    assert (hub.generating, hub.open) == (0, 1)
+    await hub.close()
+    assert [record.message for record in caplog.records if "ends early" not in record.message] == []
+
+    # It does not stay open: its time to live runs, and no later start goes on with it.
+    store = TokenStore.open(path)
+    assert (store.turns, store.unfinished()) == (1, [])
+    await store.close()
 
 
 async def test_a_turn_that_is_deleted_is_cancelled_and_never_generated_again() -> None:
