@@ -2,6 +2,8 @@
 
 import asyncio
 import secrets
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from http_front import CHAT, DEADLINE_S, Scripted, front_with, read_sent, until_
 from eloquent.core.events import Failure, TextDelta
 from eloquent.errors import RequestError
 from eloquent_server.admission import Gate
+from eloquent_server.backends.base import ANYBODY, Asker, BackendEvent
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.http import answers
+from eloquent_server.http.reader import HttpReader, Piece
 
 
 def names() -> dict[str, str]:
@@ -66,6 +70,54 @@ async def test_without_stream_the_answer_is_one_object() -> None:
     assert said["choices"][0]["message"] == {"role": "assistant", "content": "to be"}
     assert said["usage"]["total_tokens"] == 9
     assert said["id"] == f"chatcmpl-{response.headers['x-eloquent-turn']}"
+
+
+async def test_who_waits_for_the_whole_answer_has_no_text_to_go_on_with() -> None:
+    """The engine lets turns wait whose readers have some."""
+
+    class Asking(Scripted):
+        async def generate(
+            self, body: bytes, asker: Asker = ANYBODY
+        ) -> AsyncIterator[BackendEvent]:
+            async for event in super().generate(body, asker):
+                yield event
+                await asyncio.sleep(0.02)  # So that each word is there by itself.
+                while asker.buffered_s() > 0:  # noqa: ASYNC110 - what it waits for has no event
+                    await asyncio.sleep(0.005)
+
+    words = [TextDelta("to ")] * 5
+    async with asyncio.timeout(DEADLINE_S), front_with(Asking(words)) as front:
+        response = await front.http.post("/v1/chat/completions", json=CHAT)
+    assert response.json()["choices"][0]["message"]["content"] == "to " * 5
+
+
+async def test_a_long_answer_that_is_there_does_not_hold_others_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps, taken_at = 0, list[int]()
+    take = HttpReader.take
+
+    async def count() -> None:
+        nonlocal steps
+        while True:
+            await asyncio.sleep(0)
+            steps += 1
+
+    def taking(reader: HttpReader) -> list[Piece]:
+        taken_at.append(steps)
+        return take(reader)
+
+    same = names()
+    async with front_with(Scripted([TextDelta("to be or not to be ")] * 900)) as front:
+        ask = partial(front.http.post, "/v1/chat/completions", json=CHAT, headers=same)
+        first = await ask()
+        monkeypatch.setattr(HttpReader, "take", taking)
+        counting = asyncio.ensure_future(count())
+        again = await ask()
+        counting.cancel()
+    assert again.json()["choices"] == first.json()["choices"]
+    assert len(taken_at) > 5
+    assert sorted(set(taken_at)) == taken_at
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

@@ -161,9 +161,13 @@ class Answer:
                     model=self._model(self._asked()),
                     created=int(time.time()),
                 )
-            pieces = reader.take()
-            if not pieces:
+            if pieces:
+                # Who waits for all of it has no text to go on with meanwhile.
+                reader.wrote(pieces[-1].offset)
+                await asyncio.sleep(0)  # There may be much, and others want their turn.
+            else:
                 await reader.wait(KEEP_ALIVE_S)
+            pieces = reader.take()
         return {}
 
     async def _stream(self, pieces: list[Piece], send: Send) -> None:
