@@ -13,6 +13,7 @@ from eloquent_server.backends.base import (
     ANYBODY,
     Asker,
     BackendEvent,
+    Continuation,
     ContinuingBackend,
     Finish,
     StoredAnswer,
@@ -48,12 +49,14 @@ class _TurnMeter:
         self._spoken = 0
         self._finish: Finish | None = None
         self._has_failed = False
+        self._is_taken = False
+        "Whether it cannot be declined any more."
         model.waiting += 1
-        model.generations += is_new
-        model.continued += not is_new
 
     def on_event(self, event: BackendEvent) -> None:
         """Take note of what the backend said."""
+        if not isinstance(event, Continuation):
+            self._take()
         if isinstance(event, SPOKEN):
             self._speak()
         elif isinstance(event, Finish):
@@ -64,13 +67,10 @@ class _TurnMeter:
     def on_declined(self) -> None:
         """Take note that it was declined, before it said anything: then it is no answer at all."""
         self._model.waiting -= 1
-        if self._is_new:
-            self._model.generations -= 1
-        else:
-            self._model.continued -= 1
 
     def on_end(self, *, has_failed: bool = False) -> None:
         """Take note that it goes no further, whatever the reason."""
+        self._take()
         model, finish = self._model, self._finish
         if self._spoke_s is None:
             model.waiting -= 1
@@ -86,6 +86,13 @@ class _TurnMeter:
             if self._is_new:
                 model.latency.observe(self._clock() - self._began_s)
         model.finished[reason if reason in KNOWN_REASONS else OTHER] += 1
+
+    def _take(self) -> None:
+        """Count it, once."""
+        if not self._is_taken:
+            self._is_taken = True
+            self._model.generations += self._is_new
+            self._model.continued += not self._is_new
 
     def _speak(self) -> None:
         now, model = self._clock(), self._model
@@ -110,8 +117,16 @@ class MeteredBackend:
         """`clock` gives seconds, from any origin."""
         self._backend = backend
         self._clock = clock
-        self.by_model: dict[str, ModelMeters] = {}
-        "Of each model that was asked; there are no more than the backend has."
+        self._by_model: dict[str, ModelMeters] = {}
+
+    @property
+    def by_model(self) -> dict[str, ModelMeters]:
+        """Those of each model that was asked; there are no more than the backend has."""
+        first = next(iter(self._backend.models), "")
+        if "" in self._by_model and first not in self._by_model:
+            # What was asked while the backend was loading, and had none.
+            self._by_model[first] = self._by_model.pop("")
+        return self._by_model
 
     @property
     def models(self) -> Sequence[str]:

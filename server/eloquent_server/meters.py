@@ -49,7 +49,7 @@ class ModelMeters:
     running: int = 0
     "Turns that have begun and not ended, now."
     generations: int = 0
-    "Turns that a backend was asked to answer, each once."
+    "Turns that a backend took, each once."
     continued: int = 0
     "Turns that another process began, and that were gone on with here."
     prompt_tokens: int = 0

@@ -24,11 +24,13 @@ from eloquent_server.backends.base import (
     Asker,
     Backend,
     BackendEvent,
+    Continuation,
     ContinuingBackend,
     Finish,
     StoredAnswer,
 )
 from eloquent_server.backends.echo import EchoBackend
+from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.metered import MeteredBackend
 from eloquent_server.meters import Histogram, ModelMeters
@@ -109,10 +111,12 @@ async def serving(backend: ContinuingBackend) -> AsyncIterator[Served]:
         websocket=over_tcp,
         inner=lambda: backend,
     )
-    yield Served(ServerUrl(HOST, over_udp.port, certificate.pin), Metrics(sources), hub)
-    await hub.close()
-    await over_udp.close()
-    await over_tcp.close()
+    try:
+        yield Served(ServerUrl(HOST, over_udp.port, certificate.pin), Metrics(sources), hub)
+    finally:
+        await hub.close()
+        await over_udp.close()
+        await over_tcp.close()
 
 
 def asking(text: str) -> list[dict[str, str]]:
@@ -285,6 +289,58 @@ async def test_however_a_turn_ends_none_is_left_running(
     assert (meters.waiting, meters.running) == (0, 0)
     assert meters.finished == finished
     assert meters.generations == sum(finished.values())
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+async def test_counts_only_grow_though_a_turn_is_declined(is_new: bool) -> None:
+    """Prometheus takes a count that has fallen for one that began anew, and adds all of it."""
+    asked, declines = asyncio.Event(), asyncio.Event()
+
+    class Declining(Scripted):
+        async def generate(
+            self, body: bytes, asker: Asker = ANYBODY
+        ) -> AsyncGenerator[BackendEvent]:
+            yield Continuation(b"the model's name")
+            asked.set()
+            await declines.wait()
+            raise RequestError("upstream_error", "It is down.")
+
+    backend = MeteredBackend(Declining())
+    stored = StoredAnswer((), ())
+    answer = backend.generate(b"{}") if is_new else backend.resume(b"{}", stored)
+    counts = []
+
+    async def ask() -> None:
+        async for _ in answer:
+            pass
+
+    asking = asyncio.ensure_future(ask())
+    await asked.wait()
+    (meters,) = backend.by_model.values()
+    assert meters.waiting == 1
+    counts.append((meters.generations, meters.continued))
+    declines.set()
+    with pytest.raises(RequestError):
+        await asking
+    counts.append((meters.generations, meters.continued))
+    assert counts == [(0, 0), (0, 0)]
+    assert (meters.waiting, meters.finished) == (0, {})
+
+
+async def test_who_waits_for_the_model_to_load_is_counted_as_its_turn() -> None:
+    loaded: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
+    async with serving(LoadingBackend(loaded)) as served, Client(served.url) as client:
+        async with client.stream(asking("one two three")) as stream:
+            waiting = asyncio.ensure_future(stream.get_final_message())
+            await served.until("vllm:num_requests_waiting", 1)
+            loaded.set_result(EchoBackend())
+            await waiting
+        async with client.stream(asking("one")) as stream:
+            await stream.get_final_message()
+        await served.until("vllm:request_success_total:stop", 2)
+        families = list(text_string_to_metric_families(served.metrics.render()[0].decode()))
+    labelled = [each for family in families for each in family.samples if "engine" in each.labels]
+    assert {each.labels["model_name"] for each in labelled} == {"echo"}
 
 
 @pytest.mark.parametrize(
