@@ -99,6 +99,11 @@ class MessageSplitter:
         self._max_bytes = max_bytes
         self._bytes = bytearray()
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """How much has come of a message that is not whole."""
+        return len(self._bytes)
+
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes; return the messages that they complete.
 

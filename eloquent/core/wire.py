@@ -20,6 +20,10 @@ MAX_REQUEST_BODY_BYTES = 1 << 20
 MAX_KEY_BYTES = 256
 MAX_REQUEST_HEAD_BYTES = 512
 "What stands around a body has fewer."
+REQUEST_S = 30.0
+REQUEST_BYTES_PER_S = 4000
+"""A request may take so long, and longer for as long as it comes at this pace: anybody may begin
+one, and links on which a long one takes minutes are what this is for."""
 MAX_REPLY_BYTES = 1 << 16
 MAX_REASON_CHARS = 4000
 "A longer message of `Rejected` is cut by the sender: it may repeat what the client sent."
@@ -149,6 +153,11 @@ class _RejectedBody(msgspec.Struct, array_like=True, frozen=True):
 class _EndedBody(msgspec.Struct, array_like=True, frozen=True):
     length: int
     digest: bytes
+
+
+def request_due_s(began_s: float, so_far: int) -> float:
+    """Return when a request has to be whole of which so many bytes have come; times in seconds."""
+    return began_s + REQUEST_S + so_far / REQUEST_BYTES_PER_S
 
 
 def encode_bundle(bundle: Bundle) -> bytes:

@@ -28,6 +28,8 @@ from eloquent.core.wire import (
     MAX_REASON_CHARS,
     MAX_REQUEST_BODY_BYTES,
     MAX_REQUEST_HEAD_BYTES,
+    REQUEST_BYTES_PER_S,
+    REQUEST_S,
     Bundle,
     Ended,
     Frame,
@@ -38,11 +40,13 @@ from eloquent.core.wire import (
     decode_request,
     encode_bundle,
     encode_reply,
+    request_due_s,
 )
 from eloquent.errors import WireError
 from eloquent.quic._aioquic import Datagram
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.connection import (
+    CLOSE_PROTOCOL_ERROR,
     STREAM_REFUSED,
     Address,
     Connection,
@@ -60,9 +64,6 @@ NO_CHANNEL = (
     "'Lower rungs'."
 )
 
-REQUEST_DEADLINE_S = 10.0
-"A request has to be whole so long after its first bytes."
-
 MAX_UNFINISHED_BYTES = 8 << 20
 "Of a connection's requests together, while they are not whole: nobody knows yet who asks."
 
@@ -72,7 +73,10 @@ TOO_MUCH = (
 )
 TOO_MUCH_FOR_S = 1.0
 
-TOO_LATE = f"The request was not whole within {REQUEST_DEADLINE_S:.0f} s: ask again."
+TOO_LATE = (
+    f"The request came too slowly: it may take {REQUEST_S:.0f} s, and more at "
+    f"{REQUEST_BYTES_PER_S} bytes/s. Ask again."
+)
 
 
 def server_configuration(certificate: ServerCertificate) -> QuicConfiguration:
@@ -228,8 +232,11 @@ class ServerConnection(Connection):
             if slow_at is not None and slow_at <= now:
                 self.reject(turn, "slow_reader", SLOW_READER)
                 self._events.append(ReaderDone(turn))
-        for turn in [t for t, at in self._asked_at.items() if at + REQUEST_DEADLINE_S <= now]:
+        for turn in [t for t in self._asked_at if self._request_due_s(t) <= now]:
             self._forget_request(turn)
+            if self._channel is not None:
+                self.close(TOO_LATE, CLOSE_PROTOCOL_ERROR)
+                continue
             self._quic.stop_stream(turn * 4, STREAM_REFUSED)
             self.reject(turn, "request_timeout", TOO_LATE)
         self._probe_if_due(now)
@@ -294,7 +301,7 @@ class ServerConnection(Connection):
         readers = self._readers.values()
         times = [reader.sender.next_time() for reader in readers]
         times += [reader.window.slow_at for reader in readers]
-        times += [at + REQUEST_DEADLINE_S for at in self._asked_at.values()]
+        times += [self._request_due_s(turn) for turn in self._asked_at]
         times.append(self._probe_time())
         times.append(self._channel.channel.next_time() if self._channel is not None else None)
         return [time for time in times if time is not None]
@@ -438,6 +445,18 @@ class ServerConnection(Connection):
             self._channel = ChannelStream(self._quic, channel, MAX_TO_SERVER_BYTES, is_client=False)
             data = data.removeprefix(CHANNEL_MARK)
         self._channel.receive(data, self._heard_at)
+        if self._channel.unfinished_bytes:
+            self._asked_at.setdefault(CHANNEL_STREAM, self._heard_at)
+        else:
+            self._asked_at.pop(CHANNEL_STREAM, None)
+
+    def _request_due_s(self, turn: int) -> float:
+        """Return when a request, or a channel's message, has to be whole."""
+        if self._channel is not None:
+            so_far = self._channel.unfinished_bytes
+        else:
+            so_far = len(self._requests[turn])
+        return request_due_s(self._asked_at[turn], so_far)
 
     def _forget_request(self, turn: int) -> bool:
         """Collect no more of a request; return whether a part of it had come."""

@@ -32,6 +32,11 @@ class ChannelStream(Generic[ChannelT]):
         if is_client:
             quic.send_stream_data(CHANNEL_STREAM, CHANNEL_MARK)
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """How much has come of a message that is not whole."""
+        return self._splitter.unfinished_bytes
+
     def receive(self, data: bytes, now: float) -> None:
         """Take bytes of the stream.
 

@@ -14,7 +14,7 @@ from websockets.typing import Subprotocol
 
 from eloquent.core.channel import Channel
 from eloquent.core.turns import TurnEvent
-from eloquent.core.wire import PROTOCOL_VERSION
+from eloquent.core.wire import PROTOCOL_VERSION, request_due_s
 from eloquent.errors import WireError
 
 SUBPROTOCOL = Subprotocol(f"eloquent.{PROTOCOL_VERSION}")
@@ -48,11 +48,27 @@ class HeardConnection(Connection):
 
     heard_s = float("-inf")
     "In the loop's time."
+    _begun_s: float | None = None
+    "When what came of a message that is not whole began to come."
+    _so_far = 0
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self.heard_s = self.loop.time()
         super().data_received(data)
+        if not self.protocol.reader.buffer and self.protocol.current_size is None:
+            self._begun_s = None
+        elif self._begun_s is None:
+            self._begun_s, self._so_far = self.heard_s, len(data)
+        else:
+            self._so_far += len(data)
+
+    @property
+    def message_due_s(self) -> float:
+        """When the message that is on its way has to be whole; infinity: there is none."""
+        if self._begun_s is None:
+            return float("inf")
+        return request_due_s(self._begun_s, self._so_far)
 
 
 class ChannelDriver:
@@ -69,7 +85,10 @@ class ChannelDriver:
         *,
         silent_s: float | None = None,
     ) -> None:
-        """A peer that is silent for `silent_s` seconds is given up; None: never."""
+        """A peer that is silent for `silent_s` seconds is given up; None: never.
+
+        So is then one whose message takes too long.
+        """
         self._channel = channel
         self._websocket = websocket
         self._on_event = on_event
@@ -136,7 +155,7 @@ class ChannelDriver:
     async def _send(self) -> None:
         """Send messages, each made when the connection takes more."""
         try:
-            while not self._is_silent:
+            while not self._is_given_up:
                 self._news.clear()
                 message = self._channel.next_message(self.now())
                 self._give_out()
@@ -152,15 +171,20 @@ class ChannelDriver:
         self.abort()
 
     @property
-    def _is_silent(self) -> bool:
-        limit_s = self._silent_s
-        return limit_s is not None and self.now() - self._websocket.heard_s >= limit_s
+    def _given_up_s(self) -> float | None:
+        """When the peer is given up, unless something more comes; None: never."""
+        if self._silent_s is None:
+            return None
+        return min(self._websocket.heard_s + self._silent_s, self._websocket.message_due_s)
+
+    @property
+    def _is_given_up(self) -> bool:
+        given_up_s = self._given_up_s
+        return given_up_s is not None and self.now() >= given_up_s
 
     async def _wait(self) -> None:
         """Wait until there may be something to send."""
-        time = self._channel.next_time()
-        silent_at = None if self._silent_s is None else self._websocket.heard_s + self._silent_s
-        times = [when for when in (time, silent_at) if when is not None]
+        times = [t for t in (self._channel.next_time(), self._given_up_s) if t is not None]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(min(times, default=None)):
                 await self._news.wait()

@@ -22,11 +22,12 @@ from http_front import (
 )
 
 from eloquent import handshakes
+from eloquent.core import wire
 from eloquent.core.events import TextDelta
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import make_certificate
 from eloquent_server.admission import Gate
-from eloquent_server.http import connections, requests
+from eloquent_server.http import connections
 from eloquent_server.http.app import Behind
 from eloquent_server.http.connections import Connections
 from eloquent_server.http.guard import Guard
@@ -145,11 +146,25 @@ async def test_more_requests_than_there_is_room_for_are_told_to_come_back() -> N
 async def test_a_body_that_does_not_come_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_S", 0.1)
+    monkeypatch.setattr(wire, "REQUEST_S", 0.1)
     async with front_with(Scripted()) as front:
         status, said = await answer_to(front, POST + b"Content-Length: 9\r\n\r\n{")
     assert status == 408
     assert said["error"]["code"] == "request_timeout"
+
+
+async def test_a_body_that_comes_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "REQUEST_S", 0.1)
+    monkeypatch.setattr(wire, "REQUEST_BYTES_PER_S", 1)
+    body = json.dumps(CHAT).encode()
+    async with front_with(Scripted()) as front:
+        reader, writer = await connect(front)
+        writer.write(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+        writer.write(body[:-1])
+        await asyncio.sleep(0.3)
+        writer.write(body[-1:])
+        assert (await reader.readline()).split()[1] == b"200"
+        writer.close()
 
 
 async def test_a_body_that_announces_too_much_is_not_read() -> None:

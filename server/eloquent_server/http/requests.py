@@ -9,7 +9,14 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 
-from eloquent.core.wire import MAX_REQUEST_BODY_BYTES, SECRET_BYTES, TURN_ID_BYTES
+from eloquent.core.wire import (
+    MAX_REQUEST_BODY_BYTES,
+    REQUEST_BYTES_PER_S,
+    REQUEST_S,
+    SECRET_BYTES,
+    TURN_ID_BYTES,
+    request_due_s,
+)
 from eloquent.errors import RequestError
 from eloquent_server.opening import UNKNOWN_TURN
 
@@ -17,8 +24,10 @@ TURN_HEADER = "X-Eloquent-Turn"
 SECRET_HEADER = "X-Eloquent-Secret"  # noqa: S105 - a name
 RESUME_HEADER = "X-Eloquent-Resume"
 
-BODY_S = 30.0
-"A request's body has to be whole within this time of its headers."
+TOO_SLOW = (
+    f"The request's body came too slowly: it may take {REQUEST_S:.0f} s, and more at "
+    f"{REQUEST_BYTES_PER_S} bytes/s."
+)
 
 _BEARER = "bearer "
 
@@ -62,17 +71,17 @@ async def read_body(request: HttpRequest) -> bytes:
     announced = request.headers.get("content-length", "")
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        began_s = asyncio.get_running_loop().time()
+        async with asyncio.timeout_at(request_due_s(began_s, 0)) as limit:
             if announced.isdecimal() and int(announced) > MAX_REQUEST_BODY_BYTES:
                 raise _too_large()
             async for piece in request.stream():
                 body += piece
                 if len(body) > MAX_REQUEST_BODY_BYTES:
                     raise _too_large()
+                limit.reschedule(request_due_s(began_s, len(body)))
     except TimeoutError:
-        raise RequestError(
-            "request_timeout", f"The request's body was not whole within {BODY_S:.0f} s."
-        ) from None
+        raise RequestError("request_timeout", TOO_SLOW) from None
     return bytes(body)
 
 
