@@ -14,8 +14,12 @@ from loopback import DEADLINE_S, Hanging, Server, StartServer, saying
 from eloquent.core.events import Extra, Failure, ReasoningDelta, TextDelta, ToolCallDelta
 from eloquent.core.wire import MAX_REQUEST_BODY_BYTES
 from eloquent.errors import RequestError
+from eloquent_client import Client
 from eloquent_client.httpx_transport import EloquentTransport, SyncEloquentTransport
 from eloquent_client.proxy import turns as proxy_turns
+from eloquent_client.proxy.handler import client_options
+from eloquent_client.proxy.link import LinkWatch
+from eloquent_client.proxy.turns import Turns
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.turns import Turn
@@ -220,6 +224,42 @@ async def test_a_program_that_hangs_up_before_the_first_event_cancels(
             await asking
 
 
+async def test_a_program_that_goes_while_its_answer_is_closed_cancels(
+    start_server: StartServer,
+) -> None:
+    hanging = Hanging()
+    server = await start_server(hanging)
+    async with proxied(server) as http:
+        reply = await http.send(http.build_request("POST", CHAT, json=ASKED), stream=True)
+        reading = asyncio.create_task(reply.aread())
+        await hanging.asked.wait()
+        closing = asyncio.create_task(reply.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await hanging.cancelled.wait()
+        await asyncio.wait((closing, reading))
+        assert (await http.get("/health")).json()["turns"] == 0
+
+
+async def test_who_reads_an_answer_that_another_task_closes_is_told(
+    start_server: StartServer,
+) -> None:
+    server = await start_server(Hanging())
+    async with proxied(server) as http:
+        stream = await openai_over(http).chat.completions.create(
+            model="any", messages=HELLO, stream=True
+        )
+        deltas = aiter(stream)
+        assert (await anext(deltas)).choices[0].delta.content == ""
+        assert (await anext(deltas)).choices[0].delta.content == "And then"
+        waiting = asyncio.ensure_future(anext(deltas))
+        for _ in range(10):  # until it waits
+            await asyncio.sleep(0)
+        await stream.close()
+        with pytest.raises(openai.APIError, match="given up by the program"):
+            await waiting
+
+
 async def test_a_read_timeout_is_kept_within_a_program(start_server: StartServer) -> None:
     hanging = Hanging(text=None)
     server = await start_server(hanging)
@@ -286,6 +326,27 @@ async def test_a_named_turn_that_nobody_asks_for_again_is_cancelled(
             await anext(reply.aiter_text())
         await hanging.cancelled.wait()
         assert (await http.get("/health")).json()["turns"] == 0
+
+
+async def test_a_named_turn_is_asked_for_in_the_moment_in_which_it_is_given_up(
+    start_server: StartServer,
+) -> None:
+    hanging = Hanging()
+    server = await start_server(hanging)
+    link = LinkWatch(asyncio.get_running_loop().time)
+    async with asyncio.timeout(DEADLINE_S), Client(server.url, **client_options(link)) as client:
+        turns = Turns(client, link, grace_s=1.0)
+        body = json.dumps(ASKED).encode()
+        first = turns.read(body, "", "mine")
+        assert await first.next(DEADLINE_S) == TextDelta("And then")
+        await first.close()
+        (name, turn), *_ = turns._named.items()
+        turns._drop(turn, name)
+        again = turns.read(body, "", "mine")
+        assert await again.next(DEADLINE_S) == TextDelta("And then")
+        assert again.turn_id != first.turn_id
+        await again.close()
+        await turns.close()
 
 
 async def test_no_more_named_turns_are_kept_than_allowed(

@@ -1,10 +1,12 @@
 """The proxy's programs while the link is gone, in virtual time."""
 
 import asyncio
+import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from typing import Any
 
 import httpx2
 import openai
@@ -12,7 +14,11 @@ import pytest
 from rungs import URL, Drops, nothing, now, serving, udp_between, virtually
 from telling import Telling
 
+from eloquent_client import Client
 from eloquent_client.httpx_transport import EloquentTransport
+from eloquent_client.proxy.app import ProxyApp
+from eloquent_client.proxy.handler import Handler, client_options
+from eloquent_client.proxy.link import LinkWatch
 from eloquent_netem.vloop import VirtualNetwork
 from tests.client.test_proxy import ASKED, CHAT, HELLO, said
 
@@ -98,6 +104,32 @@ def test_an_outage_longer_than_the_grace_time_is_an_error_event_and_no_end() -> 
     assert states[0] == "silent"
     assert len(states) >= GRACE_S / 5
     assert len(telling.logs) == 1
+
+
+def test_no_turn_stays_when_programs_were_told_of_an_outage() -> None:
+    """As uvicorn does it: `receive` says that the program is gone once it has the whole answer."""
+    asked = asyncio.Queue[dict[str, Any]]()
+    asked.put_nowait({"type": "http.request", "body": json.dumps(ASKED).encode()})
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body" and not message["more_body"]:
+            asked.put_nowait({"type": "http.disconnect"})
+
+    async def main(made: VirtualNetwork) -> tuple[int, int]:
+        telling = Telling(TOKENS * 10, GAP_S)
+        link = LinkWatch(now)
+        async with (
+            serving(made, telling, has_websocket=False),
+            Client(URL, **client_options(link)) as client,
+        ):
+            handler = Handler(client, link, grace_s=GRACE_S)
+            scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+            await ProxyApp(handler, is_local=False)(scope, asked.get, send)
+            await asyncio.sleep(60 - now())
+            health = await handler.handle("GET", "/health", {}, b"")
+            return json.loads(await anext(health.body))["turns"], len(telling.cancelled)
+
+    assert virtually(main, udp_between(FROM_S, FROM_S + GRACE_S + 10)) == (0, 1)
 
 
 def test_a_program_is_told_something_every_five_seconds_at_least() -> None:

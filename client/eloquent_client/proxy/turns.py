@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
 
 from eloquent.core.events import Event, Failure
 from eloquent.core.wire import SECRET_BYTES, TURN_ID_BYTES, Request
@@ -34,6 +35,7 @@ RETRY_MAX_S = 2.0
 ENDED = "The proxy was ended on this machine. Start it again, and ask again."
 TOO_MANY = f"{MAX_TURNS} answers are under way through this proxy already: ask again later."
 CANCELLED = "The answer was cancelled, since nobody had read it for a while. Ask again."
+CLOSED = "The answer was given up by the program that asked for it."
 
 
 class ProxyTurn:
@@ -99,7 +101,7 @@ class Reading:
         self._events = turn.events()
         self._next: asyncio.Future[Event] | None = None
         self._since_s = asyncio.get_running_loop().time()
-        self._is_closed = False
+        self._closing: asyncio.Task[None] | None = None
         turn.readers += 1
 
     @property
@@ -111,7 +113,8 @@ class Reading:
         """Return the next event; None: none came `within_s`.
 
         Raises:
-            RequestError: there will be none: `link_lost`, or the reason that the server gave.
+            RequestError: there will be none: `link_lost`, the reason that the server gave, or
+                `cancelled`: this was closed meanwhile.
         """
         turns = self._turns
         if self._next is None:
@@ -119,6 +122,8 @@ class Reading:
         await asyncio.wait(
             (self._next, turns.ending), timeout=within_s, return_when=asyncio.FIRST_COMPLETED
         )
+        if self._closing is not None:
+            raise RequestError("cancelled", CLOSED)
         if self._next.done():
             came, self._next = self._next, None
             return self._taken(came)
@@ -146,10 +151,15 @@ class Reading:
         return event
 
     async def close(self) -> None:
-        """Read no more; a turn that nobody reads is cancelled, unless it has a name."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        """Read no more; a turn that nobody reads is cancelled, unless it has a name.
+
+        It is done even if the wait for it is cancelled, as it is where a program goes just then.
+        """
+        if self._closing is None:
+            self._closing = self._turns.finish(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         if self._next is not None:
             self._next.cancel()
             # What it may have come to is of no interest any more.
@@ -228,16 +238,25 @@ class Turns:
         if self._closing:
             await asyncio.wait(self._closing)
 
-    def _drop(self, turn: ProxyTurn, name: bytes) -> None:
-        task = asyncio.ensure_future(self._close(turn, name))
+    def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have this done, whether anybody waits for it or not."""
+        task = asyncio.ensure_future(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+        return task
+
+    def _drop(self, turn: ProxyTurn, name: bytes) -> None:
+        self._forget_name(turn, name)  # at once, so that nobody is given it any more
+        self.finish(self._close(turn, name))
+
+    def _forget_name(self, turn: ProxyTurn, name: bytes | None) -> None:
+        if name is not None and self._named.get(name) is turn:
+            del self._named[name]
 
     async def _close(self, turn: ProxyTurn, name: bytes | None) -> None:
         if turn.dropping is not None:
             turn.dropping.cancel()
-        if name is not None and self._named.get(name) is turn:
-            del self._named[name]
+        self._forget_name(turn, name)
         if turn in self._turns:
             self._turns.discard(turn)
             await turn.close()
