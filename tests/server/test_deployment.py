@@ -102,6 +102,22 @@ def test_the_unit_starts_a_server_with_options_that_there_are(tmp_path: Path) ->
     assert setting("Type") == "notify"
 
 
+def test_models_from_the_hub_go_where_the_unit_may_write() -> None:
+    given = dict(word.split("=", 1) for word in setting("Environment").split())
+    code = "from huggingface_hub import constants\nprint(constants.HF_HUB_CACHE)"
+    command = [sys.executable, "-c", code]
+    environment = {"HOME": "/home/nobody", **given}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    cache = Path("/var/cache") / setting("CacheDirectory")
+    assert Path(done.stdout.strip()).is_relative_to(cache)
+
+
+def test_the_unit_leaves_an_engine_its_gpu() -> None:
+    """What closes devices; a whole list of them would have to be opened again."""
+    for name in ("PrivateDevices", "DeviceAllow", "DevicePolicy", "ProtectClock"):
+        assert f"\n{name}=" not in UNIT.read_text()
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / UNIT.name
