@@ -34,7 +34,7 @@ class Asked:
         """Answer at once."""
         head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body.encode())}\r\n"
         head += "".join(f"{name.replace('_', '-')}: {text}\r\n" for name, text in headers.items())
-        self.out.write(f"{head}\r\n{body}".encode())
+        self.out.write(f"{head}\r\n{body if self.method != 'HEAD' else ''}".encode())
 
     def begin(self) -> None:
         """Begin a stream."""

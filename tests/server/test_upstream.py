@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import httpx2
@@ -344,6 +345,22 @@ async def test_an_engine_that_cannot_stream() -> None:
     assert "application/json" in error.message
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ('{"error":{"message":"too long: context length","code":400}}', "prompt_too_long"),
+        ('{"object":"error","message":"too long","code":422}', "invalid_request"),
+        ('{"error":"too long"}', "upstream_error"),
+    ],
+)
+async def test_an_error_that_calls_itself_good(said: str, code: str) -> None:
+    good = replying(200, said, Content_Type="application/json")
+    async with BadEngine(good) as engine, backend(engine) as engines:
+        error = await declined(engines.generate(body()))
+    assert error.code == code
+    assert "too long" in error.message
+
+
 async def test_an_error_that_calls_itself_a_stream() -> None:
     sick = replying(500, '{"error":"out of memory"}', Content_Type="text/event-stream")
     async with BadEngine(sick) as engine, backend(engine) as engines:
@@ -414,11 +431,33 @@ async def test_models_are_those_of_all_and_each_is_asked_for_its_own() -> None:
             for model in ("a", "a", "c"):
                 await all_of(engines.generate(body(model=model)))
             await all_of(engines.generate(body()))
-            error = await declined(engines.generate(body(model="d")))
         assert [asked.json["model"] for asked in first.chats] == ["a", "a"]
         assert [asked.json["model"] for asked in second.chats] == ["c", "c"]
+
+
+async def has_only(model: str, asked: Asked) -> None:
+    if asked.json["model"] == model:
+        await say_hello(asked)
+    else:
+        asked.reply(404, '{"error":{"message":"no such","code":"model_not_found"}}')
+
+
+@pytest.mark.parametrize("name", ["m", "n"])
+async def test_a_model_that_none_lists_is_asked_for_of_all(name: str) -> None:
+    """Ollama takes `m` for `m:latest`, Gemini for `models/m`, and Azure does not list its own."""
+    first, second = (
+        BadEngine(partial(has_only, "m"), "m:latest"),
+        BadEngine(partial(has_only, "n"), "models/n"),
+    )
+    stored = StoredAnswer((TextDelta("He"),), (name.encode(),))
+    async with first, second, backend(first, second, continues="llama") as engines:
+        *texts, finish = await all_of(engines.generate(body(model=name)))
+        assert texts == HELLO[:2]
+        assert isinstance(finish, Finish)
+        assert await all_of(engines.resume(body(model=name), stored))
+        error = await declined(engines.generate(body(model="o")))
     assert error.code == "unknown_model"
-    assert "'c', 'a', 'b'" in error.message
+    assert "no such" in error.message
 
 
 @pytest.mark.parametrize("said", [(500, ""), (404, ""), (200, "<html>"), (200, "{}")])
@@ -454,6 +493,38 @@ async def test_an_engine_without_health_is_asked_for_its_models() -> None:
         for _ in range(one.FAILED_PROBES):
             await upstream.probe()
         assert not upstream.is_up
+
+
+async def test_an_engine_without_health_need_not_list_its_models_each_time() -> None:
+    """A hosted one's list may have half a megabyte."""
+    engine = BadEngine(say_hello, "m")
+    engine.health = 404
+    async with engine, open_client() as client:
+        upstream = Upstream(engine.url, client, Patience())
+        for _ in range(one.MODELS_EVERY):
+            await upstream.probe()
+            assert upstream.is_up
+        asked = [each.method for each in engine.others if each.path == "/v1/models"]
+    assert asked.count("GET") == 1
+
+
+async def test_models_are_kept_where_an_engine_does_not_say_them_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(one, "MODELS_EVERY", 1)
+    async with BadEngine(say_hello, "m") as engine, open_client() as client:
+        upstream = Upstream(engine.url, client, Patience())
+        await upstream.probe()
+        engine.models = (429, '{"error":{"message":"too many requests"}}')
+        await upstream.probe()
+        assert upstream.models == ("m",)
+
+
+async def test_the_log_has_why_an_engine_is_down(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_client() as client:
+        upstream = Upstream(f"http://127.0.0.1:{await free_port()}", client, Patience())
+        await upstream.probe()
+    assert "is down: it does not answer (ConnectError(" in caplog.text
 
 
 async def test_an_engine_that_comes_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

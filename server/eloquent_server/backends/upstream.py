@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
@@ -119,20 +120,20 @@ class Upstream:
 
     async def probe(self) -> None:
         """See how it is, and now and then what models it has; never raises for the engine."""
+        why = "it says that it is not well"
         try:
             async with asyncio.timeout(PROBE_S):
                 is_well = await self._is_well()
                 if is_well and (not self.is_up or self._probes % MODELS_EVERY == 0):
                     self.models = await self._list_models()
         except (httpx2.RequestError, TimeoutError) as error:
-            logger.debug("engine %s, probe: %r", self.name, error)
-            is_well = False
+            is_well, why = False, f"it does not answer ({error!r})"
         self._probes += 1
         self._failed_probes = 0 if is_well else self._failed_probes + 1
         if is_well:
             self._is_now(True, "it answers")
         elif self._failed_probes >= FAILED_PROBES:
-            self._is_now(False, "it does not answer, or says that it is not well")
+            self._is_now(False, why)
 
     async def answer(self, body: bytes, model: str) -> AsyncGenerator[Delta | Finish]:
         """Have it answer a chat body that asks for a stream; `model` is for the `Finish`.
@@ -229,14 +230,15 @@ class Upstream:
 
     async def _check(self, response: httpx2.Response) -> None:
         """Raise the engine's error unless the response is a stream."""
-        kind = response.headers.get("content-type", "")
-        if response.status_code != 200:
-            said = await self._read_some(response)
+        status, kind = response.status_code, response.headers.get("content-type", "")
+        if status == 200 and kind.lower().startswith("text/event-stream"):
+            return
+        said = await self._read_some(response)
+        if status != 200 or EngineError.is_in(said):
             retry_after = response.headers.get("retry-after", "")
-            raise EngineError.read(response.status_code, said, retry_after).as_upstream_error()
-        if not kind.startswith("text/event-stream"):
-            detail = f"content type {kind!r}"
-            raise UpstreamError("upstream_error", NOT_A_STREAM.format(kind or "?"), detail=detail)
+            raise EngineError.read(status, said, retry_after).as_upstream_error()
+        detail = f"content type {kind!r}"
+        raise UpstreamError("upstream_error", NOT_A_STREAM.format(kind or "?"), detail=detail)
 
     async def _read_some(self, response: httpx2.Response) -> bytes:
         """Return a response's body, or nothing of one that is too large."""
@@ -275,8 +277,9 @@ class Upstream:
             return True
         if response.status_code >= 500:
             return False
-        response = await self._client.get(self._url("models"))
-        return response.status_code < 500
+        # Without the list, which may be long: this is asked often.
+        status = (await self._client.head(self._url("models"))).status_code
+        return status < 500 or status == HTTPStatus.NOT_IMPLEMENTED
 
     async def _list_models(self) -> tuple[str, ...] | None:
         response = await self._client.get(self._url("models"))
@@ -284,7 +287,7 @@ class Upstream:
             listed = msgspec.json.decode(response.content, type=_Models)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             logger.info("engine %s does not list its models: %d", self.name, response.status_code)
-            return None
+            return self.models
         return tuple(model.id for model in listed.data)
 
     def _is_now(self, is_up: bool, why: str) -> None:

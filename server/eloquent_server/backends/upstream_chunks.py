@@ -22,7 +22,7 @@ from eloquent.core.events import (
     ToolCallDelta,
 )
 from eloquent_server.backends.base import Finish
-from eloquent_server.backends.upstream_errors import EngineError, UpstreamError
+from eloquent_server.backends.upstream_errors import EngineError, Said, UpstreamError
 
 MAX_MODEL_CHARS = 256
 MAX_USAGE_BYTES = 65_536
@@ -106,11 +106,9 @@ class SseDecoder:
             self._bytes = bytes_before  # So that no number of comments is too large.
 
 
-class _Chunk(msgspec.Struct):
-    object: msgspec.Raw = msgspec.Raw(b"null")
+class _Chunk(Said):
     choices: list[_Fields] | None = None
     usage: msgspec.Raw = msgspec.Raw(b"null")
-    error: msgspec.Raw = msgspec.Raw(b"null")
     model: str | None = None
 
 
@@ -242,8 +240,7 @@ class AnswerDecoder:
     def _chunk(self, data: bytes) -> list[Delta]:
         # What is kept as it came is for readers, who take UTF-8 alone.
         chunk = _chunk_decoder.decode(data.decode(errors="replace"))
-        # Before its 0.10 vLLM's errors had no `error` around them.
-        if bytes(chunk.error) != b"null" or bytes(chunk.object) == b'"error"':
+        if chunk.is_error:
             self.error = EngineError.read(200, data).as_upstream_error()
             return []
         self._model = chunk.model or self._model

@@ -48,6 +48,18 @@ class UpstreamError(RequestError):
         self.may_go_elsewhere = may_go_elsewhere
 
 
+class Said(msgspec.Struct):
+    """What an engine says where no status tells whether it is an error."""
+
+    error: msgspec.Raw = msgspec.Raw(b"null")
+    object: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it is one; before its release 0.10 vLLM's had no `error` around them."""
+        return bytes(self.error) != b"null" or bytes(self.object) == b'"error"'
+
+
 @dataclass(frozen=True, slots=True)
 class EngineError:
     """An engine's own words, in whichever of the usual forms it put them."""
@@ -58,6 +70,14 @@ class EngineError:
     word: str = ""
     "Its code and type."
     retry_after_s: float = 0.0
+
+    @staticmethod
+    def is_in(body: bytes) -> bool:
+        """Say whether a body that came with a good status is an error all the same."""
+        try:
+            return msgspec.json.decode(body, type=Said).is_error
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return False
 
     @classmethod
     def read(cls, status: int, body: bytes, retry_after: str = "") -> "EngineError":
@@ -101,7 +121,10 @@ class EngineError:
             elif is_about_model:
                 code = "unknown_model"
             return UpstreamError(
-                code, ENGINE_SAID.format(said), detail=detail, may_go_elsewhere=False
+                code,
+                ENGINE_SAID.format(said),
+                detail=detail,
+                may_go_elsewhere=code == "unknown_model",
             )
         if self.status == 413:
             return UpstreamError(

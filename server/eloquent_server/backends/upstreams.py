@@ -185,15 +185,9 @@ class UpstreamBackend:
                 else:
                     raise
 
-    def _with(self, model: str) -> list[Upstream]:
-        those = [each for each in self._upstreams if each.has(model)]
-        if not those:
-            raise RequestError(
-                "unknown_model",
-                f"The engines behind this server have no model {model!r}, only "
-                f"{', '.join(map(repr, self.models))}. Ask for one of these, or leave `model` out.",
-            )
-        return those
+    def _with(self, model: str) -> Sequence[Upstream]:
+        """Return the engines that list a model; all if none does, since lists have no aliases."""
+        return [each for each in self._upstreams if each.has(model)] or self._upstreams
 
     def _ask_for_the_rest(self, chat: ChatBody, told: Sequence[Delta]) -> int | None:
         """Return how many tokens are there of what failed in the midst; None: it cannot go on."""
@@ -206,7 +200,7 @@ class UpstreamBackend:
         """Wait until an engine is up that has a model, if that does not take too long."""
         try:
             async with asyncio.timeout(RESUME_WAIT_S):
-                while not any(each.is_up and each.has(model) for each in self._upstreams):
+                while not any(each.is_up for each in self._with(model)):
                     await self._news.wait()
         except TimeoutError:
             logger.warning("no engine with the model %r is up to go on with an answer", model)
