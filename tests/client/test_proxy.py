@@ -412,6 +412,25 @@ async def test_models_are_those_that_have_answered(start_server: StartServer) ->
     assert "model" not in json.loads(counting.turns[0].request.body)
 
 
+async def test_an_answer_has_the_name_of_the_model_that_gave_it(start_server: StartServer) -> None:
+    async def handle(turn: Turn) -> None:
+        turn.append(TextDelta("yes"))
+        model = json.loads(turn.request.body).get("model", "usual")
+        turn.close("stop", model=model, prompt_tokens=1, completion_tokens=1)
+
+    server = await start_server(handle)
+    async with proxied(server) as http:
+        for asked, told in [
+            ({"model": "special"}, "special"),
+            ({}, "usual"),
+            ({"model": "default"}, "usual"),
+            ({"stream": True}, "usual"),
+            ({"stream": True, "model": "special"}, "special"),
+        ]:
+            reply = (await http.post(CHAT, json={"messages": HELLO, **asked})).text
+            assert f'"model":"{told}"' in reply
+
+
 async def test_a_body_goes_to_the_server_as_it_is(start_server: StartServer) -> None:
     counting = Counting(saying("yes"))
     server = await start_server(counting)

@@ -103,6 +103,8 @@ class Handler:
         self._key = key
         self._turns = Turns(client, link, grace_s)
         self._models: dict[str, None] = {}
+        self._default = DEFAULT_MODEL
+        "What the server's default model is called, as far as an answer has told."
 
     async def handle(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
@@ -154,7 +156,7 @@ class Handler:
             await reading.close()
             raise
         head = b"".join(server_sent(each) for each in [chunks.start(), *said])
-        stream = self._stream(reading, chunks, first, head)
+        stream = self._stream(reading, asked, chunks, first, head)
         return Reply(200, SSE | _named(reading), stream, reading.close)
 
     async def _whole(self, reading: Reading, asked: _Asked) -> Reply:
@@ -162,7 +164,7 @@ class Handler:
         events = [await _event(reading)]
         while not isinstance(events[-1], End | Failure):
             events.append(await _event(reading))
-        self._note(events[-1])
+        self._note(asked, events[-1])
         whole = completion(
             events,
             turn_id=reading.turn_id,
@@ -173,7 +175,7 @@ class Handler:
         return json_reply(200, whole, _named(reading))
 
     async def _stream(
-        self, reading: Reading, chunks: Chunks, event: Event, head: bytes
+        self, reading: Reading, asked: _Asked, chunks: Chunks, event: Event, head: bytes
     ) -> AsyncIterator[bytes]:
         """Give out an answer as server-sent events, from its first event on, which is in `head`."""
         yield head
@@ -188,7 +190,7 @@ class Handler:
                 yield b"".join(server_sent(each) for each in chunks.of(event))
         except RequestError as error:
             yield server_sent(error_body(error.code, error.message))
-        self._note(event)
+        self._note(asked, event)
         if chunks.is_whole:
             yield DONE
 
@@ -205,13 +207,14 @@ class Handler:
 
     def _name_of(self, asked: _Asked) -> str:
         """Return the model's name as far as it is known before the end of an answer."""
-        if asked.model not in (None, DEFAULT_MODEL):
-            return asked.model
-        return next(iter(self._models), DEFAULT_MODEL)
+        return asked.model if asked.model not in (None, DEFAULT_MODEL) else self._default
 
-    def _note(self, event: Event) -> None:
-        if isinstance(event, End) and event.model and len(self._models) < MAX_MODELS:
-            self._models[event.model] = None
+    def _note(self, asked: _Asked, event: Event) -> None:
+        if isinstance(event, End) and event.model:
+            if asked.model in (None, DEFAULT_MODEL):
+                self._default = event.model
+            if len(self._models) < MAX_MODELS:
+                self._models[event.model] = None
 
     def _list_models(self) -> dict[str, Any]:
         """Return the models that have answered; Eloquent has no way to ask for the others."""
