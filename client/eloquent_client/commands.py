@@ -17,7 +17,7 @@ from eloquent.core.pacer import PaceMode, Pacer
 from eloquent.errors import ConfigurationError
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
-from eloquent_client.errors import APIConnectionError, LocalServerError
+from eloquent_client.errors import APIConnectionError, APITimeoutError, LocalServerError
 from eloquent_client.local import local_client
 from eloquent_client.pacing import paced_text
 from eloquent_client.printable import printable
@@ -202,8 +202,8 @@ async def _ask(
                 else:
                     await _print_text(stream, pace)
             except APIConnectionError as error:
-                if url is None:
-                    raise
+                if url is None or isinstance(error, APITimeoutError):
+                    raise  # what takes too long is cancelled: nothing goes on
                 _save_ticket(connected)
                 raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
     except LocalServerError as error:
@@ -227,6 +227,8 @@ async def _resume(
             try:
                 await _print_text(stream)
             except APIConnectionError as error:
+                if is_owner and isinstance(error, APITimeoutError):
+                    raise
                 raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
 
 

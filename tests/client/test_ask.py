@@ -12,7 +12,7 @@ from loopback import DEADLINE_S, Hanging, StartServer, saying
 
 from eloquent.core.events import TextDelta, encode_event
 from eloquent.errors import ConfigurationError
-from eloquent_client import commands
+from eloquent_client import APITimeoutError, Client, commands
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.turns import Turn
@@ -222,6 +222,17 @@ async def test_the_key_comes_from_the_environment(
     code, out, err = await run("Hi", "--url", url, "--key-env", "NO_SUCH_KEY")
     assert (code, out) == (1, "")
     assert "environment variable NO_SUCH_KEY" in err
+
+
+async def test_nobody_is_told_to_go_on_with_what_took_too_long(start_server: StartServer) -> None:
+    hanging = Hanging("So far")
+    server = await start_server(hanging)
+    client = Client(server.url, timeout_s=0.3)
+    with pytest.raises(APITimeoutError) as error:
+        await commands._ask(server.url, client, {"messages": []}, as_json=False, pace="off")
+    assert "eloquent resume" not in str(error.value)
+    async with asyncio.timeout(DEADLINE_S):
+        await hanging.cancelled.wait()
 
 
 async def test_resume_takes_a_name_and_a_programs_token(start_server: StartServer) -> None:
