@@ -11,6 +11,9 @@ from pathlib import Path
 
 from eloquent.url import ServerUrl
 
+NO_HOME = RuntimeError
+"What `pathlib` raises for a user without a home directory, as containers have them."
+
 
 def saved_tickets() -> Path:
     """Return the directory of the saved tickets; it need not be there."""
@@ -20,8 +23,8 @@ def saved_tickets() -> Path:
 
 def save_ticket(url: ServerUrl, ticket: bytes) -> None:
     """Keep a server's ticket in place of the one before."""
-    file = _file(url)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, NO_HOME):
+        file = _file(url)
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = file.with_suffix(".new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -32,11 +35,11 @@ def save_ticket(url: ServerUrl, ticket: bytes) -> None:
 
 def take_saved_ticket(url: ServerUrl) -> bytes | None:
     """Take out a server's ticket; None: there is none. It is for one connection."""
-    file = _file(url)
     try:
+        file = _file(url)
         ticket = file.read_bytes()
         file.unlink()
-    except OSError:
+    except (OSError, NO_HOME):
         return None
     return ticket
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ def test_only_its_owner_reads_a_saved_ticket() -> None:
 def test_a_ticket_that_cannot_be_saved_or_read_is_no_matter(state_home: Path) -> None:
     state_home.mkdir()
     (state_home / "eloquent").write_text("in the way")
+    save_ticket(URL, b"ticket")
+    assert take_saved_ticket(URL) is None
+
+
+def test_a_user_without_a_home_has_no_saved_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getuid", lambda: (1 << 31) - 3)
     save_ticket(URL, b"ticket")
     assert take_saved_ticket(URL) is None
 
