@@ -22,6 +22,7 @@ from eloquent_server import models
 from eloquent_server.backends.base import BackendEvent, Continuation, Finish, StoredAnswer
 from eloquent_server.backends.local import LocalBackend
 from eloquent_server.chat import ChatMessage, ChatRequest
+from eloquent_server.engine import client
 from eloquent_server.engine.client import EngineClient, EngineOptions
 from eloquent_server.engine.loader import prepare
 from eloquent_server.engine.prompt import PromptEncoder
@@ -148,6 +149,15 @@ async def test_cancelling_the_task_cancels_the_turn(backend: Local, running: boo
     end = (await answer(backend, ask("y", max_tokens=1)))[-1]
     assert isinstance(end, Finish)
     assert (end.reason, end.prompt_tokens, end.completion_tokens) == ("length", 20, 1)
+
+
+async def test_more_turns_than_it_takes_are_told_that_it_is_overloaded(
+    backend: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_TURNS", 0)
+    with pytest.raises(RequestError) as raised:
+        await answer(backend, ask("hi"))
+    assert raised.value.code == "overloaded"
 
 
 async def test_refusals_come_before_the_first_event(backend: Local) -> None:

@@ -88,8 +88,8 @@ class LocalBackend:
         """Answer one request; see `Backend.generate`.
 
         Raises:
-            RequestError: `unknown_model`, `prompt_too_long`, `invalid_request` or `unavailable`;
-                before the first event.
+            RequestError: `unknown_model`, `prompt_too_long`, `invalid_request`, `overloaded` or
+                `unavailable`; before the first event.
         """
         return self._answer(body, None, asker)
 

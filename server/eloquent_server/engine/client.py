@@ -163,12 +163,12 @@ class EngineClient:
         `seed` counts if the request has none.
 
         Raises:
-            RequestError: `unavailable`: the engine is closed or has too much to do.
+            RequestError: `unavailable`: the engine is closed; `overloaded`: it has too much to do.
         """
         if self._closing.is_set():
             raise RequestError("unavailable", SHUTTING_DOWN)
         if len(self._turns) >= MAX_TURNS:
-            raise RequestError("unavailable", TOO_MANY)
+            raise RequestError("overloaded", TOO_MANY)
         number, self._next = self._next, self._next + 1
         turn = EngineTurn(
             number,
