@@ -270,6 +270,7 @@ async def test_a_start_that_fails_leaves_turns_for_the_next_one(
             await backend.ready()
     await hub.close()
     await backend.close()
+    assert backend.models == ()  # Who asks yet is not told of a fault.
     assert (reader.rejected, reader.ends) == ("unavailable", [])
     hub = hub_of(EchoBackend(sleep=Steps(100)), path)
     reader = Notes(*names)

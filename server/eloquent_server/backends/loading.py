@@ -45,7 +45,7 @@ class LoadingBackend:
     @property
     def models(self) -> Sequence[str]:
         """The names under which it answers; none are known before it is ready."""
-        return self._starting.result().models if self._starting.done() else ()
+        return () if self.backend is None else self.backend.models
 
     def generate(self, body: bytes, asker: Asker = ANYBODY) -> AsyncGenerator[BackendEvent]:
         """See `Backend.generate`."""
