@@ -73,7 +73,8 @@ def server_certificate(
 ) -> ServerCertificate:
     """Return the certificate that is kept in the state directory; make it if need be.
 
-    Without a directory, and for another host, it is a new one.
+    Without a directory it is a new one. A kept one stays for another host, too: clients know it by
+    its pin, and look at no name.
 
     Raises:
         ConfigurationError: it cannot be read or written.
@@ -84,7 +85,7 @@ def server_certificate(
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept = _read(path) if path.exists() else None
-        if kept is not None and _is_for(kept, host, now):
+        if kept is not None and kept.certificate.not_valid_after_utc - now > RENEW_BEFORE:
             return kept
         made = make_certificate(host, now - CLOCK_SKEW_ALLOWED, days=KEPT_DAYS)
         write_private(path, made.pem())
@@ -94,13 +95,6 @@ def server_certificate(
             "this user can write to with --state, or remove the file, and a new one is made."
         ) from error
     return made
-
-
-def _is_for(kept: ServerCertificate, host: str, now: datetime.datetime) -> bool:
-    certificate = kept.certificate
-    subject = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    names = [str(name.value) for name in subject]
-    return host in names and certificate.not_valid_after_utc - now > RENEW_BEFORE
 
 
 def _read(path: Path) -> ServerCertificate:
