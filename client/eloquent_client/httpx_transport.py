@@ -5,12 +5,14 @@ It needs httpx2 (`pip install 'eloquent-stream[proxy]'`), which the openai libra
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2
 
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
+from eloquent_client.errors import ClientClosedError
 from eloquent_client.proxy.handler import GRACE_S, Handler, Reply, client_options
 from eloquent_client.proxy.link import LinkWatch
 from eloquent_client.sync import LoopThread
@@ -118,7 +120,8 @@ class SyncEloquentTransport(httpx2.BaseTransport):
 
     def close(self) -> None:
         """Cancel what runs, close the connection and end the thread."""
-        self._thread.run(self._transport.aclose)
+        with suppress(ClientClosedError):
+            self._thread.run(self._transport.aclose)
         self._thread.close()
 
 
@@ -139,4 +142,5 @@ class _SyncBody(httpx2.SyncByteStream):
             yield piece
 
     def close(self) -> None:
-        self._thread.run(self._body.aclose)
+        with suppress(ClientClosedError):
+            self._thread.run(self._body.aclose)

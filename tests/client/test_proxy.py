@@ -96,6 +96,23 @@ async def test_openais_library_streams_without_an_event_loop(start_server: Start
     assert said == ["one two", "", "one ", "two", None]
 
 
+async def test_a_response_may_be_closed_after_its_transport(start_server: StartServer) -> None:
+    hanging = Hanging()
+
+    def ask(url: str) -> None:
+        transport = SyncEloquentTransport(url)
+        http = httpx2.Client(transport=transport, base_url="http://proxy")
+        reply = http.send(http.build_request("POST", CHAT, json=ASKED), stream=True)
+        http.close()
+        reply.close()
+        transport.close()
+
+    server = await start_server(hanging)
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.to_thread(ask, str(server.url))
+        await hanging.cancelled.wait()
+
+
 async def test_without_stream_the_answer_is_one_object(start_server: StartServer) -> None:
     server = await start_server(saying("one ", "two"))
     async with proxied(server) as http:
