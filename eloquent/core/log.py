@@ -1,8 +1,12 @@
 """The token log: one turn's answer as an append-only sequence of encoded events."""
 
+from collections.abc import Iterator
 from typing import Protocol, Self
 
 from eloquent.core.events import Delta, End, Event, EventDecoder, encode_event, log_digest
+
+PIECE_BYTES = 64 << 10
+"So much is decoded at once, so that events that nobody keeps do not gather."
 
 
 class Log(Protocol):
@@ -37,17 +41,18 @@ class TokenLog:
         "Has seen all that is in the log, if there is one."
 
     @classmethod
-    def restored(cls, data: bytes) -> tuple[Self, list[Event]]:
+    def restored(cls, data: bytes, *, keeps_events: bool = True) -> tuple[Self, list[Event]]:
         """Return a log that holds `data`, as it was stored, and the events in it.
 
-        Bytes of an event that is not whole are left out.
+        Bytes of an event that is not whole are left out. Events take some twenty times their bytes:
+        without `keeps_events` they are checked, and none is returned.
 
         Raises:
             WireError: the bytes are no log.
             IntegrityError: the log's end does not agree with what is before it.
         """
         log = cls(is_held=True)
-        events = log.extend(data)
+        events = log.extend(data, keeps_events=keeps_events)
         log._released = len(log._bytes)
         return log, events
 
@@ -115,10 +120,10 @@ class TokenLog:
         self._bytes += encode_event(self._end)
         return self._end
 
-    def extend(self, data: bytes) -> list[Event]:
+    def extend(self, data: bytes, *, keeps_events: bool = True) -> list[Event]:
         """Add events as another log of the same turn has them, the end too, and return them.
 
-        Bytes of an event that is not whole are left out.
+        Bytes of an event that is not whole are left out; `keeps_events` as in `restored`.
 
         Raises:
             WireError: the bytes are no log's.
@@ -126,8 +131,13 @@ class TokenLog:
         """
         if self._decoder is None:
             self._decoder = EventDecoder()
-            self._decoder.feed(bytes(self._bytes))
-        events = self._decoder.feed(data)
+            for piece in _pieces(bytes(self._bytes)):
+                self._decoder.feed(piece)
+        events: list[Event] = []
+        for piece in _pieces(data):
+            some = self._decoder.feed(piece)
+            if keeps_events:
+                events += some
         whole = data[: len(data) - self._decoder.pending]
         self._end = self._decoder.end
         if len(whole) < len(data):
@@ -156,3 +166,8 @@ class TokenLog:
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes `start <= offset < stop`, fewer where there are no more yet."""
         return bytes(self._bytes[start : min(stop, self.length)])
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    for start in range(0, len(data), PIECE_BYTES):
+        yield data[start : start + PIECE_BYTES]

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 
+from eloquent.core.events import Event
 from eloquent.errors import EloquentError, RequestError
+from eloquent_server.restoring import is_lost, restored
 from eloquent_server.store_types import StoreAwayError, StoredTurn, TurnStore
-from eloquent_server.turn import Turn
+from eloquent_server.turn import StoredPart, Turn
 
 AWAY_S = 60.0
 "How long the readers of a turn wait for a store that is away."
@@ -40,6 +42,11 @@ async def follow(
     try:
         while True:
             stored = await _claim(store, turn)
+            events: list[Event] = []
+            if not stored.is_elsewhere:
+                _, events = await restored(store, stored)
+                if is_lost(stored.record):
+                    continue
             if not is_wanted(turn):
                 # The task was cancelled in vain, while a connection was being made.
                 store.abandon(stored.record)
@@ -47,7 +54,7 @@ async def follow(
             turn.record = stored.record
             turn.grow(stored.log[turn.log.written :])
             if not stored.is_elsewhere and not turn.is_over:
-                turn.take_over(stored)
+                turn.take_over(StoredPart(tuple(events), stored.continuations))
             on_grown(turn)
             if not turn.is_elsewhere or turn.is_over:
                 return

@@ -8,6 +8,7 @@ from eloquent.core.wire import Request
 from eloquent.errors import EloquentError, RequestError
 from eloquent.serving import Reader
 from eloquent_server.admission import Admission, Principal
+from eloquent_server.restoring import is_lost, restored
 from eloquent_server.store_types import (
     StoreAwayError,
     StoreError,
@@ -15,7 +16,7 @@ from eloquent_server.store_types import (
     TurnRecord,
     TurnStore,
 )
-from eloquent_server.turn import Keeper, Turn, TurnKey, hash_of
+from eloquent_server.turn import Keeper, StoredPart, Turn, TurnKey, hash_of
 
 UNKNOWN_TURN = (
     "There is no such turn, or it is kept no longer, or the secret is not its: ask it anew, "
@@ -107,16 +108,19 @@ class Openings:
 
     async def _find(self, key: TurnKey) -> Turn | None:
         """Return the turn that the store has; an open one is this process's if nobody has it."""
-        stored = await self._store.claim(*key)
-        if stored is None:
-            return None
-        request = Request(key[1], stored.body)
-        principal = self._admission.named(key[0])
-        try:
-            return Turn(self._keeper, request, principal, stored.record, stored=stored)
-        except EloquentError:
-            self._store.let_go(stored.record)
-            raise
+        while (stored := await self._store.claim(*key)) is not None:
+            log, events = await restored(self._store, stored)
+            if not is_lost(stored.record):
+                return Turn(
+                    self._keeper,
+                    Request(key[1], stored.body),
+                    self._admission.named(key[0]),
+                    stored.record,
+                    log=log,
+                    stored=StoredPart(tuple(events), stored.continuations),
+                    is_elsewhere=stored.is_elsewhere,
+                )
+        return None
 
     async def _begin(self, key: TurnKey, opening: Opening) -> Turn:
         """Make a turn that the store does not have.

@@ -13,7 +13,7 @@ from eloquent.errors import RequestError
 from eloquent.serving import Reader
 from eloquent_server.admission import Principal
 from eloquent_server.logs import TurnClock
-from eloquent_server.store_types import StoredTurn, TurnRecord
+from eloquent_server.store_types import TurnRecord
 
 TurnKey = tuple[str, bytes]
 "Whose it is, and its id."
@@ -37,6 +37,7 @@ class StoredPart:
     """What the store has of a turn that was cut off with its server."""
 
     events: tuple[Event, ...]
+    "Empty once the turn is ended, as only going on needs them."
     continuations: tuple[bytes, ...]
     "What was given to `Turn.append` with them, in order."
 
@@ -54,19 +55,21 @@ class Turn:
         principal: Principal,
         record: TurnRecord,
         *,
-        stored: StoredTurn | None = None,
+        log: TokenLog | None = None,
+        stored: StoredPart | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
-        """`record` is the store's handle; with `stored` the turn was begun before, or elsewhere."""
+        """`record` is the store's handle; with `log` the turn was begun before, or elsewhere.
+
+        Then `stored` is what there is of it.
+        """
         self._hub = hub
         self.record = record
         self.secret_hash, self.body_hash = record.secret_hash, record.body_hash
-        self.stored: StoredPart | None = None
+        self.stored = stored
         "None: the turn began in this process."
-        self.log = TokenLog(is_held=True)
-        if stored is not None:
-            self.log, events = TokenLog.restored(stored.log)
-            self.stored = StoredPart(tuple(events), stored.continuations)
-        self.is_elsewhere = stored is not None and stored.is_elsewhere
+        self.log = TokenLog(is_held=True) if log is None else log
+        self.is_elsewhere = is_elsewhere
         "Whether another process generates it, or may: here it is only read."
         self.is_cancelled = False
         "Whether its owner wants no more of it."
@@ -173,10 +176,9 @@ class Turn:
         self.handed = self.log.written
         self.is_elsewhere = True
 
-    def take_over(self, stored: StoredTurn) -> None:
+    def take_over(self, stored: StoredPart) -> None:
         """Be generated here from now on, from what is stored."""
-        _, events = TokenLog.restored(stored.log)
-        self.stored = StoredPart(tuple(events), stored.continuations)
+        self.stored = stored
         self._restored_bytes = self.log.written
         self.is_elsewhere = False
 

@@ -2,8 +2,16 @@
 
 import pytest
 
-from eloquent.core.events import MAX_EVENT_BYTES, End, Failure, TextDelta, encode_event, log_digest
-from eloquent.core.log import TokenLog
+from eloquent.core.events import (
+    MAX_EVENT_BYTES,
+    End,
+    EventDecoder,
+    Failure,
+    TextDelta,
+    encode_event,
+    log_digest,
+)
+from eloquent.core.log import PIECE_BYTES, TokenLog
 
 
 def close(log: TokenLog, reason: str = "stop") -> End:
@@ -94,6 +102,20 @@ def test_what_was_written_after_another_log_s_events_has_the_right_digest() -> N
     close(log)
     data = log.written_from(0)
     assert TokenLog.restored(data)[0].is_closed  # it checks the digest
+
+
+def test_a_long_log_is_restored_with_its_events_or_without() -> None:
+    source = TokenLog()
+    for number in range(3 * PIECE_BYTES // 10):  # events lie across the pieces' ends
+        source.append(TextDelta(f"word {number}"))
+    end = close(source)
+    data = source.read(0, source.length)
+    log, events = TokenLog.restored(data)
+    bare, none = TokenLog.restored(data, keeps_events=False)
+    assert events == EventDecoder().feed(data)
+    assert none == []
+    assert log.read(0, log.length) == bare.read(0, bare.length) == data
+    assert log.end == bare.end == end
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
