@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.listen import Listener
 from eloquent.seldom import Seldom
 from eloquent.websocket.server import WebSocketListener
+from eloquent_server.admission import Principal
+from eloquent_server.backends.base import Tenant
 from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.drain import DRAINING, ClosableGate
 from eloquent_server.metered import MeteredBackend
@@ -41,6 +43,7 @@ class Core:
     backend: MeteredBackend
     "The same, measured."
     store: TurnStore
+    tenant_of: Callable[[Principal], Tenant]
     refusals: Mapping[str, int]
     "Requests that were refused for their key or a limit, by reason."
     seldom: Seldom = field(default_factory=lambda: Seldom(logger))
@@ -101,7 +104,9 @@ async def open_front(
         models=lambda: core.loading.models,
         why_not_ready=core.why_not_ready,
         metrics=scrape,
-        pass_through=UpstreamForward(lambda: core.loading.backend) if has_engines else None,
+        pass_through=UpstreamForward(lambda: core.loading.backend, core.tenant_of)
+        if has_engines
+        else None,
     )
     front = await listen(host, port, behind, certificate=certificate, names=names)
     metrics = Metrics(

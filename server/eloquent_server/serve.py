@@ -101,7 +101,8 @@ async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Sig
     stack.push_async_callback(loading.close)
     _work(stack, tidy(store))
     backend = MeteredBackend(loading)
-    gateway = Gateway(backend, tenant_of=tenants(options.state))
+    tenant_of = tenants(options.state)
+    gateway = Gateway(backend, tenant_of=tenant_of)
     gate = ClosableGate(keys, asyncio.get_running_loop().time)
     hub = TurnHub(gateway.handle, store, admission=gate, go_on=gateway.go_on)
     return Core(
@@ -110,6 +111,7 @@ async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Sig
         loading=loading,
         backend=backend,
         store=store,
+        tenant_of=tenant_of,
         refusals=keys.refusals,
     )
 

@@ -9,7 +9,7 @@ import pytest
 from http_front import DEADLINE_S, Scripted, front_with, until_true
 
 from eloquent.errors import RequestError
-from eloquent_server.admission import Gate
+from eloquent_server.admission import LOCAL, Gate, Principal
 from eloquent_server.http.forwarding import Forwarded, Headers
 
 Asked = tuple[str, str, Headers, bytes]
@@ -28,8 +28,11 @@ class Engine:
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
 
-    async def forward(self, method: str, target: str, headers: Headers, body: bytes) -> Forwarded:
+    async def forward(
+        self, method: str, target: str, headers: Headers, body: bytes, who: Principal = LOCAL
+    ) -> Forwarded:
         self.asked.append((method, target, headers, body))
+        self.who = who
         if self.error is not None:
             raise self.error
         down = [
@@ -79,6 +82,18 @@ async def test_a_request_goes_on_without_what_is_not_for_the_engine() -> None:
     assert (response.status_code, response.content) == (201, b"one two")
     assert response.headers["x-model"] == "m"
     assert not {"set-cookie", "x-hop"} & set(response.headers)
+
+
+async def test_the_engine_hears_whose_request_it_is() -> None:
+    class OneTenant(Gate):
+        def principal(self, key: str) -> Principal:
+            return Principal("team")
+
+    engine = Engine()
+    engine.gate.set()
+    async with front_with(Scripted(), pass_through=engine, gate=OneTenant()) as front:
+        assert (await front.http.get("/v1/responses/1")).status_code == 201
+    assert engine.who == Principal("team")
 
 
 async def test_the_answer_comes_as_it_is_made() -> None:

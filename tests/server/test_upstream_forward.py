@@ -11,6 +11,8 @@ import pytest
 from bad_engine import Asked, BadEngine, Handler, say_hello
 
 from eloquent.errors import RequestError
+from eloquent_server.admission import Principal
+from eloquent_server.backends.base import Tenant
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.backends.upstream import Patience
 from eloquent_server.backends.upstream_forward import UpstreamForward
@@ -30,7 +32,7 @@ async def behind(*engines: BadEngine, path: str = "", **options: Any) -> AsyncIt
     await backend.start()
     try:
         async with asyncio.timeout(DEADLINE_S):
-            yield UpstreamForward(lambda: backend)
+            yield UpstreamForward(lambda: backend, lambda who: Tenant(salt=f"of {who.name}"))
     finally:
         await backend.close()
 
@@ -111,6 +113,19 @@ async def test_a_salt_of_the_clients_is_dropped() -> None:
         said = b'{"cache_salt":"mine","prompt":"hi","top_p":0.10}'
         await body_of(await engines.forward("POST", "/v1/completions", JSON, said))
         assert engine.chats[0].body == b'{"prompt":"hi","top_p":0.10}'
+
+
+async def test_each_tenant_has_a_salt_of_its_own() -> None:
+    async with BadEngine(replying(200, "")) as engine, behind(engine, salt=True) as engines:
+        for body in (b'{"prompt":"hi"}', b'{"cache_salt":"of b"}', b""):
+            await body_of(
+                await engines.forward("POST", "/v1/completions", JSON, body, Principal("a"))
+            )
+        assert [asked.body for asked in engine.chats] == [
+            b'{"prompt":"hi","cache_salt":"of a"}',
+            b'{"cache_salt":"of a"}',
+            b"",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -195,5 +210,7 @@ async def test_another_engine_is_asked_where_one_cannot_be_reached() -> None:
 @pytest.mark.parametrize("backend", [None, EchoBackend()])
 async def test_before_the_engines_are_known_nothing_is_passed_on(backend: Any) -> None:
     with pytest.raises(RequestError) as raised:
-        await UpstreamForward(lambda: backend).forward("GET", "/v1/files", [], b"")
+        await UpstreamForward(lambda: backend, lambda who: Tenant()).forward(
+            "GET", "/v1/files", [], b""
+        )
     assert raised.value.code == "unavailable"

@@ -7,7 +7,8 @@ import httpx2
 import msgspec
 
 from eloquent.errors import RequestError
-from eloquent_server.backends.base import Backend
+from eloquent_server.admission import LOCAL, Principal
+from eloquent_server.backends.base import Backend, Tenant
 from eloquent_server.backends.upstream import Headers, Upstream
 from eloquent_server.backends.upstream_errors import UpstreamError
 from eloquent_server.backends.upstreams import UpstreamBackend
@@ -28,21 +29,30 @@ LATIN = "latin-1"
 class UpstreamForward:
     """Passes requests on to the engines of an `UpstreamBackend`; a `PassThrough`."""
 
-    def __init__(self, backend_of: Callable[[], Backend | None]) -> None:
+    def __init__(
+        self,
+        backend_of: Callable[[], Backend | None],
+        tenant_of: Callable[[Principal], Tenant],
+    ) -> None:
         """`backend_of` returns the backend, once it is there."""
         self._backend_of = backend_of
+        self._tenant_of = tenant_of
 
-    async def forward(self, method: str, target: str, headers: Headers, body: bytes) -> Forwarded:
+    async def forward(
+        self, method: str, target: str, headers: Headers, body: bytes, who: Principal = LOCAL
+    ) -> Forwarded:
         """See `PassThrough.forward`.
 
         The engine is the least busy that is up and has the model that the body names; the next is
-        asked where one cannot be reached. A `cache_salt` is dropped, as from chats; so what an
-        engine might read one from and this server cannot read is refused (`invalid_request`).
+        asked where one cannot be reached. The tenant's `cache_salt` takes the place of the
+        client's, as in chats; so what an engine might read one from and this server cannot read
+        is refused (`invalid_request`).
         """
         backend = self._backend_of()
         if not isinstance(backend, UpstreamBackend):
             raise RequestError("unavailable", NOT_READY)
-        model, body = _read(body, _is_form(headers))
+        salt = backend.salt_for(self._tenant_of(who))
+        model, body = _read(body, salt, is_form=_is_form(headers))
         order = sorted(
             backend.upstreams,
             key=lambda each: (not each.has(model), not each.is_up, each.in_flight),
@@ -89,8 +99,8 @@ def _is_form(headers: Headers) -> bool:
     return len(kinds) == 1 and kinds[0].startswith("multipart/form-data")
 
 
-def _read(body: bytes, is_form: bool) -> tuple[str, bytes]:
-    """Return the model that a body asks for, empty if none, and the body without `cache_salt`.
+def _read(body: bytes, salt: str, *, is_form: bool) -> tuple[str, bytes]:
+    """Return the model that a body asks for, empty if none, and the body with another salt or none.
 
     Engines' own readers take more for JSON than the standard does: NaN, a mark at the beginning,
     UTF-16.
@@ -106,8 +116,10 @@ def _read(body: bytes, is_form: bool) -> tuple[str, bytes]:
         if is_form:
             return "", body
         raise RequestError("invalid_request", NOT_JSON.format(error)) from error
-    has_salt = fields.pop("cache_salt", None) is not None
-    return _model_in(fields), msgspec.json.encode(fields) if has_salt else body
+    model, had_salt = _model_in(fields), fields.pop("cache_salt", None) is not None
+    if salt:
+        fields["cache_salt"] = msgspec.Raw(msgspec.json.encode(salt))
+    return model, msgspec.json.encode(fields) if salt or had_salt else body
 
 
 def _model_in(fields: dict[str, msgspec.Raw]) -> str:

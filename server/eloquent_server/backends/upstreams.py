@@ -21,6 +21,7 @@ from eloquent_server.backends.base import (
     Continuation,
     Finish,
     StoredAnswer,
+    Tenant,
 )
 from eloquent_server.backends.upstream import Patience, Upstream, open_client
 from eloquent_server.backends.upstream_errors import UpstreamError
@@ -91,6 +92,10 @@ class UpstreamBackend:
         await asyncio.gather(*(each.probe() for each in self._upstreams))
         for each in self._upstreams:
             self._probing.append(asyncio.ensure_future(self._watch(each)))
+
+    def salt_for(self, tenant: Tenant) -> str:
+        """Return the `cache_salt` that goes to engines with what a tenant asks; empty: none."""
+        return tenant.salt if self._salt else ""
 
     @property
     def upstreams(self) -> Sequence[Upstream]:
@@ -163,7 +168,7 @@ class UpstreamBackend:
                 yield Finish("length", 0, tokens, model=model)
                 return
             said_before = len(told)
-            body = chat.encode(model, salt if self._salt else "")
+            body = chat.encode(model, self.salt_for(asker.tenant))
             try:
                 async with aclosing(upstream.answer(body, model)) as events:
                     async for event in events:

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from starlette.applications import Starlette
@@ -152,7 +153,7 @@ class Front:
         query = http.scope["query_string"].decode("ascii")
         target = http.scope["raw_path"].decode("ascii") + (f"?{query}" if query else "")
         headers = passed_up(http.headers.items())
-        passing = Passing(behind, http.method, target, headers, body)
+        passing = Passing(partial(behind.forward, http.method, target, headers, body, principal))
         admission.admit(principal, len(body))
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:

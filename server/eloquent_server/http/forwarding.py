@@ -6,15 +6,15 @@ and names of ours do not leave the server.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, cast
 
 from starlette.types import Receive, Scope, Send
 
 from eloquent.errors import RequestError
+from eloquent_server.admission import LOCAL, Principal
 from eloquent_server.http.responses import error_response, until_gone
 
 Headers = list[tuple[str, str]]
@@ -58,25 +58,25 @@ class Forwarded:
 class PassThrough(Protocol):
     """An engine behind the server."""
 
-    async def forward(self, method: str, target: str, headers: Headers, body: bytes) -> Forwarded:
-        """Send a request and return as soon as there is a status.
+    async def forward(
+        self, method: str, target: str, headers: Headers, body: bytes, who: Principal = LOCAL
+    ) -> Forwarded:
+        """Send a request of somebody's and return as soon as there is a status.
 
         `target` is the path from `/v1` on, with its query; `headers` have no key, which is the
         callee's to add, nor any of the connection.
 
         Raises:
-            RequestError: `upstream_error`, `upstream_timeout`, `unavailable`.
+            RequestError: `upstream_error`, `upstream_timeout`, `unavailable`, `invalid_request`.
         """
 
 
 class Passing:
     """Passes one request on, and its answer back as it comes; an ASGI application."""
 
-    def __init__(
-        self, behind: PassThrough, method: str, target: str, headers: Headers, body: bytes
-    ) -> None:
-        """The arguments are those of `PassThrough.forward`."""
-        self._forward = partial(behind.forward, method, target, headers, body)
+    def __init__(self, forward: Callable[[], Awaitable[Forwarded]]) -> None:
+        """`forward` is a request's `PassThrough.forward`."""
+        self._forward = forward
         self.answer_bytes = 0
         "How many came."
 
