@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
@@ -65,14 +66,15 @@ class CertificateFiles:
         self._seen = self._state()
         try:
             shown = x509.load_pem_x509_certificates(self._certificate.read_bytes())
-        except (OSError, ValueError) as error:
+            public_key = shown[0].public_key()
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigurationError(
                 f"The certificate in {self._certificate} cannot be used ({error}): give a PEM file "
                 "that has the server's certificate first and then its chain, with --cert."
             ) from error
         key = self._read_key()
         certificate = ServerCertificate(shown[0], key, tuple(shown[1:]))
-        if shown[0].public_key() != key.public_key():
+        if public_key != key.public_key():
             raise ConfigurationError(
                 f"The key in {self._key} is not that of the certificate in {self._certificate}: "
                 "give two files that belong together with --cert and --cert-key; the server's own "
@@ -89,6 +91,12 @@ class CertificateFiles:
         except ssl.SSLError as error:
             raise ConfigurationError(
                 f"TLS does not take the certificate in {self._certificate} ({error}). {KINDS}"
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"The certificate in {self._certificate} cannot be made ready for TLS "
+                f"({error.strerror}): that takes a directory for temporary files (TMPDIR) with "
+                "some room."
             ) from error
         self._until = until
         return certificate
@@ -111,7 +119,7 @@ class CertificateFiles:
     def _read_key(self) -> PrivateKey:
         try:
             key = serialization.load_pem_private_key(self._key.read_bytes(), password=None)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise ConfigurationError(
                 f"The private key in {self._key} cannot be used ({error}): give a PEM file without "
                 "a password, which this user can read, with --cert-key."
@@ -148,25 +156,31 @@ async def follow(
 
     `shown` are what shows it.
 
-    Files that cannot be used are logged, once, and the certificate before stays.
+    Files that cannot be used are logged, once, and the certificate before stays. They are read
+    again each time: what was wrong may have been the system's.
     """
+    said = ""
+    "What is wrong with the files, as far as the log has it."
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(every_s):
                 await asked.wait()
         files.warn_if_late()
-        if not asked.is_set() and not files.has_changed():
+        if not (said or asked.is_set() or files.has_changed()):
             continue
-        asked.clear()
         try:
             certificate = files.read()
-        except ConfigurationError as error:
-            logger.error("The certificate stays what it was. %s", error)
-        else:
             for show in shown:
                 show(certificate)
+        except (ConfigurationError, OSError) as error:
+            if asked.is_set() or str(error) != said:
+                logger.error("The certificate stays what it was. %s", error)
+            said = str(error)
+        else:
+            said = ""
             until = certificate.certificate.not_valid_after_utc
             logger.info("The certificate was read anew; good until %s", until.isoformat())
+        asked.clear()
 
 
 def chosen_certificate(

@@ -141,6 +141,40 @@ def test_what_cannot_be_used_is_named(authority: Authority, tmp_path: Path) -> N
         CertificateFiles(cert, key).read()
 
 
+SM2_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqBHM9VAYItBG0wawIBAQQg7otRBf18Ac9a2br5
+zu7z+lKJtAx1xOYBSSOe4OGC5PmhRANCAATLkXoHE9WWFb5LbE2hgI20nDgALXbM
+nhWQm+P67qfnX2Q1HW5WURKtj0YYDWzQt4sRkmLc2RXX88RB2mBbArag
+-----END PRIVATE KEY-----
+"""
+SM2_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBgzCCASmgAwIBAgIUGB+GvehEJmZmbitHemQ+5d3cJHMwCgYIKoEcz1UBg3Uw
+DDEKMAgGA1UEAwwBeDAeFw0yNjExMjIxNzQ3MTZaFw0yNjEyMjIxNzQ3MTZaMAwx
+CjAIBgNVBAMMAXgwWTATBgcqhkjOPQIBBggqgRzPVQGCLQNCAATLkXoHE9WWFb5L
+bE2hgI20nDgALXbMnhWQm+P67qfnX2Q1HW5WURKtj0YYDWzQt4sRkmLc2RXX88RB
+2mBbArago2kwZzAdBgNVHQ4EFgQU12OIKq2QTWLYDftQD8DhVwKT4+gwHwYDVR0j
+BBgwFoAU12OIKq2QTWLYDftQD8DhVwKT4+gwDwYDVR0TAQH/BAUwAwEB/zAUBgNV
+HREEDTALgglsb2NhbGhvc3QwCgYIKoEcz1UBg3UDSAAwRQIgM/G8V7YLLbnqiVmS
+giTXAwHSGTn+G1DonuDp9Jne66QCIQDCp13m1lEJy/Gd6VEZ9HejPPSmBW+/hAoY
+LXbFAkbuMQ==
+-----END CERTIFICATE-----
+"""
+"Made with openssl, for `localhost`."
+
+
+def test_kinds_that_the_library_does_not_know_are_refused_too(
+    authority: Authority, tmp_path: Path
+) -> None:
+    cert, key = authority.issue(HOST).write(tmp_path)
+    for path, text, named in (
+        (key, SM2_KEY, "private key"),
+        (cert, SM2_CERTIFICATE, "certificate"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=f"{named} in .* cannot be used"):
+            CertificateFiles(cert, key).read()
+
+
 def test_an_expired_one_is_refused(authority: Authority, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"was good until .*renew it"):
         files_of(authority.issue(HOST, days=1), tmp_path).read()
@@ -293,5 +327,28 @@ async def test_a_broken_new_pair_keeps_the_old_one_and_is_logged_once(
     assert "stays what it was" in caplog.text
     assert "not that of the certificate" in caplog.text
     (tmp_path / "server.key").write_bytes(new.key_pem())
+    assert (await following.next()).certificate == new.certificate
+    await following.stop()
+
+
+async def test_what_was_in_the_way_of_a_new_pair_for_a_while_is_no_reason_to_keep_the_old_one(
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """TLS takes certificates from files alone, so it needs a place for temporary ones."""
+    files = files_of(authority.issue(HOST), tmp_path)
+    files.read()
+    following = Following(files, every_s=0.01)
+    with monkeypatch.context() as full:
+        full.setattr("tempfile.tempdir", str(tmp_path / "a full disk"))
+        new = authority.issue(HOST)
+        new.write(tmp_path)
+        async with asyncio.timeout(DEADLINE_S):
+            while not caplog.records:  # noqa: ASYNC110 (a log is a list)
+                await asyncio.sleep(0.01)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "TMPDIR" in caplog.text
     assert (await following.next()).certificate == new.certificate
     await following.stop()
