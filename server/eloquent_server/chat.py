@@ -131,16 +131,22 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 _decoder = msgspec.json.Decoder(ChatRequest)
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def parse_chat_body(body: bytes) -> ChatRequest:
-    """Check a JSON chat body.
+    """Check a JSON chat body; a field that is null counts as left out.
 
     Raises:
         RequestError: `invalid_request`; the message names the field and what is wrong with it.
     """
     try:
-        return _decoder.decode(body)
+        try:
+            return _decoder.decode(body)
+        except msgspec.ValidationError:
+            given = _fields_decoder.decode(body).items()
+            fields = {name: value for name, value in given if bytes(value) != b"null"}
+            return _decoder.decode(msgspec.json.encode(fields))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(
             "invalid_request",

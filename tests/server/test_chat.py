@@ -28,6 +28,14 @@ def test_stop_is_a_string_or_several(stop: Any, strings: tuple[str, ...]) -> Non
     assert parse(stop=stop).stop_strings == strings
 
 
+def test_a_field_that_is_null_is_left_out() -> None:
+    """As OpenAI has it; some programs write all fields that there are."""
+    nothing = {"n": None, "stream": None, "presence_penalty": None, "seed": None, "tools": None}
+    assert parse(**nothing) == parse()
+    with pytest.raises(RequestError, match="messages"):
+        parse_chat_body(b'{"messages": null, "n" : null }')
+
+
 @pytest.mark.parametrize("salt", ["mine", "", 5, None])
 def test_a_client_does_not_say_whose_prefixes_are_shared(salt: Any) -> None:
     assert parse(cache_salt=salt).messages == parse().messages
