@@ -56,19 +56,22 @@ async def local_client(
     model: str | None = None,
     *,
     on_progress: OnProgress = lambda line: None,
+    on_end: Callable[[LocalServerError], None] = lambda error: None,
     **options: Any,
 ) -> AsyncIterator[Client]:
     """Run a server as `local_server` does, and give a client of it; `options` are `Client`'s.
 
     If the server ends before the block does, the client's turns fail at once with
-    `LocalServerError`, those that run and those asked later.
+    `LocalServerError`, those that run and those asked later, and `on_end` is called with it.
 
     Raises:
         LocalServerError: the server cannot be started, or ended before it was ready.
     """
 
     async def watch(client: Client, ending: Ending) -> None:
-        client.fail(await ending("while it was in use: run the command anew"))
+        error = await ending("while it was in use: run the command anew")
+        client.fail(error)
+        on_end(error)
 
     async with (
         _running(model, on_progress) as (url, ending),

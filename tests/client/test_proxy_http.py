@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -85,9 +86,10 @@ def asking(host: str, *headers: str) -> bytes:
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode()
 
 
-async def curl(base: str, *arguments: str) -> Process:
+async def curl(base: str, question: str = "Hello") -> Process:
+    body = json.dumps(ASKED | {"messages": [{"role": "user", "content": question}]})
     return await asyncio.create_subprocess_exec(
-        "curl", "-sN", f"{base}{CHAT}", "-d", json.dumps(ASKED), *arguments, stdout=PIPE
+        "curl", "-sN", f"{base}{CHAT}", "-d", body, stdout=PIPE
     )
 
 
@@ -216,6 +218,31 @@ async def test_without_a_url_it_starts_a_server() -> None:
         _, errors = await running.process.communicate()
     assert running.process.returncode == 0
     assert b"Traceback" not in errors
+
+
+def child_of(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+async def test_it_ends_with_the_server_that_it_started() -> None:
+    async with proxy("--model", "echo") as running:
+        server = child_of(running.process.pid)
+        asked = await curl(running.base, "some twenty seconds of words " * 200)
+        assert asked.stdout is not None
+        while b"twenty" not in await asked.stdout.readline():
+            pass
+        os.kill(server, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE_S):
+            rest, _ = await asked.communicate()
+            _, errors = await running.process.communicate()
+    assert said(rest.decode())[-1]["error"]["code"] == "unavailable"
+    assert running.process.returncode == 1
+    assert (
+        errors.decode()
+        .splitlines()[-1]
+        .startswith("eloquent: The server started on this machine ended with exit code -9")
+    )
 
 
 async def test_what_it_cannot_do_it_says() -> None:

@@ -35,7 +35,10 @@ KEEP_ALIVE_S = 8
 more, so that a request does not cross its end."""
 
 STOP_S = 1
-"After a signal, programs have so long to take their last words."
+"At the end programs have so long to take their last words."
+
+Died = asyncio.Future[LocalServerError]
+"Tells of the end of the server that the proxy started."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,7 @@ async def run_proxy(options: ProxyOptions) -> None:
 
     Raises:
         ConfigurationError: the address cannot be had, or options do not go together.
-        LocalServerError: there is no URL, and the server on this machine does not start.
+        LocalServerError: there is no URL, and the server on this machine does not start, or ends.
     """
     if not options.allow_remote and not is_loopback(options.host):
         raise ConfigurationError(
@@ -66,15 +69,16 @@ async def run_proxy(options: ProxyOptions) -> None:
         )
     key = _key(options.key_env)
     listening = _listen(options.host, options.port)
-    link = LinkWatch(asyncio.get_running_loop().time)
+    loop = asyncio.get_running_loop()
+    link, died = LinkWatch(loop.time), loop.create_future()
     with contextlib.closing(listening):
-        async with _client(options, link) as client:
+        async with _client(options, link, died) as client:
             handler = Handler(client, link, key=key, grace_s=options.grace_s)
             app = ProxyApp(handler, is_local=not options.allow_remote)
-            await _serve(app, listening, handler)
+            await _serve(app, listening, handler, died)
 
 
-async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> None:
+async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler, died: Died) -> None:
     config = uvicorn.Config(
         app,
         http="h11",
@@ -104,9 +108,12 @@ async def _serve(app: ProxyApp, listening: socket.socket, handler: Handler) -> N
     serving = asyncio.ensure_future(server.serve([listening]))
     stopping = asyncio.ensure_future(server.stopped.wait())
     try:
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((serving, stopping, died), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
         await handler.close()
         await serving
+        if died.done():
+            raise died.result()
     finally:
         stopping.cancel()
 
@@ -134,12 +141,14 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _client(options: ProxyOptions, link: LinkWatch) -> AsyncIterator[Client]:
+async def _client(options: ProxyOptions, link: LinkWatch, died: Died) -> AsyncIterator[Client]:
     """Give a client of the server, or of one that runs on this machine as long."""
     made = {"qlog_dir": options.qlog, **client_options(link)}
     if options.url is None:
         try:
-            async with local_client(options.model, on_progress=_print_progress, **made) as client:
+            async with local_client(
+                options.model, on_progress=_print_progress, on_end=died.set_result, **made
+            ) as client:
                 yield client
         except LocalServerError as error:
             # What the server said has been printed as it said it.
