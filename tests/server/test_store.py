@@ -273,6 +273,22 @@ async def test_the_store_has_a_size_limit_and_ended_turns_make_room(
     await store.close()
 
 
+async def test_ended_turns_take_about_as_much_of_the_disk_as_they_count(
+    path: Path, clock: Clock
+) -> None:
+    store = open_store(path, clock)
+    for number in range(20):
+        record = create(store, bytes([number]) * 16)
+        for token in range(500):
+            store.append(record, 7 * token, b"a token", continuation=b"id")
+        assert await stored(store.close_turn, record, 3500, b"the end") is None
+        found = await load(store, record.turn_id)
+        assert found.log == 500 * b"a token" + b"the end"
+    size = store.size
+    await store.close()
+    assert path.stat().st_size < 2 * size  # noqa: ASYNC240 (nothing else runs)
+
+
 async def test_an_ended_turn_expires_and_leaves_a_tombstone(
     store: TokenStore, clock: Clock
 ) -> None:
