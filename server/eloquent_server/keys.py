@@ -199,7 +199,7 @@ def read_keys(path: Path) -> Keys:
     except (OSError, ValueError, msgspec.ValidationError) as error:
         raise ConfigurationError(
             f"The keys in {path} cannot be used: {error}. `eloquent keys new NAME` prints how an "
-            "entry looks; see docs/operations.md, 'Keys'."
+            "entry looks; see docs/operations.md, 'Who may ask'."
         ) from error
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
         logger.warning(
