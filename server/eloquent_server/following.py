@@ -69,7 +69,7 @@ async def follow(
         raise
     except EloquentError as error:
         logger.error("turn %s cannot be followed: %s", turn.name, error)
-        raise RequestError("unavailable", LOST) from error
+        raise RequestError("internal_error", LOST) from error
 
 
 async def _claim(store: TurnStore, turn: Turn) -> StoredTurn:

@@ -98,7 +98,7 @@ class Openings:
             self._refuse(key, RequestError("overloaded", AWAY, AWAY_RETRY_S))
         except EloquentError as error:
             logger.error("turn %s cannot be brought back: %s", key[1].hex(), error)
-            self._refuse(key, RequestError("unavailable", UNREADABLE))
+            self._refuse(key, RequestError("internal_error", UNREADABLE))
         else:
             self._on_open(turn, self._of_key.pop(key))
 

@@ -1,8 +1,9 @@
 """The hub: turns that outlive their readers. The store is real, the readers write down all."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -450,6 +451,26 @@ async def test_an_answer_for_which_there_is_no_more_room_ends_with_what_there_is
     store = TokenStore.open(path)
     assert (store.turns, store.unfinished()) == (1, [])
     await store.close()
+
+
+async def test_a_turn_that_cannot_be_read_is_not_asked_again_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "turns.sqlite"
+    turn_id, secret = names()
+    script = Script("said")
+    async with hub_with(script, path) as hub:
+        reader = Notes(turn_id, secret)
+        hub.on_request(reader)
+        script.go()
+        await reader.finished()
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("UPDATE chunk SET data = x'FFFFFFFF'")
+        file.commit()
+    async with hub_with(script, path) as hub:
+        again = Notes(turn_id, secret, body=b"")
+        hub.on_request(again)
+        await again.finished()
+        assert again.rejected is not None
+        assert again.rejected[0] == "internal_error"  # clients take `unavailable` for a moment's
 
 
 async def test_a_turn_that_is_deleted_is_cancelled_and_never_generated_again() -> None:
