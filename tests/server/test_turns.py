@@ -463,7 +463,8 @@ async def test_a_turn_that_cannot_be_read_is_not_asked_again_and_again(tmp_path:
         script.go()
         await reader.finished()
     with closing(sqlite3.connect(path)) as file:
-        file.execute("UPDATE chunk SET data = x'FFFFFFFF'")
+        ((log,),) = file.execute("SELECT data FROM chunk")
+        file.execute("UPDATE chunk SET data = ?", (log.replace(b"said", b"paid"),))
         file.commit()
     async with hub_with(script, path) as hub:
         again = Notes(turn_id, secret, body=b"")
