@@ -291,11 +291,57 @@ async def test_over_tls_it_is_the_same_and_another_certificate_can_be_shown() ->
         assert shown == [first.pin, second.pin]
 
 
-async def _shown(front: Front) -> str:
-    """Return the pin of the certificate that a new connection is shown."""
+REFUSED = b"PUT /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def test_over_tls_a_connection_is_of_use_after_a_refusal_that_came_before_the_body() -> None:
+    """There is no half of an end over TLS that would tell the client otherwise."""
+    certificate = make_certificate("127.0.0.1", NOW)
+    async with front_with(Scripted(), certificate=certificate) as front:
+        reader, writer = await connect(front, ssl=_trusting())
+        for _ in range(3):
+            writer.write(REFUSED + b"Content-Length: 5\r\n\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+            assert head.startswith(b"HTTP/1.1 405")
+            await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+            writer.write(b"bo")
+            await asyncio.sleep(0.01)
+            writer.write(b"dy!" + HEALTH)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+            assert head.startswith(b"HTTP/1.1 200")
+            await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S)
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\0not a chunk\r\n", b"10000\r\n" + bytes(MEGABYTE)], ids=["garbage", "much"]
+)
+async def test_over_tls_what_follows_a_refusal_is_not_read_without_end(
+    rest: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CLOSE_S", 10 * DEADLINE_S)
+    certificate = make_certificate("127.0.0.1", NOW)
+    async with front_with(Scripted(), certificate=certificate) as front:
+        reader, writer = await connect(front, ssl=_trusting())
+        writer.write(REFUSED + b"Transfer-Encoding: chunked\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+        writer.write(rest)
+        await is_over(reader)
+        writer.close()
+        await until_true(lambda: front.listener.connections == 0)
+    assert "Traceback" not in caplog.text
+
+
+def _trusting() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    _, writer = await connect(front, ssl=context)
+    return context
+
+
+async def _shown(front: Front) -> str:
+    """Return the pin of the certificate that a new connection is shown."""
+    _, writer = await connect(front, ssl=_trusting())
     der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return hashlib.sha256(der).hexdigest()

@@ -71,6 +71,8 @@ class Connection(H11Protocol):
         self._stuck: asyncio.TimerHandle | None = None
         self._passed_over: int | None = None
         "How many bytes came after the response to a request that is not whole."
+        self._closing: asyncio.TimerHandle | None = None
+        "Ends the connection then."
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`: there is TCP."""
@@ -90,9 +92,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         if self._passed_over is not None:
-            self._passed_over += len(data)
-            if self._passed_over > MAX_PASSED_OVER_BYTES:
-                self.transport.abort()
+            self._pass_over(data)
         elif self._below is not None:
             self._early += data
         else:
@@ -119,7 +119,7 @@ class Connection(H11Protocol):
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.loop.call_later(CLOSE_S, self.transport.abort)
+        self._closing = self.loop.call_later(CLOSE_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
@@ -134,6 +134,9 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in JSON; called by `H11Protocol`."""
         self._all.refused["malformed_request"] += 1
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
         body = msgspec.json.encode(error_body("malformed_request", MALFORMED))
         headers = [
             ("content-type", "application/json"),
@@ -144,6 +147,20 @@ class Connection(H11Protocol):
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+    def _pass_over(self, data: bytes) -> None:
+        """Take what comes after the response to a request that was not whole."""
+        assert self._passed_over is not None
+        self._passed_over += len(data)
+        if self._passed_over > MAX_PASSED_OVER_BYTES:
+            self.transport.abort()
+        elif not self.transport.can_write_eof():
+            # TLS: the client has not heard that this is the end, so it is none if it can be helped.
+            super().data_received(data)
+            if self.conn.our_state is not h11.DONE and self._closing is not None:
+                self._closing.cancel()
+                self._passed_over = self._closing = None
+                self._wait_for_headers()
 
     def give_up(self) -> None:
         """End a connection on which no request came in time, or that must make room."""
