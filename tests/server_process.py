@@ -30,6 +30,11 @@ class ServerProcess:
         return self._stderr.read_text()
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def has_ended(self) -> bool:
         """Whether the process is over."""
         return self._process.returncode is not None

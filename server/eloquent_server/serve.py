@@ -1,9 +1,12 @@
 """Running a server: load the backend, listen, and stop in an orderly way."""
 
 import asyncio
+import contextlib
 import datetime
+import errno
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -17,6 +20,7 @@ from eloquent.errors import ConfigurationError
 from eloquent.quic import listen as quic
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.qlog import QlogDirectory
+from eloquent.seldom import Seldom
 from eloquent.serving import TurnService
 from eloquent.websocket import server as websocket
 from eloquent_server.admission import open_gate
@@ -46,6 +50,15 @@ PLAIN = (
     "certificate (--cert), or listen on this machine alone, behind a proxy that has one."
 )
 
+MAX_FILES = 65536
+"So many the process asks for, if the system allows them: each TCP connection takes one."
+
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_FILE_LEFT = (
+    "There is no file left for another connection over TCP (%s): raise `ulimit -n`, see "
+    "docs/operations.md, 'Limits'."
+)
+
 FREE_PORT_TRIES = 10
 "A port that is free for UDP may be taken for TCP; then another is tried."
 
@@ -66,6 +79,8 @@ async def run_server(options: ServerOptions) -> None:
         StoreError: the turns cannot be kept where they are to be.
     """
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_fault_handler())
+    _take_files()
     signals = Signals(loop)
     if options.exit_with_parent:
         _watch_parent(loop, signals.end)
@@ -91,6 +106,8 @@ async def run_server(options: ServerOptions) -> None:
 
 async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Signals) -> Core:
     """Open the store and begin to load the model; both end when `stack` is left."""
+    if options.max_turns is not None and options.max_turns < 1:
+        raise ConfigurationError("--max-turns is at least 1; without it there is no such limit.")
     keys = open_gate(options.keys, host=_most_open(options), max_turns=options.max_turns)
     if options.keys is not None:
         signals.on_hangup(keys.reload)
@@ -206,6 +223,32 @@ def _most_open(options: ServerOptions) -> str:
     """Return the one of the hosts to listen on that more people reach."""
     is_open = options.http is not None and is_for_others(options.http)
     return address_of(options.http)[0] if is_open and options.http else options.host
+
+
+def _take_files() -> None:
+    """Have as many files as the system allows this process, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has other limits, too.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _fault_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Return what logs the event loop's faults.
+
+    One that anybody can cause, by connecting, is a line now and then: asyncio makes thousands.
+    """
+    seldom = Seldom(logger)
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+            seldom.warn(loop.time(), NO_FILE_LEFT % error.strerror)
+        else:
+            loop.default_exception_handler(context)
+
+    return handle
 
 
 def _work(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
