@@ -55,13 +55,17 @@ async def test_it_takes_all_the_files_that_it_may_have(tmp_path: Path) -> None:
     assert float(line.split()[1]) > 256
 
 
+def files_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit(2)")
 async def test_without_a_file_for_a_connection_it_says_so_and_does_not_fill_the_log(
     tmp_path: Path,
 ) -> None:
     async with server_process(tmp_path, "--http", "0") as server:
         port = int((await server.line()).rpartition(":")[2])
-        held = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+        held = files_of(server.pid)
         _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (held + 3, hard))
         with contextlib.ExitStack() as stack:
