@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eloquent.addresses import is_loopback
-from eloquent.errors import ConfigurationError, RequestError
+from eloquent.errors import RequestError
 from eloquent.seldom import Seldom
 from eloquent_server.keys import Key, KeyFile
 from eloquent_server.limits import TURN_ENDS_IN_S, KeyLimits, Usage
@@ -164,12 +164,8 @@ def open_gate(
     """Return the gate of a server that listens on `host`; warn if it lets everybody in.
 
     Raises:
-        ConfigurationError: the file of keys cannot be used, or nobody could ever ask.
+        ConfigurationError: the file of keys cannot be used.
     """
-    if max_turns is not None and max_turns < 1:
-        raise ConfigurationError(
-            "--max-turns is above 0; leave it out for as many answers at once as are asked for."
-        )
     if keys is None and not is_loopback(host):
         logger.warning(EVERYBODY, host)
     file = None if keys is None else KeyFile(keys)

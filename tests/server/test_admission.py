@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eloquent.errors import ConfigurationError, RequestError
+from eloquent.errors import RequestError
 from eloquent.seldom import EVERY_S
 from eloquent_server.admission import LOCAL, Gate, Principal, open_gate
 from eloquent_server.keys import KeyFile, entry_for
@@ -157,12 +157,6 @@ def test_the_bound_on_all_turns_needs_no_keys() -> None:
     with pytest.raises(RequestError) as raised:
         gate.admit(LOCAL, 1)
     assert raised.value.code == "overloaded"
-
-
-@pytest.mark.parametrize("most", [0, -1])
-def test_a_bound_that_lets_nobody_ask_is_refused_at_the_start(most: int) -> None:
-    with pytest.raises(ConfigurationError, match="--max-turns is above 0"):
-        open_gate(None, host="127.0.0.1", max_turns=most)
 
 
 def test_new_limits_hold_at_once_and_remember_open_turns(path: Path) -> None:
