@@ -85,7 +85,7 @@ def ask(
             client = local_client(model, on_progress=_print_progress, qlog_dir=qlog)
         else:
             client = Client(server_url, key=_key(key_env), qlog_dir=qlog)
-        asyncio.run(_ask(server_url, client, body, as_json=json, pace=pace))
+        asyncio.run(_ask(server_url, client, body, as_json=json, pace=pace, key_env=key_env))
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +108,7 @@ def resume(
         key_env: The environment variable that has the key, where the server wants one.
     """
     logging.getLogger().addHandler(logging.NullHandler())
-    asyncio.run(_resume(parse_url(url), _key(key_env), name, offset, is_owner=not watch))
+    asyncio.run(_resume(parse_url(url), name, offset, is_owner=not watch, key_env=key_env))
 
 
 def chat(
@@ -190,7 +190,8 @@ async def _ask(
     body: dict[str, Any],
     *,
     as_json: bool,
-    pace: PaceMode,
+    pace: PaceMode = "off",
+    key_env: str = KEY_ENV,
 ) -> None:
     try:
         async with client as connected, connected.stream(**body) as stream:
@@ -205,23 +206,28 @@ async def _ask(
                 if url is None or isinstance(error, APITimeoutError):
                     raise  # what takes too long is cancelled: nothing goes on
                 _save_ticket(connected)
-                raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
+                how = _how_to_resume(stream, url, key_env)
+                raise APIConnectionError(f"{error} {how}") from error
     except LocalServerError as error:
         # What the server said has been printed as it said it.
         raise LocalServerError(error.message) from error
 
 
-def _how_to_resume(stream: MessageStream, url: ServerUrl) -> str:
+def _how_to_resume(
+    stream: MessageStream, url: ServerUrl, key_env: str, *, is_owner: bool = True
+) -> str:
+    options = "" if is_owner else " --watch"
+    options += "" if key_env == KEY_ENV else f" --key-env {key_env}"
     return (
         f"To go on later: eloquent resume {stream.turn_id}:{stream.secret} "
-        f"--offset {stream.offset} --url '{url}'"
+        f"--offset {stream.offset} --url '{url}'{options}"
     )
 
 
 async def _resume(
-    url: ServerUrl, key: str, name: str, offset: int | None, *, is_owner: bool
+    url: ServerUrl, name: str, offset: int | None, *, is_owner: bool, key_env: str = KEY_ENV
 ) -> None:
-    async with resuming(url, key) as client:
+    async with resuming(url, _key(key_env)) as client:
         stream = client.resume(name, offset=offset, is_owner=is_owner)
         async with stream:
             try:
@@ -229,7 +235,8 @@ async def _resume(
             except APIConnectionError as error:
                 if is_owner and isinstance(error, APITimeoutError):
                     raise
-                raise APIConnectionError(f"{error} {_how_to_resume(stream, url)}") from error
+                how = _how_to_resume(stream, url, key_env, is_owner=is_owner)
+                raise APIConnectionError(f"{error} {how}") from error
 
 
 @asynccontextmanager

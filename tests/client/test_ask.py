@@ -3,16 +3,24 @@
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Awaitable
+from typing import Any
 
 import pytest
 from loopback import DEADLINE_S, Hanging, StartServer, saying
+from rungs import URL, serving, virtually
+from telling import Telling
 
+from eloquent.cli import make_app
 from eloquent.core.events import TextDelta, encode_event
 from eloquent.errors import ConfigurationError
-from eloquent_client import APITimeoutError, Client, commands
+from eloquent.url import parse_url
+from eloquent_client import APIConnectionError, APITimeoutError, Client, commands
+from eloquent_netem.vloop import VirtualNetwork
 from eloquent_server.backends.echo import EchoBackend
 from eloquent_server.gateway import Gateway
 from eloquent_server.turns import Turn
@@ -224,12 +232,55 @@ async def test_the_key_comes_from_the_environment(
     assert "environment variable NO_SUCH_KEY" in err
 
 
+@pytest.mark.parametrize("is_owner", [True, False])
+def test_what_is_said_of_going_on_later_does_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_owner: bool
+) -> None:
+    """The server vanishes twice in mid-answer; each time the command that is printed goes on."""
+    monkeypatch.setenv("MY_KEY", "sesame")
+    tokens = [f"word{number} " for number in range(2000)]
+    service = Telling(tokens, 0.1)
+
+    async def command_of(network: VirtualNetwork, asking: Awaitable[None]) -> dict[str, Any]:
+        """Return the arguments of what is printed when the server vanishes."""
+        async with serving(network, service):
+            asked = asyncio.ensure_future(asking)
+            await asyncio.sleep(3)
+        with pytest.raises(APIConnectionError) as error:
+            await asked
+        command = str(error.value).partition("To go on later: eloquent ")[2]
+        called, bound, _ = make_app().parse_args(shlex.split(command))
+        assert called is commands.resume
+        return bound.arguments
+
+    def resuming(said: dict[str, Any]) -> Awaitable[None]:
+        assert said["key_env"] == "MY_KEY"
+        return commands._resume(
+            parse_url(said["url"]),
+            said["name"],
+            said["offset"],
+            is_owner=is_owner,
+            key_env=said["key_env"],
+        )
+
+    async def main(network: VirtualNetwork) -> None:
+        client = Client(URL, key="sesame")
+        asking = commands._ask(URL, client, {"messages": []}, as_json=False, key_env="MY_KEY")
+        said = await command_of(network, resuming(await command_of(network, asking)))
+        assert said.get("watch", False) is not is_owner
+        async with serving(network, service):
+            await resuming(said)
+
+    virtually(main)
+    assert capsys.readouterr().out.replace("\n", "") == "".join(tokens)
+
+
 async def test_nobody_is_told_to_go_on_with_what_took_too_long(start_server: StartServer) -> None:
     hanging = Hanging("So far")
     server = await start_server(hanging)
     client = Client(server.url, timeout_s=0.3)
     with pytest.raises(APITimeoutError) as error:
-        await commands._ask(server.url, client, {"messages": []}, as_json=False, pace="off")
+        await commands._ask(server.url, client, {"messages": []}, as_json=False)
     assert "eloquent resume" not in str(error.value)
     async with asyncio.timeout(DEADLINE_S):
         await hanging.cancelled.wait()
