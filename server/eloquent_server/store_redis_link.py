@@ -46,7 +46,11 @@ class RedisLink:
         Raises:
             StoreError: this is no URL of a Redis.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            # Not shown: there may be a password in it.
+            raise StoreError(f"What --store has is no URL of a Redis: {error}.") from error
         if parts.scheme not in SCHEMES:
             raise StoreError(
                 f"A token store of the kind {parts.scheme!r} is not known. Give --store "
@@ -158,7 +162,7 @@ class RedisLink:
         except _AWAY as error:
             raise StoreAwayError(
                 f"{self.name} cannot be reached ({error or type(error).__name__}). Start it, or "
-                "see to the network; the server tries on."
+                "see to the network."
             ) from error
         except exceptions.RedisError as error:
             raise StoreError(

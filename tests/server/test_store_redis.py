@@ -557,6 +557,7 @@ async def test_a_unix_socket_and_another_database_serve_as_well(tmp_path: Path) 
         ("redis://127.0.0.1:1/0", "cannot be reached"),
         ("redis://127.0.0.1:1/zero", "no URL"),
         ("redis://127.0.0.1:port/0", "no URL"),
+        ("redis://[::1/0", "no URL"),
     ],
 )
 async def test_a_url_that_leads_nowhere_is_one_sentence(url: str, message: str) -> None:
