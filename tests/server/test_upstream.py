@@ -369,6 +369,27 @@ async def test_an_error_that_calls_itself_a_stream() -> None:
     assert "out of memory" in error.message
 
 
+@pytest.mark.parametrize(
+    ("last", "code"), [(b"data: [DONE]\n\n", "upstream_error"), (b"data:\n\n", "upstream_timeout")]
+)
+async def test_an_end_mark_without_an_answers_end_is_not_waited_for(last: bytes, code: str) -> None:
+    """And an event without data says nothing."""
+
+    async def open_end(asked: Asked) -> None:
+        asked.begin()
+        asked.say("Hel")
+        asked.piece(last)
+        await asked.is_gone.wait()
+
+    async with (
+        BadEngine(open_end) as engine,
+        backend(engine, patience=Patience(idle_s=0.3)) as engines,
+    ):
+        events = await all_of(engines.generate(body()))
+    assert isinstance(events[-1], Failure)
+    assert events[-1].code == code
+
+
 async def test_its_wish_to_be_left_alone_is_passed_on() -> None:
     async with (
         BadEngine(replying(429, "{}", Retry_After="7")) as engine,

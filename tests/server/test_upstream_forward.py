@@ -176,6 +176,19 @@ async def test_a_target_that_is_none_is_refused(target: str) -> None:
     assert raised.value.code == "invalid_request"
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_what_an_engine_says_of_the_servers_key_stays_here(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = '{"error":{"message":"Incorrect API key provided: sk-abc***z"}}'
+    async with BadEngine(replying(status, said)) as engine, behind(engine) as engines:
+        with pytest.raises(RequestError) as raised:
+            await engines.forward("POST", "/v1/embeddings", JSON, b"{}")
+    assert raised.value.code == "upstream_error"
+    assert "sk-abc" not in raised.value.message
+    assert f"upstream_error (HTTP {status})" in caplog.text
+
+
 async def test_cookies_are_not_kept() -> None:
     """A load balancer's would send all requests of all readers to one engine."""
     async with (

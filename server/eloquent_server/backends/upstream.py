@@ -150,9 +150,13 @@ class Upstream:
                     async for event in events:
                         yield event
         except UpstreamError as error:
-            if error.code.startswith("upstream"):
-                logger.warning("engine %s: %s (%s)", self.name, error.code, error.detail)
+            self.log(error)
             raise
+
+    def log(self, error: UpstreamError) -> None:
+        """Tell the operator of an error that is not the client's."""
+        if error.code.startswith("upstream"):
+            logger.warning("engine %s: %s (%s)", self.name, error.code, error.detail)
 
     @asynccontextmanager
     async def asked(
@@ -263,7 +267,7 @@ class Upstream:
                 async for piece in pieces:
                     for event in answer.feed(piece):
                         yield event
-                    if answer.error is not None:
+                    if answer.error is not None or (answer.is_done and not answer.has_ended):
                         break
         except UpstreamError:
             if not answer.has_ended:

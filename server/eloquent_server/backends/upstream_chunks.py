@@ -204,6 +204,8 @@ class AnswerDecoder:
         for each in self._sse.feed(data):
             if self.error is not None or self.is_done:
                 return events
+            if not each:
+                continue
             if each == _DONE:
                 self.is_done = True
                 continue

@@ -10,7 +10,7 @@ from eloquent.errors import RequestError
 from eloquent_server.admission import LOCAL, Principal
 from eloquent_server.backends.base import Backend, Tenant
 from eloquent_server.backends.upstream import Headers, Upstream
-from eloquent_server.backends.upstream_errors import UpstreamError
+from eloquent_server.backends.upstream_errors import EngineError, UpstreamError
 from eloquent_server.backends.upstreams import UpstreamBackend
 from eloquent_server.http.forwarding import Forwarded
 
@@ -22,6 +22,8 @@ NOT_JSON = (
     "The body is no JSON object: {}. Send one, or a form (Content-Type: multipart/form-data)."
 )
 BAD_TARGET = "The path or its query cannot be passed on: {}. Write a '#' in it as %23."
+OPERATORS = (401, 402, 403, 407)
+"Statuses that are about the server's key, of which their text may repeat a part."
 LATIN = "latin-1"
 "Of headers and targets, in which each byte is a character."
 
@@ -61,7 +63,8 @@ class UpstreamForward:
         for upstream in order:
             try:
                 return await _ask(upstream, method, wire_target, headers, body)
-            except UpstreamError:
+            except UpstreamError as error:
+                upstream.log(error)
                 # It is up when it was reached, and may have begun to do what was asked.
                 if upstream.is_up or upstream is order[-1]:
                     raise
@@ -77,6 +80,8 @@ async def _ask(
             response = await stack.enter_async_context(asked)
         except httpx2.InvalidURL as error:
             raise RequestError("invalid_request", BAD_TARGET.format(error)) from error
+        if response.status_code in OPERATORS:
+            raise EngineError(response.status_code).as_upstream_error()
         # As bytes: what httpx2 makes of them as text depends on what is in the others.
         given = [(n.decode(LATIN).lower(), v.decode(LATIN)) for n, v in response.headers.raw]
         pieces = _pieces(upstream, response, stack.pop_all())
