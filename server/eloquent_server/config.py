@@ -25,8 +25,8 @@ SOURCES = {"cli": "command line", "env": "environment"}
 
 NEGATED = "What `--no-NAME` does on the command line is NAME with the value `false` elsewhere."
 
-USER_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
-"User and password."
+SECRET_IN_URL = re.compile(r"(?<=://)\S*@|(?<=[?&]password=)[^&\s]*")
+"User and password, also ones that are not escaped as they should be."
 
 
 def sources() -> tuple[Any, ...]:
@@ -89,7 +89,7 @@ def _print_if_asked(app: App, commands: tuple[str, ...], arguments: ArgumentColl
     for argument in is_set:
         if PRINT_OPTION not in argument.names:
             values = (token.value or str(token.implicit_value) for token in argument.tokens)
-            shown = USER_IN_URL.sub("", " ".join(values))
+            shown = SECRET_IN_URL.sub("", " ".join(values))
             source = SOURCES.get(argument.tokens[0].source, argument.tokens[0].source)
             print(f"{argument.name}\t{shown}\t{source}")  # noqa: T201
     sys.exit()

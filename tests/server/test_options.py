@@ -121,6 +121,26 @@ def test_what_is_set_can_be_shown_without_passwords(
     }
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:hush@h/0",
+        "redis://:hu/sh@h/0",
+        "redis://:hu@sh@h/0",
+        "redis://h/0?password=hush",
+    ],
+)
+def test_however_a_password_is_given_it_is_not_shown(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        options_of("--store", url, "--print-config")
+    shown = capsys.readouterr().out
+    assert "h/0" in shown
+    assert "hu" not in shown
+    assert "sh" not in shown
+
+
 def test_a_misspelt_name_is_an_error_wherever_it_is(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
