@@ -120,6 +120,25 @@ async def test_more_connections_than_there_is_room_for_are_closed() -> None:
         writer.close()
 
 
+async def test_one_address_does_not_take_all_connections() -> None:
+    async with front_with(Scripted(), connections=Connections(of_one=2)) as front:
+        open_ = [await connect(front, local_addr=("127.0.0.2", 0)) for _ in range(2)]
+        await until_true(lambda: front.listener.connections == 2)
+        for many in range(3):
+            reader, writer = await connect(front, local_addr=("127.0.0.2", 0))
+            assert await is_over(reader) == b""
+            assert front.listener.refused["too_many_connections"] == many + 1
+            writer.close()
+        assert (await front.http.get("/health")).status_code == 200
+        open_.pop()[1].close()
+        await until_true(lambda: front.listener.connections == 2)
+        reader, writer = await connect(front, local_addr=("127.0.0.2", 0))
+        writer.write(HEALTH)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), DEADLINE_S)
+        for each in (writer, *(writer for _, writer in open_)):
+            each.close()
+
+
 async def test_more_requests_than_there_is_room_for_are_told_to_come_back() -> None:
     holding, sent = asyncio.Event(), []
 

@@ -15,6 +15,7 @@ import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from eloquent.addresses import MAX_PER_ADDRESS, Sites
 from eloquent.handshakes import HANDSHAKE_S, Handshakes
 from eloquent.openai import error_body
 
@@ -39,9 +40,15 @@ logger = logging.getLogger(__name__)
 class Connections:
     """What the connections of one listener share."""
 
-    def __init__(self, most: int = MAX_CONNECTIONS, waiting: int = MAX_HANDSHAKES) -> None:
-        """`most` connections may be open, `waiting` of them without a request."""
+    def __init__(
+        self,
+        most: int = MAX_CONNECTIONS,
+        waiting: int = MAX_HANDSHAKES,
+        of_one: int = MAX_PER_ADDRESS,
+    ) -> None:
+        """`most` connections may be open, `waiting` of them without a request, `of_one` address."""
         self._most = most
+        self._sites: Sites[Connection] = Sites(of_one)
         self.open: set[Connection] = set()
         self.waiting: Handshakes[Connection] = Handshakes(waiting, Connection.give_up)
         self.refused: Counter[str] = Counter()
@@ -49,10 +56,19 @@ class Connections:
         self.tls: Callable[[], ssl.SSLContext] | None = None
         "Returns what is shown to a new connection; None: there is no TLS."
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no more may come in."""
-        return len(self.open) >= self._most
+    def has_room(self, host: str) -> bool:
+        """Return whether one more may come in from an address."""
+        return len(self.open) < self._most and self._sites.has_room(host)
+
+    def begin(self, connection: "Connection", host: str) -> None:
+        """Take note of a new one."""
+        self.open.add(connection)
+        self._sites.begin(connection, host)
+
+    def done(self, connection: "Connection") -> None:
+        """Take note that one is over."""
+        self.open.discard(connection)
+        self._sites.done(connection)
 
 
 class Connection(H11Protocol):
@@ -78,11 +94,11 @@ class Connection(H11Protocol):
         """See `asyncio.Protocol`: there is TCP."""
         self._below = cast(asyncio.Transport, transport)
         self._host = (transport.get_extra_info("peername") or ("",))[0]
-        if self._all.is_full:
+        if not self._all.has_room(self._host):
             self._all.refused["too_many_connections"] += 1
             self._below.abort()
             return
-        self._all.open.add(self)
+        self._all.begin(self, self._host)
         self._wait(is_waiting=True)
         if self._all.tls is None:
             self._begin(self._below)
@@ -101,7 +117,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._all.open.discard(self)
+        self._all.done(self)
         self._wait(is_waiting=False)
         self._is_unstuck()
         if self._below is None:
@@ -183,7 +199,7 @@ class Connection(H11Protocol):
             secured = None
         if secured is None or secured.is_closing():
             self._wait(is_waiting=False)
-            self._all.open.discard(self)
+            self._all.done(self)
             return
         self._begin(secured)
 
