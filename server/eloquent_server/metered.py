@@ -170,7 +170,7 @@ class MeteredBackend:
         names = self._backend.models
         try:
             name = msgspec.json.decode(body, type=_Asked).model
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             name = None
         if name not in names:
             name = next(iter(names), "")

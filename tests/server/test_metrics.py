@@ -351,6 +351,8 @@ async def test_who_waits_for_the_model_to_load_is_counted_as_its_turn() -> None:
         (b'{"model": 7}', "first"),
         (b"{}", "first"),
         (b"no JSON", "first"),
+        (b'{"model": "\xff"}', "first"),
+        pytest.param(b'{"a":' + b"[" * 100_000, "first", id="deep"),
     ],
 )
 async def test_a_label_is_one_of_the_backends_models(body: bytes, name: str) -> None:
