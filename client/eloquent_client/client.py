@@ -89,6 +89,7 @@ class Client:
         self._running = Running()
         self._watching: set[asyncio.Queue[LinkSnapshot]] = set()
         self._is_closed = False
+        self._closing: asyncio.Future[None] | None = None
 
     @property
     def url(self) -> ServerUrl:
@@ -206,15 +207,19 @@ class Client:
             self._get_session().fail(error)
 
     async def close(self) -> None:
-        """Close the connection for good; turns that still run fail, unless they are detached."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._running.leave_detached()
-        if self._session is None:
-            self._on_state(LinkState.CLOSED)
-        else:
-            await self._session.close()
+        """Close the connection for good; turns that still run fail, unless they are detached.
+
+        It is closed even if the wait for that is cancelled.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._running.leave_detached()
+            if self._session is None:
+                self._on_state(LinkState.CLOSED)
+            else:
+                self._closing = asyncio.ensure_future(self._session.close())
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
 
     async def __aenter__(self) -> Self:
         return self

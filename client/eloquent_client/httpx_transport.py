@@ -71,10 +71,12 @@ class EloquentTransport(httpx2.AsyncBaseTransport):
         """Cancel what runs, and close the connection."""
         handler, self._handler = self._handler, None
         client, self._client = self._client, None
-        if handler is not None:
-            await handler.close()
-        if client is not None:
-            await client.close()
+        try:
+            if handler is not None:
+                await handler.close()
+        finally:
+            if client is not None:
+                await client.close()
 
     def _get_handler(self) -> Handler:
         if self._handler is None:

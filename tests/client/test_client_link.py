@@ -255,6 +255,23 @@ def test_a_client_that_closes_fails_the_others() -> None:
     assert service.cancelled
 
 
+@pytest.mark.parametrize("steps", range(12))
+def test_a_client_whose_close_is_cancelled_is_closed(steps: int) -> None:
+    async def main(network: VirtualNetwork) -> LinkSnapshot:
+        client = Client(URL)
+        async with serving(network, Telling(WORDS, GAP_S)):
+            await client.connect()
+            closing = asyncio.create_task(client.close())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait((closing,))
+            await client.close()
+            return client.link
+
+    assert virtually(main).rung is None
+
+
 def test_a_token_has_nothing_of_the_key() -> None:
     async def main(network: VirtualNetwork) -> str:
         async with reading(network, Telling(WORDS, GAP_S), Client(URL, key="sesame")) as stream:

@@ -14,7 +14,7 @@ from loopback import DEADLINE_S, Hanging, Server, StartServer, saying
 from eloquent.core.events import Extra, Failure, ReasoningDelta, TextDelta, ToolCallDelta
 from eloquent.core.wire import MAX_REQUEST_BODY_BYTES
 from eloquent.errors import RequestError
-from eloquent_client import Client
+from eloquent_client import Client, LinkState
 from eloquent_client.httpx_transport import EloquentTransport, SyncEloquentTransport
 from eloquent_client.proxy import turns as proxy_turns
 from eloquent_client.proxy.handler import client_options
@@ -111,6 +111,22 @@ async def test_a_response_may_be_closed_after_its_transport(start_server: StartS
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.to_thread(ask, str(server.url))
         await hanging.cancelled.wait()
+
+
+async def test_a_transport_whose_close_is_cancelled_is_closed(start_server: StartServer) -> None:
+    hanging = Hanging()
+    server = await start_server(hanging)
+    transport = EloquentTransport(server.url)
+    http = httpx2.AsyncClient(transport=transport, base_url="http://proxy")
+    async with asyncio.timeout(DEADLINE_S), http.stream("POST", CHAT, json=ASKED):
+        client = transport._client
+        assert client is not None
+        closing = asyncio.create_task(transport.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait((closing,))
+        await hanging.cancelled.wait()
+    assert client.link.state is LinkState.CLOSED
 
 
 async def test_without_stream_the_answer_is_one_object(start_server: StartServer) -> None:
