@@ -117,10 +117,8 @@ class RedisWriter:
         """Write a batch, and say of each write how it went."""
         wait_s = RETRY_FIRST_S
         while (batch := _report_given_up(batch)) and not self._is_closed:
-            began_s = time.monotonic()
             try:
-                replies = await self._send(batch)
-                self.meters.on_flush(len(batch), time.monotonic() - began_s, is_stored=True)
+                replies = await self._measured(batch)
             except StoreAwayError as error:
                 self._warnings.warn(time.monotonic(), f"{len(batch)} writes wait: {error}")
                 await asyncio.sleep(wait_s)
@@ -136,6 +134,15 @@ class RedisWriter:
                 for write, reply in zip(batch, replies, strict=True):
                     _report(write, _error(write, reply))
                 return
+
+    async def _measured(self, batch: list[Write]) -> list[bytes]:
+        began_s, is_stored = time.monotonic(), False
+        try:
+            replies = await self._send(batch)
+            is_stored = True
+        finally:
+            self.meters.on_flush(len(batch), time.monotonic() - began_s, is_stored=is_stored)
+        return replies
 
     async def _send(self, batch: list[Write]) -> list[bytes]:
         owner, ttl_ms, tombstone_ttl_ms = self._head

@@ -229,10 +229,13 @@ async def test_writes_wait_for_a_redis_that_is_started_again(tmp_path: Path) -> 
         with pytest.raises(StoreAwayError, match="cannot be reached"):
             await store.claim("local", OTHER)
         assert not outcome.done()
+        await until(lambda: store.meters.failures > 0)
         server.start()
         assert await outcome is None
+        failures = store.meters.failures
         assert await stored(store.close_turn, record, 17, b"after") is None
         assert (await claim(store)).log == b"before meanwhile after"
+        assert store.meters.failures == failures
     finally:
         await store.close()
         server.stop()
@@ -460,6 +463,7 @@ async def test_a_full_redis_takes_nothing_and_says_so(gateway: Open, server: Red
     command(server, "CONFIG", "SET", "maxmemory", "1")
     try:
         assert isinstance(await stored(store.append, record, 0, b"x"), StoreFullError)
+        assert store.meters.failures == 1
         with pytest.raises(StoreFullError, match="maxmemory"):
             await begin(store, OTHER)
         with pytest.raises(StoreFullError, match="maxmemory"):
