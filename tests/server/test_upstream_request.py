@@ -150,6 +150,11 @@ def test_the_limit_shrinks_by_what_is_there() -> None:
     assert (had["max_tokens"], had["max_completion_tokens"]) == (8, 5)
 
 
+def test_what_is_there_is_not_said_again() -> None:
+    """vLLM would, before an answer that goes on with a message of its own role."""
+    assert "echo" not in continued("vllm", echo=True)
+
+
 def test_logprobs_count_better_than_pieces() -> None:
     token = ChosenLogprob(b"", -1.0)
     assert continued(events=(*HALF, Logprobs((token,) * 3)), max_tokens=10)["max_tokens"] == 7

@@ -132,6 +132,7 @@ class ChatBody:
         tokens = sum(len(event.tokens) for event in events if isinstance(event, Logprobs))
         tokens = max(tokens, len(texts))
         self._fields["messages"] = _raw(self._messages_with("".join(texts)))
+        self._fields.pop("echo", None)  # vLLM's: it would say once more what is there.
         if continues == "vllm":
             self._fields["continue_final_message"] = _raw(True)
             self._fields["add_generation_prompt"] = _raw(False)
