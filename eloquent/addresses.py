@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -37,6 +38,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def first_of_largest(sites: Iterable[tuple[T, str]]) -> T | None:
+    """Return the first of the site that has the most of them; None: there are none."""
+    among = list(sites)
+    crowds = Counter(site for _, site in among)
+    first, _ = max(among, key=lambda each: crowds[each[1]], default=(None, ""))
+    return first
+
+
 class Sites(Generic[T]):
     """Where the connections of one endpoint come from."""
 
@@ -52,6 +61,10 @@ class Sites(Generic[T]):
     def has_room(self, host: str) -> bool:
         """Return whether an address may have another connection."""
         return self._counts[site_of(host)] < self._most
+
+    def first_of_largest(self, among: Iterable[T]) -> T | None:
+        """Return the first of these connections of the address that has the most of them."""
+        return first_of_largest((each, self._of[each]) for each in among if each in self._of)
 
     def begin(self, connection: T, host: str) -> None:
         """Count a connection for the address that it began at; it may move."""

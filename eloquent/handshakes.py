@@ -6,11 +6,10 @@ is the oldest of the address that has the most, so that who begins many only hur
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from eloquent.addresses import site_of
+from eloquent.addresses import first_of_largest, site_of
 
 HANDSHAKE_S = 10.0
 "A connection has to be made within this time."
@@ -49,9 +48,9 @@ class Handshakes(Generic[T]):
             self._end(connection)
 
     def _make_room(self) -> None:
-        crowds = Counter(site for _, site in self._pending.values())
-        largest = max(crowds, key=crowds.__getitem__)
-        self._end(next(each for each, (_, site) in self._pending.items() if site == largest))
+        oldest = first_of_largest((each, site) for each, (_, site) in self._pending.items())
+        if oldest is not None:
+            self._end(oldest)
 
     def _end(self, connection: T) -> None:
         self.done(connection)

@@ -89,6 +89,9 @@ class Readers:
         self.driver = driver
         self.is_silent = is_silent
 
+    def __len__(self) -> int:
+        return len(self._readers)
+
     def on_event(self, event: TurnEvent) -> None:
         """Tell the application what happened to a turn."""
         if isinstance(event, TurnRequested):

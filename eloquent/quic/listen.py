@@ -79,6 +79,11 @@ class _Peer:
             self.end()
             self._listener.forget(self, event)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the connection is made, and nobody reads a turn on it."""
+        return not self._readers and not self.connection.is_handshaking
+
     def end(self) -> None:
         """Stop driving the connection; its readers are gone."""
         self.driver.stop()
@@ -153,12 +158,7 @@ class Listener:
     async def close(self) -> None:
         """Close all connections and release the socket."""
         for peer in list(self._peers):
-            peer.connection.close("the server is shutting down")
-            peer.driver.pump()
-            peer.end()
-            self._handshakes.done(peer)
-        self._routes.clear()
-        self._peers.clear()
+            self._close(peer, "the server is shutting down")
         if self._transport is not None:
             self._transport.close()
 
@@ -183,6 +183,12 @@ class Listener:
         if event.by_peer_error:
             # Anybody may send what breaks a connection, so it must not fill the operator's log.
             logger.info("connection ended: %s", event.reason)
+        self._drop(peer)
+
+    def _close(self, peer: _Peer, reason: str) -> None:
+        peer.connection.close(reason)
+        peer.driver.pump()
+        peer.end()
         self._drop(peer)
 
     def _drop(self, peer: _Peer) -> None:
@@ -257,13 +263,12 @@ class Listener:
     def _admit(self, header: QuicHeader, addr: Address) -> _Peer | None:
         """Begin a connection, if there is room for one, or have the client show its address."""
         now = asyncio.get_running_loop().time()
-        if len(self._peers) >= MAX_CONNECTIONS or not self._sites.has_room(addr[0]):
-            self.counts.refused += 1
-            text = f"refused a connection of {addr[0]}: {len(self._peers)} are open"
-            self._seldom.warn(now, text)
+        is_full = len(self._peers) >= MAX_CONNECTIONS
+        if not self._sites.has_room(addr[0]):
+            self._refuse(addr, now)
             return None
         if not header.token:
-            if len(self._handshakes) < RETRY_FROM:
+            if len(self._handshakes) < RETRY_FROM and not is_full:
                 return self._new_peer(header.destination_cid, addr, retried=None)
             self._send_retry(header, addr, now)
             return None
@@ -273,7 +278,24 @@ class Listener:
             )
         except ValueError:
             return None  # no token of ours, or an old one: the client begins anew
+        if is_full and not self._make_room():
+            self._refuse(addr, now)
+            return None
         return self._new_peer(original, addr, retried=header.destination_cid)
+
+    def _refuse(self, addr: Address, now: float) -> None:
+        self.counts.refused += 1
+        text = f"refused a connection of {addr[0]}: {len(self._peers)} are open"
+        self._seldom.warn(now, text)
+
+    def _make_room(self) -> bool:
+        """End the oldest idle connection of the address that has most of them; say if there was."""
+        idle = self._sites.first_of_largest(peer for peer in self._peers if peer.is_idle)
+        if idle is None:
+            return False
+        self.counts.given_up += 1
+        self._close(idle, "an idle connection makes room for another")
+        return True
 
     def _send_retry(self, header: QuicHeader, addr: Address, now: float) -> None:
         assert header.version is not None

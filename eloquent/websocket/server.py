@@ -133,6 +133,11 @@ class _Peer:
         self._websocket = websocket
         self._readers = Readers(service, channel, self.driver, self._is_silent)
 
+    @property
+    def idle(self) -> _HeardServer | None:
+        """The connection, if nobody reads a turn on it."""
+        return None if self._readers else self._websocket
+
     def end(self) -> None:
         """Take note that the connection is over: its readers are gone."""
         self._readers.end()
@@ -248,6 +253,15 @@ class WebSocketListener:
         self.counts.given_up += 1
         connection.give_up()
 
+    def _make_room(self) -> bool:
+        """End the oldest idle connection of the address that has most of them; say if there was."""
+        idle = self._sites.first_of_largest(
+            each for peer in self._peers if (each := peer.idle) is not None
+        )
+        if idle is not None:
+            self._give_up(idle)
+        return idle is not None
+
     def _refuse(self, host: str) -> None:
         self.counts.refused += 1
         text = f"refused a connection of {host}: {len(self._sites)} are open"
@@ -256,7 +270,7 @@ class WebSocketListener:
     def _refuse_too_many(
         self, websocket: ServerConnection, request: HttpRequest
     ) -> Response | None:
-        if len(self._peers) < MAX_CONNECTIONS:
+        if len(self._peers) < MAX_CONNECTIONS or self._make_room():
             return None
         self._refuse((websocket.remote_address or ("",))[0])
         return websocket.respond(BUSY, "Too many connections are open: come back later.\n")

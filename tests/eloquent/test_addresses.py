@@ -5,12 +5,14 @@ import asyncio
 import pytest
 import rungs
 from half_open import HalfOpen, sent_by
-from session_world import World, in_world, read, tokens
+from session_world import URL, World, in_world, read, tokens
 from telling import Telling
 
-from eloquent.addresses import Sites, site_of
+from eloquent.addresses import Sites, first_of_largest, site_of
+from eloquent.errors import ConnectionFailedError
 from eloquent.handshakes import HANDSHAKE_S
 from eloquent.quic import listen as quic_listen
+from eloquent.quic.connect import connect as connect_quic
 from eloquent.session.session import Session
 from eloquent.websocket import server as websocket
 from eloquent.websocket.client import connect as connect_websocket
@@ -71,6 +73,58 @@ def test_an_address_has_so_many_quic_connections_and_no_more(
     assert text == ALL
     assert left == 0
     assert len(caplog.messages) == 1
+
+
+def test_the_first_of_the_largest_site_is_found() -> None:
+    among = [("a", "x"), ("b", "y"), ("c", "y"), ("d", "z"), ("e", "z")]
+    assert first_of_largest(among) == "b"
+    assert first_of_largest([]) is None
+
+
+def test_a_full_server_ends_the_oldest_idle_connection_for_a_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quic_listen, "MAX_CONNECTIONS", 2)
+
+    async def play(world: World) -> list[str]:
+        assert world.listener is not None
+        sessions = [Session(URL, connector=connect_quic) for _ in range(3)]
+        texts = []
+        for session in sessions:
+            texts.append(await read(session.ask(b"{}")))
+            await asyncio.sleep(1.0)
+            assert session.link is not None
+        assert sessions[0].link is None
+        assert sessions[1].link is not None
+        assert world.listener.counts.given_up == 1
+        texts.append(await read(sessions[0].ask(b"{}")))
+        for session in sessions:
+            await session.close()
+        return texts
+
+    assert in_world(play) == [ALL] * 4
+
+
+def test_a_full_server_ends_no_connection_on_which_a_turn_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quic_listen, "MAX_CONNECTIONS", 2)
+
+    async def play(world: World) -> list[str]:
+        assert world.listener is not None
+        sessions = [Session(URL, connector=connect_quic) for _ in range(2)]
+        reading = [asyncio.ensure_future(read(session.ask(b"{}"))) for session in sessions]
+        await asyncio.sleep(1.0)
+        with pytest.raises(ConnectionFailedError):
+            await read(world.session.ask(b"{}"))
+        assert world.listener.counts.refused > 0
+        texts = await asyncio.gather(*reading)
+        texts.append(await read(world.session.ask(b"{}")))
+        for session in sessions:
+            await session.close()
+        return texts
+
+    assert in_world(play) == [ALL] * 3
 
 
 def test_an_address_has_so_many_websockets_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

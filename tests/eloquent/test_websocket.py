@@ -13,6 +13,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_plainly
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.protocol import State
 
 from eloquent.core.channel import MESSAGE_OPEN
 from eloquent.core.events import End
@@ -315,9 +316,31 @@ def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(network: VirtualNetwork) -> None:
         async with serving(network, Telling(TOKENS, 0.01)):
             held = [await dial(), await dial()]
+            for websocket in held:
+                await websocket.send(
+                    bytes((MESSAGE_OPEN, 0)) + encode_request(Request(bytes(16), b"{}"))
+                )
+            await asyncio.sleep(0.1)
             with pytest.raises(InvalidStatus, match="503"):
                 await dial()
-            assert len(held) == 2
+            for websocket in held:
+                await websocket.close()
+
+    virtually(main)
+
+
+def test_an_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket_server, "MAX_CONNECTIONS", 2)
+
+    async def main(network: VirtualNetwork) -> None:
+        async with serving(network, Telling(TOKENS, 0.01)):
+            oldest, newer = await dial(), await dial()
+            newest = await dial()
+            with pytest.raises(ConnectionClosedError):
+                await drain(oldest)
+            for websocket in (newer, newest):
+                assert websocket.state is State.OPEN
+                await websocket.close()
 
     virtually(main)
 
