@@ -151,7 +151,7 @@ def test_the_limit_shrinks_by_what_is_there() -> None:
 
 
 def test_what_is_there_is_not_said_again() -> None:
-    """vLLM would, before an answer that goes on with a message of its own role."""
+    """An engine would, before an answer that goes on with a message of its own role."""
     assert "echo" not in continued("vllm", echo=True)
 
 
