@@ -613,6 +613,13 @@ def test_an_engine_must_be_given_time(seconds: float) -> None:
         Patience(idle_s=seconds)
 
 
+@pytest.mark.parametrize("key", ["sk-\u00e9", "sk-a\nb"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="--upstream-key-env") as raised:
+        open_client(key)
+    assert "sk-" not in str(raised.value)
+
+
 async def test_the_server_takes_the_key_from_its_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

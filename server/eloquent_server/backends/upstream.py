@@ -76,7 +76,16 @@ class Patience:
 
 
 def open_client(key: str = "") -> httpx2.AsyncClient:
-    """Return the client that all engines share; `key` goes to each as a bearer key."""
+    """Return the client that all engines share; `key` goes to each as a bearer key.
+
+    Raises:
+        ConfigurationError: the key cannot stand in a header.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(
+            "The key in the variable that --upstream-key-env names has a character that is none of "
+            "a key's, perhaps a line's end in its midst: set it anew."
+        )
     headers = {"Accept-Encoding": "identity"}  # A compressor may hold tokens back.
     if key:
         headers["Authorization"] = f"Bearer {key}"

@@ -76,7 +76,7 @@ class UpstreamBackend:
         tenant's as `cache_salt`. `rng` spreads the probes.
 
         Raises:
-            ConfigurationError: a URL is none of an engine.
+            ConfigurationError: a URL is none of an engine, or the key cannot be sent.
         """
         self._client = open_client(key)
         self._upstreams = [Upstream(url, self._client, patience or Patience()) for url in urls]
