@@ -65,7 +65,6 @@ _STATUS = {
     "misdirected": 421,
     "rate_limited": 429,
     "too_many_turns": 429,
-    "headers_too_large": 431,
     "upstream_error": 502,
     "overloaded": 503,
     "unavailable": 503,
