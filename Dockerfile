@@ -33,8 +33,13 @@ VOLUME /state
 EXPOSE 4433/udp 4433/tcp 8080/tcp
 # Give it longer than --drain-timeout, which is 30 s: docker stop --time 45.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10m CMD ["python", "-c", "import os, ssl; \
-from urllib.request import urlopen; tls = ssl._create_unverified_context(); \
-scheme = 'https' if os.environ.get('ELOQUENT_SERVE_CERT') else 'http'; \
-urlopen(scheme + '://127.0.0.1:8080/health', timeout=4, context=tls)"]
+# HTTPS where there is a certificate, however that was given.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=10m CMD ["python", "-c", "\
+import contextlib, http.client, ssl, sys, urllib.request\n\
+for scheme in ('http', 'https'):\n\
+    with contextlib.suppress(OSError, http.client.HTTPException):\n\
+        tls = ssl._create_unverified_context()\n\
+        urllib.request.urlopen(scheme + '://127.0.0.1:8080/health', timeout=4, context=tls)\n\
+        sys.exit()\n\
+sys.exit(1)"]
 ENTRYPOINT ["eloquent", "serve"]

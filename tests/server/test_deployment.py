@@ -14,6 +14,7 @@ from asyncio.subprocess import DEVNULL
 from pathlib import Path
 
 import pytest
+from authority import Authority
 from server_process import DEADLINE_S, server_process
 
 from eloquent.cli import make_app
@@ -23,7 +24,7 @@ from eloquent_server.keys import read_keys
 from eloquent_server.options import ServerOptions
 
 PROJECT = Path(__file__).parents[2]
-DOCKERFILE = (PROJECT / "Dockerfile").read_text().replace("\\\n", " ")
+DOCKERFILE = (PROJECT / "Dockerfile").read_text().replace("\\\n", "")
 UNIT = PROJECT / "packaging" / "eloquent.service"
 
 
@@ -58,7 +59,12 @@ def test_the_image_s_environment_is_made_of_options(monkeypatch: pytest.MonkeyPa
     assert f":{port}/health" in instructions("HEALTHCHECK")[0]
 
 
-async def test_the_image_s_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_tls", [False, True])
+async def test_the_image_s_health_check_tells_a_server_from_none(
+    has_tls: bool, tmp_path: Path
+) -> None:
+    cert, key = Authority().issue("example.com").write(tmp_path)
+    tls = ("--cert", str(cert), "--cert-key", str(key)) if has_tls else ()
     (command,) = re.findall(r"CMD (\[.*\])", instructions("HEALTHCHECK")[0])
     words = json.loads(command)
     words[0] = sys.executable
@@ -69,7 +75,7 @@ async def test_the_image_s_health_check_tells_a_server_from_none(tmp_path: Path)
         async with asyncio.timeout(DEADLINE_S):
             return await process.wait()
 
-    async with server_process(tmp_path, "--http", "0.0.0.0:0") as server:
+    async with server_process(tmp_path, "--http", "0.0.0.0:0", *tls) as server:
         at = (await server.line()).rpartition(":")[2]
         assert await check(at) == 0
         server.signal(signal.SIGTERM)
