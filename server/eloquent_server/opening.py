@@ -12,6 +12,7 @@ from eloquent_server.restoring import is_lost, restored
 from eloquent_server.store_types import (
     StoreAwayError,
     StoreError,
+    StoreFullError,
     TurnExistsError,
     TurnRecord,
     TurnStore,
@@ -96,6 +97,9 @@ class Openings:
         except StoreAwayError as error:
             logger.warning("turn %s: %s", key[1].hex(), error)
             self._refuse(key, RequestError("overloaded", AWAY, AWAY_RETRY_S))
+        except StoreFullError as error:
+            logger.error("turn %s cannot go on: %s", key[1].hex(), error)
+            self._refuse(key, RequestError("not_stored", NOT_STORED))
         except EloquentError as error:
             logger.error("turn %s cannot be brought back: %s", key[1].hex(), error)
             self._refuse(key, RequestError("internal_error", UNREADABLE))

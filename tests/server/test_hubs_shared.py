@@ -296,6 +296,25 @@ async def test_a_turn_that_redis_has_lost_a_part_of_ends_and_is_nobody_s(
             await asyncio.sleep(0.01)
 
 
+async def test_a_turn_that_nobody_owns_does_not_go_on_in_a_full_redis_and_says_why(
+    gateways: Gateways, server: RedisServer
+) -> None:
+    one, other = await gateways.open(say_one_word, go_on=Going("one ")), await gateways.open(None)
+    turn_id, secret = names()
+    near, far = Notes(turn_id, secret), Notes(turn_id, secret, body=b"")
+    one.on_request(near)
+    await near.until(lambda: near.text == "one ")
+    await one.close(is_restart=True)
+    command(server, "CONFIG", "SET", "maxmemory", "1")
+    try:
+        other.on_request(far)
+        await far.finished()
+    finally:
+        command(server, "CONFIG", "SET", "maxmemory", "0")
+    assert far.rejected is not None
+    assert far.rejected[0] == "not_stored"
+
+
 @pytest.mark.parametrize("is_at_once", [True, False])
 async def test_a_cancel_at_the_following_gateway_stops_the_generation(
     gateways: Gateways, is_at_once: bool
