@@ -27,7 +27,6 @@ from eloquent_server.backends.upstream import Patience, Upstream, open_client
 from eloquent_server.backends.upstream_errors import UpstreamError
 from eloquent_server.backends.upstream_request import ChatBody, Continues
 
-CANDIDATES = 2
 SLACK_TURNS = 4
 """So many more turns the first may have under way than the second: a few more in a batch cost less
 than a prompt computed anew (`tests/server/test_upstreams_affinity.py`)."""
