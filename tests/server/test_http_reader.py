@@ -73,6 +73,13 @@ def test_where_no_event_starts_it_says_so_at_the_end_at_the_latest() -> None:
     assert caught.value.code == "bad_offset"
 
 
+def test_an_event_that_would_be_longer_than_any_is_not_waited_for() -> None:
+    log = log_with(*["é" * 50_000] * 12)
+    with pytest.raises(RequestError, match="No event") as caught:
+        reader_of(log, 100).take()
+    assert caught.value.code == "bad_offset"
+
+
 def test_what_its_connection_has_not_taken_is_unread() -> None:
     log = log_with("a", "b")
     reader = HttpReader(Request(bytes(16), b"", bytes(16)))

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from eloquent.core.events import End, Event, EventDecoder
+from eloquent.core.events import MAX_EVENT_BYTES, End, Event, EventDecoder
 from eloquent.core.log import Log
 from eloquent.core.varint import decode_varint
 from eloquent.core.wire import Report, Request
@@ -11,6 +11,9 @@ from eloquent.errors import IntegrityError, RequestError, WireError
 
 READ_BYTES = 1 << 11
 "So much of the log is taken at once, a few ms of work; as chunks it is some forty times as long."
+
+MAX_HEAD_BYTES = 9
+"Of an event: its kind, and the longest varint."
 
 BAD_OFFSET = (
     "No event of the answer starts at byte {}: resume at an id that came with an event, or at 0."
@@ -124,7 +127,7 @@ class HttpReader:
     def _read(self, log: Log) -> list[Piece]:
         size = READ_BYTES
         data = log.read(self._offset, self._offset + size)
-        while not (ends := _event_ends(data)) and len(data) == size:
+        while not (ends := _event_ends(data)) and len(data) == size <= MAX_EVENT_BYTES:
             size *= 2
             data = log.read(self._offset, self._offset + size)
         start = 0
@@ -136,7 +139,8 @@ class HttpReader:
                 start = end
         except (WireError, IntegrityError) as error:
             raise self._bad_offset() from error
-        if data and not ends and log.end is not None:
+        is_no_event = log.end is not None or len(data) > MAX_EVENT_BYTES + MAX_HEAD_BYTES
+        if data and not ends and is_no_event:
             raise self._bad_offset()
         self._offset += start
         return pieces
