@@ -63,6 +63,10 @@ TOO_LONG = (
     "for a shorter one."
 )
 DELETED = "The turn was deleted, as its owner asked."
+NOT_DELETED = (
+    "The server could not delete the turn, so it is still there; its log has the reason. Ask again "
+    "in a moment."
+)
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
 SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
@@ -203,10 +207,17 @@ class TurnHub:
         """Forget the turn that a request names, open or ended; who reads it is told.
 
         Raises:
-            RequestError: there is none, or its secret is another (`unknown_turn`); `unauthorized`.
-            StoreError: the store did not do it; ask again.
+            RequestError: there is none, or its secret is another (`unknown_turn`); `unauthorized`;
+                `unavailable`: the store did not do it.
         """
         key = self._admission.principal(request.key).name, request.turn_id
+        try:
+            await self._delete(key, request)
+        except StoreError as error:
+            logger.error("turn %s cannot be deleted: %s", request.turn_id.hex(), error)
+            raise RequestError("unavailable", NOT_DELETED) from error
+
+    async def _delete(self, key: TurnKey, request: Request) -> None:
         stored = await self._store.load(*key)
         if stored is None or not hmac.compare_digest(
             hash_of(request.secret), stored.record.secret_hash

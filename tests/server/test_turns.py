@@ -13,6 +13,8 @@ from eloquent.core.events import End, Failure, TextDelta
 from eloquent.core.wire import Request
 from eloquent.errors import RequestError
 from eloquent_server.store import StoreFullError, TokenStore
+from eloquent_server.store_sqlite import StoreDatabase
+from eloquent_server.store_writer import Write
 from eloquent_server.turns import Turn, TurnHandler, TurnHub
 
 
@@ -511,6 +513,41 @@ async def test_a_turn_that_has_ended_is_deleted_from_the_store() -> None:
         hub.on_request(later)
         await later.finished()
         assert later.rejected is not None
+
+
+def make_read_only(store: TokenStore, is_on: bool) -> None:
+    """Have SQLite itself refuse to write from now on, or no longer."""
+
+    def run(database: StoreDatabase) -> None:
+        database._connection.execute(f"PRAGMA query_only = {is_on:d}")
+
+    store._writer.put(Write(run))
+
+
+async def test_a_turn_that_could_not_be_deleted_is_deleted_when_that_is_asked_again(
+    tmp_path: Path,
+) -> None:
+    script = Script("to ")
+    turn_id, secret = names()
+    store = TokenStore.open(tmp_path / "turns.sqlite")
+    hub = TurnHub(script, store)
+    reader = Notes(turn_id, secret)
+    hub.on_request(reader)
+    script.go()
+    await reader.finished()
+    make_read_only(store, True)
+    with pytest.raises(RequestError, match="still there") as raised:
+        await hub.delete(Request(turn_id, b"", secret))
+    assert raised.value.code == "unavailable"
+    assert str(tmp_path) not in raised.value.message
+    make_read_only(store, False)
+    await hub.delete(Request(turn_id, b"", secret))
+    later = Notes(turn_id, secret, body=b"")
+    hub.on_request(later)
+    await later.finished()
+    assert later.rejected is not None
+    assert later.rejected[0] == "unknown_turn"
+    await hub.close()
 
 
 async def test_a_reader_can_ask_what_its_turn_asked_and_who_waits_before_it() -> None:
