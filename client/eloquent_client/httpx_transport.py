@@ -4,6 +4,7 @@ It needs httpx2 (`pip install 'eloquent-stream[proxy]'`), which the openai libra
 """
 
 import asyncio
+import atexit
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
@@ -111,6 +112,7 @@ class SyncEloquentTransport(httpx2.BaseTransport):
         """
         self._transport = EloquentTransport(url, **options)
         self._thread = LoopThread()
+        atexit.register(self.close)  # as `SyncClient`
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Answer a request; see `EloquentTransport.handle_async_request`."""
@@ -122,9 +124,12 @@ class SyncEloquentTransport(httpx2.BaseTransport):
 
     def close(self) -> None:
         """Cancel what runs, close the connection and end the thread."""
-        with suppress(ClientClosedError):
-            self._thread.run(self._transport.aclose)
-        self._thread.close()
+        try:
+            with suppress(ClientClosedError):
+                self._thread.run(self._transport.aclose)
+        finally:
+            self._thread.close()
+            atexit.unregister(self.close)
 
 
 class _SyncBody(httpx2.SyncByteStream):

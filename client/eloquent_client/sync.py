@@ -5,6 +5,7 @@ several threads; callbacks given to it run on its own.
 """
 
 import asyncio
+import atexit
 import concurrent.futures
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -44,14 +45,14 @@ class LoopThread:
         """Have a coroutine run there and return its result; what interrupts the wait cancels it.
 
         Raises:
-            ClientClosedError: the thread is closed.
+            ClientClosedError: the thread is closed, or was left behind by a fork.
             RuntimeError: this is that thread.
         """
         self._check()
         future: concurrent.futures.Future[T] | None = None
         try:
             with self._lock:
-                if self._is_closed or self._loop is None:
+                if self._is_closed or self._loop is None or not self._thread.is_alive():
                     raise ClientClosedError
                 future = asyncio.run_coroutine_threadsafe(work(), self._loop)
             return future.result()
@@ -138,6 +139,7 @@ class SyncClient:
         """
         self._client = Client(url, **options)
         self._thread = LoopThread()
+        atexit.register(self.close)  # later its thread is frozen, and what waits for it hangs
 
     @property
     def url(self) -> ServerUrl:
@@ -187,6 +189,7 @@ class SyncClient:
                 self._thread.run(self._client.close)
         finally:
             self._thread.close()
+            atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self

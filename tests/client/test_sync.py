@@ -228,6 +228,62 @@ def test_ctrl_c_in_the_caller_cancels_and_ends_the_program(
         wait_for(hanging.cancelled)
 
 
+LEFT_OPEN = """
+import sys
+from eloquent_client import SyncClient
+
+def texts(client):
+    with client.stream([{"role": "user", "content": "Hello"}]) as stream:
+        yield from stream.text_stream
+
+client = SyncClient(sys.argv[1])
+left = texts(client)
+print(next(left))
+"""
+
+LEFT_OPEN_BY_OPENAI = """
+import sys
+import httpx2, openai
+from eloquent_client.httpx_transport import SyncEloquentTransport
+
+http = httpx2.Client(transport=SyncEloquentTransport(sys.argv[1]))
+left = openai.OpenAI(api_key="any", http_client=http).chat.completions.create(
+    model="any", messages=[{"role": "user", "content": "Hello"}], stream=True
+)
+next(left)
+print(next(left).choices[0].delta.content)
+"""
+
+FORKED = """
+import os, sys
+from eloquent_client import ClientClosedError, SyncClient
+
+client = SyncClient(sys.argv[1])
+client.connect()
+if os.fork() == 0:
+    try:
+        client.connect()
+    except ClientClosedError:
+        print("And then", flush=True)
+    sys.exit()
+os.wait()
+with client.stream([{"role": "user", "content": "Hello"}]) as stream:
+    assert next(stream.text_stream) == "And then"
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [LEFT_OPEN, LEFT_OPEN_BY_OPENAI, FORKED], ids=["own", "openai's", "forked"]
+)
+def test_a_program_that_closes_nothing_ends(certificate: ServerCertificate, program: str) -> None:
+    hanging = Hanging()
+    with serving(hanging, certificate) as server:
+        command = [sys.executable, "-W", "ignore", "-c", program, str(server.url)]
+        ended = subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)
+        assert (ended.returncode, ended.stdout) == (0, b"And then\n")
+        wait_for(hanging.cancelled)
+
+
 def test_an_interrupted_wait_cancels_its_work() -> None:
     cancelled = threading.Event()
     main = threading.main_thread().ident
