@@ -620,6 +620,15 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: str) -> None:
     assert "sk-" not in str(raised.value)
 
 
+@pytest.mark.parametrize("proxy", ["bogus://x", "http://x:port"])
+def test_a_proxy_of_the_environments_that_is_none_is_said_so(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match="HTTP_PROXY"):
+        open_client()
+
+
 async def test_the_server_takes_the_key_from_its_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -79,7 +79,8 @@ def open_client(key: str = "") -> httpx2.AsyncClient:
     """Return the client that all engines share; `key` goes to each as a bearer key.
 
     Raises:
-        ConfigurationError: the key cannot stand in a header.
+        ConfigurationError: the key cannot stand in a header, or the proxy that the environment
+            names cannot be used.
     """
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
@@ -89,16 +90,22 @@ def open_client(key: str = "") -> httpx2.AsyncClient:
     headers = {"Accept-Encoding": "identity"}  # A compressor may hold tokens back.
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    return httpx2.AsyncClient(
-        headers=headers,
-        # One that a load balancer sets would send everybody to the same engine.
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-        # Silence is timed here, byte by byte; the server's own limits bound the connections.
-        timeout=httpx2.Timeout(None, connect=CONNECT_S),
-        limits=httpx2.Limits(
-            max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S
-        ),
-    )
+    try:
+        return httpx2.AsyncClient(
+            headers=headers,
+            # One that a load balancer sets would send everybody to the same engine.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            # Silence is timed here, byte by byte; the server's own limits bound the connections.
+            timeout=httpx2.Timeout(None, connect=CONNECT_S),
+            limits=httpx2.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S
+            ),
+        )
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        raise ConfigurationError(
+            f"The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names cannot be used ({error}). "
+            "Name another or none; NO_PROXY='*' has all engines asked directly."
+        ) from error
 
 
 class Upstream:
