@@ -1,15 +1,17 @@
 """Logs: a line for each record, as text or JSON, with the turn that it is about.
 
 They hold no text of conversations, no keys and no secrets. Other libraries' records below a warning
-are left out: some of them write down what they send and receive.
+are left out: some of them write down what they send and receive. Warnings and errors of one place
+are so many a second at most, since anybody on the network may be their cause.
 """
 
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal, TextIO
@@ -27,6 +29,10 @@ OURS = ("eloquent", "eloquent_server")
 FIELDS = "fields"
 "`extra={FIELDS: {...}}` of a record adds to what JSON says of it."
 
+MOST_ALIKE = 10
+"Warnings and errors that one line of code may log in `WINDOW_S`; the others are counted."
+WINDOW_S = 1.0
+
 logger = logging.getLogger(__name__)
 
 _turn: ContextVar[str | None] = ContextVar("turn", default=None)
@@ -42,9 +48,19 @@ def about_turn(name: str) -> Iterator[None]:
         _turn.reset(token)
 
 
-def configure(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) -> None:
-    """Have this process log to `stream`, and take away what was configured before."""
+def configure(
+    level: LogLevel,
+    log_format: LogFormat,
+    stream: TextIO = sys.stderr,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Have this process log to `stream`, and take away what was configured before.
+
+    `clock` gives seconds, from any origin.
+    """
     handler = logging.StreamHandler(stream)
+    handler.addFilter(_Floodgate(clock))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter(TEXT))
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
@@ -117,6 +133,33 @@ class TurnClock:
             *(name, end.finish_reason, end.completion_tokens, duration_s),
             extra={FIELDS: fields},
         )
+
+
+class _Floodgate(logging.Filter):
+    """Lets a few of many records through that come from the same line of code."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
+        self._windows: dict[tuple[str, int], tuple[float, int]] = {}
+        "For each place: when its window began, and how many records it had since."
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter.filter`."""
+        if record.levelno < logging.WARNING:
+            return True
+        place = record.pathname, record.lineno
+        began_s, count = self._windows.get(place, (-math.inf, 0))
+        now = self._clock()
+        if now < began_s + WINDOW_S:
+            self._windows[place] = began_s, count + 1
+            return count < MOST_ALIKE
+        self._windows[place] = now, 1
+        if count > MOST_ALIKE:
+            left_out = count - MOST_ALIKE
+            record.msg = f"{record.getMessage()} ({left_out} more like it were left out)"
+            record.args = ()
+        return True
 
 
 class TextFormatter(logging.Formatter):

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_bytes
@@ -25,6 +26,8 @@ from eloquent.websocket.client import connect as connect_websocket
 from eloquent_server.keys import entry_for, new_key
 from eloquent_server.logs import (
     FIELDS,
+    MOST_ALIKE,
+    WINDOW_S,
     LogFormat,
     LogLevel,
     TurnClock,
@@ -119,6 +122,47 @@ def test_text_has_the_turn_once() -> None:
     first, second = stream.getvalue().splitlines()
     assert first.endswith("INFO eloquent_server.some: something (turn aa17)")
     assert second.endswith("turn aa17 ended")
+
+
+def test_what_goes_wrong_again_and_again_does_not_fill_the_log() -> None:
+    now = [100.0]
+    stream = io.StringIO()
+    configure("info", "json", stream, clock=lambda: now[0])
+    for second in (100.0, 100.5, 101.0, 102.0):
+        now[0] = second
+        for number in range(1000):
+            logger.error("broken %d", number)
+            logger.info("went well")
+        logger.warning("something else")
+    said = [str(line["message"]) for line in lines(stream)]
+    assert said.count("went well") == 4000
+    assert said.count("something else") == 4
+    assert [text for text in said if text.startswith("broken")] == [
+        *(f"broken {number}" for number in range(10)),
+        "broken 0 (1990 more like it were left out)",
+        *(f"broken {number}" for number in range(1, 10)),
+        "broken 0 (990 more like it were left out)",
+        *(f"broken {number}" for number in range(1, 10)),
+    ]
+
+
+async def test_whoever_breaks_connections_does_not_fill_the_log(tmp_path: Path) -> None:
+    """Both libraries write down where in them it happened."""
+    async with server_process(tmp_path, "--http", "0") as server:
+        http = int((await server.line()).rpartition(":")[2])
+        began_s = time.monotonic()
+        for _ in range(100):
+            reader, writer = await asyncio.open_connection("127.0.0.1", http)
+            writer.write(
+                b"POST /nothing HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n"
+            )
+            await reader.read()
+            writer.close()
+        windows = (time.monotonic() - began_s) // WINDOW_S + 2
+        server.signal(signal.SIGTERM)
+        assert await server.wait() == 0
+    assert server.log.count("Traceback") <= windows * MOST_ALIKE
 
 
 def test_the_end_of_a_turn_says_what_it_was() -> None:
