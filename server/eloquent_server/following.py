@@ -7,6 +7,7 @@ from contextlib import aclosing, suppress
 
 from eloquent.core.events import Event
 from eloquent.errors import EloquentError, RequestError
+from eloquent_server.opening import AWAY
 from eloquent_server.restoring import is_lost, restored
 from eloquent_server.store_types import StoreAwayError, StoredTurn, TurnStore
 from eloquent_server.turn import StoredPart, Turn
@@ -88,7 +89,7 @@ async def _claim(store: TurnStore, turn: Turn) -> StoredTurn:
         except StoreAwayError as error:
             if loop.time() >= until_s:
                 logger.error("turn %s cannot be followed: %s", turn.name, error)
-                raise RequestError("not_stored", LOST) from error
+                raise RequestError("not_stored", AWAY) from error
         await asyncio.sleep(AWAY_POLL_S)
     if stored is None:
         raise RequestError("unknown_turn", NOT_KEPT)

@@ -69,7 +69,7 @@ NOT_DELETED = (
 )
 REPLACED = "The turn goes on over another connection of its owner."
 INTERRUPTED = "The server was restarted in mid-answer; what there is of it is here. Ask again."
-SHUTTING_DOWN = "The server is shutting down. What has come is kept; ask again in a moment."
+SHUTTING_DOWN = "The server is shutting down: ask again in a moment."
 FAULT = "The server failed; its log has the reason. What has come is kept; ask again."
 
 logger = logging.getLogger(__name__)
