@@ -37,7 +37,7 @@ class Retries:
         else:
             after_s = 0.0
             is_worth_it = isinstance(error, APIConnectionError)
-        if not is_worth_it or self._left == 0:
+        if not is_worth_it or self._left <= 0:
             return None
         self._left -= 1
         backoff_s = self._backoff_s * (1 - JITTER * self._rng.random())

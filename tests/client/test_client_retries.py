@@ -275,3 +275,7 @@ def test_waits_grow_to_their_bound_and_come_from_the_seed() -> None:
 def test_other_errors_have_no_wait(refusal: Refusal) -> None:
     error = APIStatusError(refusal[0], "of the test", refusal[1])
     assert Retries(2, Random(1)).wait_s(error) is None
+
+
+def test_fewer_retries_than_none_are_none() -> None:
+    assert Retries(-1, Random(1)).wait_s(APIConnectionError("of the test")) is None
