@@ -16,7 +16,7 @@ from eloquent_server.limits import TURN_ENDS_IN_S, KeyLimits, Usage
 
 NO_KEY = (
     "This server lets in who has a key, and the request has none: give the key that you were "
-    "given, in the environment variable ELOQUENT_KEY."
+    "given, in the environment variable ELOQUENT_KEY, or over HTTP as `Authorization: Bearer KEY`."
 )
 WRONG_KEY = "This is no key of the server's: check it for missing characters, or ask for another."
 EXPIRED_KEY = "The key has expired: ask whoever runs the server for another."
