@@ -6,6 +6,7 @@ is, in an `Extra`. What describes the stream and not the answer (`id`, `created`
 """
 
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -321,15 +322,25 @@ def _take_logprobs(choice: _Fields) -> tuple[ChosenLogprob, ...]:
     )
 
 
-class _Calls:
-    """The calls of one answer, each with an index of its own.
+@dataclass(slots=True)
+class _Begun:
+    """A call of which there is a piece."""
 
-    Some engines, such as Ollama and Gemini, have given several calls the same index, or none.
+    index: int
+    id: str = ""
+    name: str = ""
+
+
+class _Calls:
+    """The calls of one answer, each with an index of its own, and its id and name once.
+
+    Some engines, such as Ollama and Gemini, have given several calls the same index, or none;
+    others repeat ids and names.
     """
 
     def __init__(self) -> None:
-        self._at: dict[int, tuple[int, str]] = {}
-        "By the engine's index, its newest call: our index and the id."
+        self._at: dict[int, _Begun] = {}
+        "The newest, by the engine's index."
         self._used: set[int] = set()
         self._next = 0
         "Above all that are used."
@@ -352,11 +363,11 @@ class _Calls:
                 left.append(self._indexed(place, raw))
                 continue
             function = call.function or _Function()
-            name, arguments = function.name or "", function.arguments or ""
-            if call.id or name or arguments:
-                given = place if call.index is None else call.index
-                index = self._index(given, call.id or "", name)
-                events.append(ToolCallDelta(index, call.id or "", name, arguments))
+            given = place if call.index is None else call.index
+            index, id_, name = self._piece(given, call.id or "", function.name or "")
+            arguments = function.arguments or ""
+            if id_ or name or arguments:
+                events.append(ToolCallDelta(index, id_, name, arguments))
         delta["tool_calls"] = msgspec.Raw(msgspec.json.encode(left))
         return events
 
@@ -368,21 +379,27 @@ class _Calls:
             return raw
         named = call.function or call.custom or _Named()
         given = place if call.index is None else call.index
-        index = self._index(given, call.id or "", named.name or "")
+        index, *_ = self._piece(given, call.id or "", named.name or "")
         if index == call.index:
             return raw
         fields = _fields_decoder.decode(raw)
         return msgspec.Raw(msgspec.json.encode({**fields, "index": index}))
 
-    def _index(self, given: int, id_: str, name: str) -> int:
-        """Return the index of a piece; one with another id and a name begins another call."""
-        index, known = self._at.get(given, (-1, ""))
-        if index < 0 or (id_ and name and known and id_ != known):
+    def _piece(self, given: int, id_: str, name: str) -> tuple[int, str, str]:
+        """Return a piece's index, id and name; these are empty if they were said before.
+
+        One with another id, and a name, begins another call.
+        """
+        begun = self._at.get(given)
+        if begun is None or (id_ and name and begun.id and id_ != begun.id):
             index = given if given not in self._used else self._next
             self._used.add(index)
             self._next = max(self._next, index + 1)
-        self._at[given] = index, id_ or known
-        return index
+            begun = self._at[given] = _Begun(index)
+        new_id = "" if id_ == begun.id else id_
+        new_name = "" if name == begun.name else name
+        begun.id, begun.name = id_ or begun.id, name or begun.name
+        return begun.index, new_id, new_name
 
 
 def _what_is_left(choice: _Fields, delta: _Fields) -> list[Delta]:
