@@ -172,7 +172,8 @@ class Upstream:
     def log(self, error: UpstreamError) -> None:
         """Tell the operator of an error that is not the client's."""
         if error.code.startswith("upstream"):
-            logger.warning("engine %s: %s (%s)", self.name, error.code, error.detail)
+            why = error.detail or error.message
+            logger.warning("engine %s: %s (%s)", self.name, error.code, why)
 
     @asynccontextmanager
     async def asked(
