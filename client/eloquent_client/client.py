@@ -76,7 +76,7 @@ class Client:
                 to `qlog_dir`.
         """
         self._url = parse_url(url) if isinstance(url, str) else url
-        self._key = _checked_key(key)
+        self._key = checked_key(key)
         self._connect_timeout_s = connect_timeout_s
         jitter = Random() if rng is None else rng  # noqa: S311 (no secret)
         self._patience = Patience(timeout_s, idle_timeout_s, max_retries, jitter)
@@ -288,7 +288,12 @@ class Client:
         )
 
 
-def _checked_key(key: str) -> str:
+def checked_key(key: str) -> str:
+    """Return `key` if it can be sent.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
     try:
         size = len(key.encode())
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 from eloquent.url import ServerUrl, parse_url
-from eloquent_client.client import Client
+from eloquent_client.client import Client, checked_key
 from eloquent_client.errors import ClientClosedError
 from eloquent_client.proxy.handler import GRACE_S, Handler, Reply, client_options
 from eloquent_client.proxy.link import LinkWatch
@@ -40,10 +40,10 @@ class EloquentTransport(httpx2.AsyncBaseTransport):
         """`grace_s`: as long may an outage last; then an answer ends with an error event.
 
         Raises:
-            ConfigurationError: `url` is no server URL.
+            ConfigurationError: `url` is no server URL, or `key` is no key.
         """
         self._url = parse_url(url) if isinstance(url, str) else url
-        self._key = key
+        self._key = None if key is None else checked_key(key)
         self._grace_s = grace_s
         self._client: Client | None = None
         self._handler: Handler | None = None

@@ -13,7 +13,7 @@ from loopback import DEADLINE_S, Hanging, Server, StartServer, saying
 
 from eloquent.core.events import Extra, Failure, ReasoningDelta, TextDelta, ToolCallDelta
 from eloquent.core.wire import MAX_REQUEST_BODY_BYTES
-from eloquent.errors import RequestError
+from eloquent.errors import ConfigurationError, RequestError
 from eloquent_client import Client, LinkState
 from eloquent_client.httpx_transport import EloquentTransport, SyncEloquentTransport
 from eloquent_client.proxy import turns as proxy_turns
@@ -423,6 +423,12 @@ async def test_a_programs_key_is_passed_on_unless_the_proxy_has_one(
     async with proxied(server, key=own) as http:
         await openai_over(http).chat.completions.create(model="any", messages=HELLO)
     assert [turn.request.key for turn in counting.turns] == [passed]
+
+
+@pytest.mark.parametrize("key", ["x" * 300, "\ud800"])
+def test_a_transport_takes_no_key_that_is_none(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="key"):
+        EloquentTransport("eloquent://localhost", key=key)
 
 
 async def test_a_key_that_is_none_is_refused_here(start_server: StartServer) -> None:

@@ -56,8 +56,8 @@ async def proxy(*arguments: str, **options: Any) -> AsyncIterator[Proxy]:
         await process.communicate()
 
 
-async def refused(*arguments: str) -> str:
-    process = await start(*arguments)
+async def refused(*arguments: str, **options: Any) -> str:
+    process = await start(*arguments, **options)
     try:
         async with asyncio.timeout(DEADLINE_S):
             _, errors = await process.communicate()
@@ -203,11 +203,13 @@ async def test_a_key_from_the_environment_is_used(start_server: StartServer) -> 
 
     server = await start_server(handle)
     arguments = ("--url", str(server.url), "--key-env", "MY_KEY")
-    environment = os.environ | {"MY_KEY": "mine"}
+    environment = os.environ | {"MY_KEY": "mine\n"}
     async with proxy(*arguments, env=environment) as running, running.http() as http:
         await http.post(CHAT, json=ASKED, headers={"Authorization": "Bearer another"})
     assert keys == ["mine"]
     assert "MY_KEY is not set" in await refused(*arguments)
+    environment["MY_KEY"] = "x" * 300
+    assert "300 bytes, and 256 are allowed" in await refused(*arguments, env=environment)
 
 
 async def test_without_a_url_it_starts_a_server() -> None:

@@ -17,7 +17,7 @@ from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.listening import listen_tcp
 from eloquent.url import ServerUrl
-from eloquent_client.client import Client
+from eloquent_client.client import Client, checked_key
 from eloquent_client.errors import LocalServerError
 from eloquent_client.local import local_client
 from eloquent_client.proxy.app import ProxyApp
@@ -165,10 +165,10 @@ def _print_progress(line: str) -> None:
 def _key(name: str | None) -> str | None:
     if name is None:
         return None
-    key = os.environ.get(name)
+    key = os.environ.get(name, "").strip()
     if not key:
         raise ConfigurationError(f"There is no key in the environment: {name} is not set.")
-    return key
+    return checked_key(key)
 
 
 def _listen(host: str, port: int) -> socket.socket:
