@@ -372,7 +372,9 @@ async def test_an_error_that_calls_itself_a_stream() -> None:
 @pytest.mark.parametrize(
     ("last", "code"), [(b"data: [DONE]\n\n", "upstream_error"), (b"data:\n\n", "upstream_timeout")]
 )
-async def test_an_end_mark_without_an_answers_end_is_not_waited_for(last: bytes, code: str) -> None:
+async def test_an_end_mark_without_an_answers_end_is_not_waited_for(
+    last: bytes, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """And an event without data says nothing."""
 
     async def open_end(asked: Asked) -> None:
@@ -388,6 +390,8 @@ async def test_an_end_mark_without_an_answers_end_is_not_waited_for(last: bytes,
         events = await all_of(engines.generate(body()))
     assert isinstance(events[-1], Failure)
     assert events[-1].code == code
+    assert code in caplog.text
+    assert "()" not in caplog.text  # Why is there, too.
 
 
 async def test_its_wish_to_be_left_alone_is_passed_on() -> None:
