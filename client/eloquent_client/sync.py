@@ -73,10 +73,10 @@ class LoopThread:
         async def called() -> T:
             return function()
 
-        if self._is_closed:
-            self.close()
-            return function()
-        return self.run(called)
+        with suppress(ClientClosedError):
+            return self.run(called)
+        self.close()
+        return function()
 
     def close(self) -> None:
         """End the thread; whatever still runs there is cancelled first.

@@ -159,6 +159,25 @@ def test_closing_ends_a_reader_in_another_thread(certificate: ServerCertificate)
             client.close()
 
 
+def test_what_is_known_of_an_answer_is_told_while_another_thread_closes(
+    certificate: ServerCertificate,
+) -> None:
+    def look(client: SyncClient, stream: SyncMessageStream) -> None:
+        while client.link.state is not LinkState.CLOSED:
+            assert stream.text == "And then"
+            assert stream.stats.missing == 0
+
+    with serving(Hanging(), certificate) as server, ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            client = SyncClient(server.url)
+            with client.stream(HELLO) as stream:
+                assert next(stream.text_stream) == "And then"
+                looking = [pool.submit(look, client, stream) for _ in range(4)]
+                client.close()
+                for each in looking:
+                    each.result(DEADLINE_S)
+
+
 def test_a_callback_that_uses_the_client_is_told(certificate: ServerCertificate) -> None:
     said: list[str] = []
 
