@@ -25,6 +25,7 @@ from eloquent_server.store_redis_scripts import (
     CLAIM,
     FENCE_KEY,
     OPEN_KEY,
+    READ,
     RELEASE,
     RENEW,
     Keys,
@@ -52,6 +53,8 @@ SCAN_EVERY_S = 15.0
 "How often open turns without an owner are looked for, after the first time."
 SCAN_TURNS = 500
 "So many of the open turns are looked at by one call."
+READ_ENTRIES = 4096
+"So much of a turn is read by one call, which takes Redis a few milliseconds."
 CLOSE_S = 2.0
 "What could not be written in this time after the end was asked for is not."
 
@@ -354,16 +357,17 @@ class RedisTokenStore:
 
     async def _load(self, principal: str, turn_id: bytes, fence: int) -> StoredTurn | None:
         keys = Keys(principal, turn_id)
-        fields, entries, continuations = await self._link.commands(
-            ("HGETALL", keys.turn),
-            ("XRANGE", keys.log, "-", "+"),
-            ("LRANGE", keys.continuations, 0, -1),
-            is_transaction=True,
+        fields, more = await self._link.commands(
+            ("HGETALL", keys.turn), ("LLEN", keys.continuations), is_transaction=True
         )
         if not fields:
             return None
-        log = b"".join(entry[b"d"] for _, entry in entries)
+        # Both only grow, so that what is there by now can be read bit by bit.
+        log = await self._log(keys, int(fields[b"chunks"]))
+        continuations = await self._continuations(keys, more)
         if len(log) != int(fields[b"length"]):
+            if not await self._link.command("EXISTS", keys.turn):
+                return None  # It was deleted meanwhile.
             raise StoreError(
                 f"{self._link.name} has turn {turn_id.hex()} without a part of its log. Was its "
                 "memory full, with a policy that evicts? The token store needs `noeviction`."
@@ -391,6 +395,20 @@ class RedisTokenStore:
             tuple(continuations) if is_open else (),
             is_elsewhere=is_open and not fence,
         )
+
+    async def _log(self, keys: Keys, chunks: int) -> bytes:
+        log = bytearray()
+        for first in range(1, chunks + 1, READ_ENTRIES):
+            last = min(first + READ_ENTRIES - 1, chunks)
+            log += await self._link.run(READ, (keys.log,), (b"%d-0" % first, b"%d-0" % last))
+        return bytes(log)
+
+    async def _continuations(self, keys: Keys, count: int) -> list[bytes]:
+        found: list[bytes] = []
+        for first in range(0, count, READ_ENTRIES):
+            last = min(first + READ_ENTRIES, count) - 1
+            found += await self._link.command("LRANGE", keys.continuations, first, last)
+        return found
 
     def _add(
         self,

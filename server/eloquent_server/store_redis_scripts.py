@@ -192,4 +192,13 @@ return 1
 """)
 "Delete a turn but for its grave; return whether there was one, or its grave."
 
-SCRIPTS = (BEGIN, CLAIM, WRITE, RENEW, RELEASE, BURY)
+READ = Script("""
+-- KEYS log
+-- ARGV first, last
+local data = {}
+for i, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2])) do data[i] = entry[2][4] end
+return table.concat(data)
+""")
+"Return a part of a log in one piece: its entries one by one are slow to take apart."
+
+SCRIPTS = (BEGIN, CLAIM, WRITE, RENEW, RELEASE, BURY, READ)

@@ -14,7 +14,7 @@ from tools import needs_tool
 
 from eloquent_server import store_redis
 from eloquent_server.store_redis import RedisTokenStore
-from eloquent_server.store_redis_scripts import Keys
+from eloquent_server.store_redis_scripts import READ, Keys, Script
 from eloquent_server.store_types import (
     StaleOwnerError,
     StoreAwayError,
@@ -442,6 +442,40 @@ async def test_a_cancel_reaches_the_owner(gateway: Open) -> None:
     await begin(one, OTHER)
     await other.cancel_elsewhere((await claim(other)).record)
     await until(lambda: cancelled == [record])
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 11])
+async def test_a_long_turn_is_read_in_parts(
+    gateway: Open, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(store_redis, "READ_ENTRIES", 5)
+    store = await gateway()
+    record = await begin(store)
+    words = [b"word %d " % number for number in range(count)]
+    for word in words:
+        store.append(record, record.length, word, continuation=word)
+    found = await claim(store)
+    assert (found.log, found.continuations) == (b"".join(words), tuple(words))
+    assert await stored(store.close_turn, found.record, found.record.length, b"end") is None
+    found = await claim(store)
+    assert (found.log, found.continuations) == (b"".join(words) + b"end", ())
+
+
+async def test_a_turn_that_is_deleted_while_it_is_read_is_not_there(
+    gateway: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = await gateway(), await gateway()
+    record = await begin(one)
+    assert await stored(one.append, record, 0, b"text") is None
+    run = other._link.run
+
+    async def delete_first(script: Script, *arguments: Any) -> Any:
+        if script is READ:
+            assert await one.delete("local", TURN)
+        return await run(script, *arguments)
+
+    monkeypatch.setattr(other._link, "run", delete_first)
+    assert await other.load("local", TURN) is None
 
 
 async def test_a_turn_has_a_size_limit(gateway: Open) -> None:
