@@ -66,6 +66,8 @@ async def test_a_request_goes_on_without_what_is_not_for_the_engine() -> None:
             headers={
                 "Authorization": "Bearer mine",
                 "Cookie": "secret",
+                "Api-Key": "mine",
+                "OpenAI-Organization": "mine",
                 "Connection": "keep-alive, X-Own",
                 "X-Own": "1",
                 "X-Eloquent-Turn": "1",
@@ -78,6 +80,7 @@ async def test_a_request_goes_on_without_what_is_not_for_the_engine() -> None:
     sent = dict(headers)
     assert (sent["x-other"], sent["content-type"]) == ("2", "application/json")
     hidden = {"authorization", "cookie", "connection", "x-own", "x-eloquent-turn", "host"}
+    hidden |= {"api-key", "openai-organization"}
     assert not hidden & set(sent)
     assert (response.status_code, response.content) == (201, b"one two")
     assert response.headers["x-model"] == "m"

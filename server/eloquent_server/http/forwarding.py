@@ -37,7 +37,9 @@ PASSED_ON = frozenset(
 )
 "What a path under `/v1` may begin with."
 OURS = "x-eloquent-"
-_NOT_PASSED_UP = HOP_BY_HOP | {"authorization", "content-length", "cookie", "expect", "host"}
+KEYS = {"api-key", "authorization", "openai-organization", "openai-project", "x-api-key"}
+"They say who asks and who pays: towards an engine that is the server."
+_NOT_PASSED_UP = HOP_BY_HOP | KEYS | {"content-length", "cookie", "expect", "host"}
 _NOT_PASSED_DOWN = HOP_BY_HOP | {"date", "server", "set-cookie"}
 
 
