@@ -174,6 +174,20 @@ def test_a_named_turn_is_one_however_often_its_program_is_told_of_an_outage(unti
     assert len(replies) >= (until_s - FROM_S) / (GRACE_S + 6)
 
 
+def test_of_a_named_turn_that_fails_again_and_again_only_the_last_is_kept() -> None:
+    async def main(made: VirtualNetwork) -> list[int]:
+        turns = []
+        with made.on("client"):
+            http = httpx2.AsyncClient(transport=EloquentTransport(URL), base_url="http://proxy")
+        async with http:
+            for _ in range(5):
+                await http.post(CHAT, json=ASKED, headers={"Idempotency-Key": "a"}, timeout=None)
+                turns.append((await http.get("/health")).json()["turns"])
+        return turns
+
+    assert virtually(main, nothing) == [1] * 5
+
+
 def test_a_server_that_is_never_reached_is_a_status() -> None:
     reply, telling, over_s = streamed(udp_between(0, 1e9))
     assert reply.status_code == 504

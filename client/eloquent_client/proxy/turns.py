@@ -206,6 +206,8 @@ class Turns:
             if len(self._turns) >= MAX_TURNS:
                 raise RequestError("overloaded", TOO_MANY, retry_after_s=1.0)
             request = turn.request if turn is not None and turn.is_lost else _request(body, key)
+            if turn is not None and full_name is not None and not turn.readers:
+                self._drop(turn, full_name)  # it has failed, and another takes its place
             turn = ProxyTurn(self._client, request, self.grace_s)
             self._turns.add(turn)
         if turn.dropping is not None:
