@@ -237,6 +237,8 @@ class _Message:
         self._parts: list[Any] = []
         "Content that is no text, as Mistral's models think in."
         self._calls: dict[int, list[JsonObject]] = {}
+        self._odd_calls: list[Any] = []
+        "What is there under that name and is of no form that is known."
         self._rest: JsonObject = {}
 
     def add(self, delta: JsonObject) -> None:
@@ -247,10 +249,12 @@ class _Message:
                 self._texts[name].append(value)
             elif name == "content" and isinstance(value, list):
                 self._parts += value
-            elif name == "tool_calls" and isinstance(value, list):
-                for call in filter(_is_piece, value):
-                    self._calls.setdefault(call["index"], []).append(call)
-                rest[name] = [call for call in value if not _is_piece(call)]
+            elif name == "tool_calls":
+                for call in value if isinstance(value, list) else [value]:
+                    if _is_piece(call):
+                        self._calls.setdefault(call["index"], []).append(call)
+                    else:
+                        self._odd_calls.append(call)
             else:
                 rest[name] = value
         _join(self._rest, rest)
@@ -259,7 +263,7 @@ class _Message:
         """Return the message."""
         text, reasoning = map("".join, self._texts.values())
         calls = [_call(pieces) for _, pieces in sorted(self._calls.items())]
-        calls += self._rest.pop("tool_calls", [])
+        calls += self._odd_calls
         content: Any = None if calls and not text else text
         if self._parts:
             content = [*self._parts, *([{"type": "text", "text": text}] if text else [])]

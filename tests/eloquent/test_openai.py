@@ -262,9 +262,9 @@ def test_usage_has_its_counts_whatever_an_engine_says(usage: bytes) -> None:
     assert (said.prompt_tokens, said.completion_tokens, said.total_tokens) == (7, 3, 10)
 
 
-@pytest.mark.parametrize("call", [5, {}, {"index": "x"}, {"index": 0, "function": 5}])
+@pytest.mark.parametrize("call", [5, True, {}, {"index": "x"}, {"index": 0, "function": 5}])
 def test_calls_of_no_known_form_go_on_as_they_are(call: Any) -> None:
-    extra = Extra(msgspec.json.encode({"delta": {"tool_calls": [call]}}))
+    extra = Extra(msgspec.json.encode({"delta": {"tool_calls": call if call is True else [call]}}))
     (choice,) = completion((*CALL, extra, end()), **ABOUT)["choices"]
     assert [each == call for each in choice["message"]["tool_calls"]] == [False, False, True]
 
