@@ -89,7 +89,7 @@ class ServerOptions:
     "Name of the environment variable that has the key for the engines; all of them are sent it."
     upstream_timeout: Annotated[float, ENGINES] = 60.0
     """Seconds without a byte in the middle of an answer after which an engine is given up; its
-    first byte may take ten minutes."""
+    first word may take ten minutes."""
     upstream_salt: Annotated[bool, ENGINES] = False
     """Send the engines a `cache_salt` for each tenant, so that none can tell by the time that its
     answers take what others have asked. vLLM and SGLang take it; some hosted ones refuse it."""

@@ -205,6 +205,26 @@ async def test_an_engine_that_falls_silent() -> None:
     assert failure.code == "upstream_timeout"
 
 
+async def test_who_begins_without_a_word_may_think_before_the_first() -> None:
+    """Azure tells of its filters at once, and then its model reasons for minutes."""
+
+    async def thoughtful(asked: Asked) -> None:
+        asked.begin()
+        asked.piece(b'data: {"choices":[],"prompt_filter_results":[{"prompt_index":0}]}\n\n')
+        asked.piece(b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n')
+        await asyncio.sleep(0.3)
+        asked.say("Hel")
+        asked.say("lo")
+        asked.finish()
+        asked.end()
+
+    async with (
+        BadEngine(thoughtful) as engine,
+        backend(engine, patience=Patience(idle_s=0.05)) as engines,
+    ):
+        assert await all_of(engines.generate(body())) == HELLO
+
+
 async def test_comments_are_no_events() -> None:
     async def slow(asked: Asked) -> None:
         asked.begin()

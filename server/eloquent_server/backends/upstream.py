@@ -58,9 +58,9 @@ class Patience:
     """How long an engine may be silent, in seconds."""
 
     first_byte_s: float = FIRST_BYTE_S
-    "Before the first byte of an answer."
+    "Before the first byte, and from byte to byte until the answer's first word."
     idle_s: float = IDLE_S
-    "Between bytes. Comments count, by which engines show that they live."
+    "Between bytes from then on. Comments count, by which engines show that they live."
 
     def __post_init__(self) -> None:
         """Check them.
@@ -275,9 +275,10 @@ class Upstream:
         answer = AnswerDecoder(model)
 
         def wait_s() -> float:
-            if not answer.has_ended:
-                return self._patience.idle_s
-            return REUSE_S if answer.is_done else USAGE_S
+            if answer.has_ended:
+                return REUSE_S if answer.is_done else USAGE_S
+            patience = self._patience
+            return patience.idle_s if answer.has_begun else patience.first_byte_s
 
         try:
             async with aclosing(self.paced(response.aiter_bytes(), wait_s)) as pieces:

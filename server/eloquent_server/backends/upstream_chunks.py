@@ -163,6 +163,11 @@ class AnswerDecoder:
         "What ended the answer before its time; nothing comes out after it."
 
     @property
+    def has_begun(self) -> bool:
+        """Whether something of the answer has come."""
+        return self._pieces > 0
+
+    @property
     def has_ended(self) -> bool:
         """Whether the answer is whole; the usage may yet come."""
         return bool(self._reason)
