@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
+import httpx2
 import pytest
 from bad_engine import Asked, BadEngine, Handler, say_hello
 
@@ -105,6 +106,19 @@ async def test_the_engine_is_one_that_has_the_model() -> None:
             for model in ("b", "b", "a"):
                 said = json.dumps({"model": model, "input": "hi"}).encode()
                 await body_of(await engines.forward("POST", "/v1/embeddings", JSON, said))
+        assert (len(first.chats), len(second.chats)) == (1, 2)
+
+
+async def test_a_forms_model_counts_too() -> None:
+    """As of what is to be transcribed."""
+    async with BadEngine(say_hello, "a") as first, BadEngine(say_hello, "b") as second:
+        async with behind(first, second) as engines:
+            for model in ("b", "b", "a"):
+                fields = {"language": "en", "model": model}
+                form = httpx2.Request("POST", "http://x", data=fields, files={"file": b"\0model"})
+                headers = [("Content-Type", form.headers["content-type"])]
+                target = "/v1/audio/transcriptions"
+                await body_of(await engines.forward("POST", target, headers, form.read()))
         assert (len(first.chats), len(second.chats)) == (1, 2)
 
 
