@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,7 @@ class StoreDatabase:
             if found is None:
                 return None
             body = run("SELECT body FROM body WHERE turn = ?", (row,)).fetchone()
-            chunks = self._chunks(row)
+            chunks = self._chunks(row).fetchall()
         log = self._log_of(chunks)
         continuations = tuple(item for _, _, item in chunks if item is not None)
         return TurnState(found[0]), log, b"" if body is None else body[0], continuations
@@ -275,13 +275,13 @@ class StoreDatabase:
         with self._errors():
             self._connection.close()
 
-    def _chunks(self, row: int) -> list[tuple[int, bytes, bytes | None]]:
+    def _chunks(self, row: int) -> sqlite3.Cursor:
         """Return the offset, data and continuation of each of a turn's appends, in order."""
         return self._connection.execute(
             "SELECT offset, data, continuation FROM chunk WHERE turn = ? ORDER BY sequence", (row,)
-        ).fetchall()
+        )
 
-    def _log_of(self, chunks: list[tuple[int, bytes, bytes | None]]) -> bytes:
+    def _log_of(self, chunks: Iterable[tuple[int, bytes, bytes | None]]) -> bytes:
         """Return what the chunks of a turn make up."""
         log = bytearray()
         for offset, data, _ in chunks:
