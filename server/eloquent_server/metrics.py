@@ -35,6 +35,10 @@ from eloquent_server.turns import TurnHub
 
 _USUAL = dict.fromkeys(("stop", "length", "abort", "error"), 0)
 "Finish reasons that are told from the start, so that the first of each makes a rate."
+_REFUSED = dict.fromkeys(
+    ("no_key", "wrong_key", "expired_key", "turns", "requests", "bytes", "all_turns"), 0
+)
+"The same of `Gate.refusals`."
 OF_MODEL = ("model_name", "engine")
 ENGINE = "0"
 "vLLM numbers the engines of a server; here each model has one."
@@ -158,7 +162,7 @@ class _Collector:
             yield from _http(sources.http)
         yield counters(
             *("eloquent:requests_refused", "Refused for the key or a limit.", ("reason",)),
-            by(sources.requests_refused),
+            by(_REFUSED | dict(sources.requests_refused)),
         )
         yield from _sent(sources.quic.counts)
         yield from _store(sources.store)

@@ -180,6 +180,14 @@ async def test_what_means_the_same_has_vllms_names_and_labels() -> None:
                 assert (sample.labels["model_name"], sample.labels["engine"]) == ("echo", "0")
 
 
+async def test_refusals_are_told_before_there_is_one() -> None:
+    """What appears with its first one has no rate before the second."""
+    async with serving(EchoBackend()) as served:
+        samples = served.samples
+    for reason in ("no_key", "wrong_key", "expired_key", "turns", "requests", "bytes", "all_turns"):
+        assert samples[f"eloquent:requests_refused_total:{reason}"] == 0
+
+
 class Scripted:
     """Says and does what it is told; its clock goes on as it is told, too."""
 
