@@ -2,8 +2,9 @@
 
 import pytest
 
-from eloquent.core.events import Event, TextDelta
+from eloquent.core.events import Event, TextDelta, encode_event
 from eloquent.core.log import TokenLog
+from eloquent.core.varint import encode_varint
 from eloquent.core.wire import Report, Request
 from eloquent.errors import RequestError
 from eloquent_server.http.reader import READ_BYTES, HttpReader
@@ -78,6 +79,15 @@ def test_an_event_that_would_be_longer_than_any_is_not_waited_for() -> None:
     with pytest.raises(RequestError, match="No event") as caught:
         reader_of(log, 100).take()
     assert caught.value.code == "bad_offset"
+
+
+def test_events_of_tomorrow_are_passed_over() -> None:
+    """A newer server may have stored some, before this one took its place."""
+    log = TokenLog()
+    unknown = bytes((99,)) + encode_varint(READ_BYTES) + bytes(READ_BYTES)
+    log.extend(encode_event(TextDelta("a")) + 3 * unknown + encode_event(TextDelta("b")))
+    log.release(log.written)
+    assert take_all(reader_of(log)) == [TextDelta("a"), TextDelta("b")]
 
 
 def test_what_its_connection_has_not_taken_is_unread() -> None:

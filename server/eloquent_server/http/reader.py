@@ -109,7 +109,11 @@ class HttpReader:
             RequestError: there is nothing more, and will not be: why the turn's service said so,
                 or `bad_offset`.
         """
-        pieces = [] if self._log is None else self._read(self._log)
+        pieces: list[Piece] = []
+        before = -1
+        while self._log is not None and not pieces and self._offset != before:
+            before = self._offset  # There may be events of kinds that are not known here.
+            pieces = self._read(self._log)
         if not pieces and self._refusal is not None:
             raise self._refusal
         return pieces
