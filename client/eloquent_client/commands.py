@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from json import dumps
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from eloquent.core.pacer import PaceMode, Pacer
-from eloquent.errors import ConfigurationError
+from eloquent.errors import ConfigurationError, EloquentError
 from eloquent.url import ServerUrl, parse_url
 from eloquent_client.client import Client
 from eloquent_client.errors import APIConnectionError, APITimeoutError, LocalServerError
@@ -85,7 +85,7 @@ def ask(
             client = local_client(model, on_progress=_print_progress, qlog_dir=qlog)
         else:
             client = Client(server_url, key=_key(key_env), qlog_dir=qlog)
-        asyncio.run(_ask(server_url, client, body, as_json=json, pace=pace, key_env=key_env))
+        _run(_ask(server_url, client, body, as_json=json, pace=pace, key_env=key_env))
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +108,7 @@ def resume(
         key_env: The environment variable that has the key, where the server wants one.
     """
     logging.getLogger().addHandler(logging.NullHandler())
-    asyncio.run(_resume(parse_url(url), name, offset, is_owner=not watch, key_env=key_env))
+    _run(_resume(parse_url(url), name, offset, is_owner=not watch, key_env=key_env))
 
 
 def chat(
@@ -148,6 +148,14 @@ def chat(
     server_url = None if url is None else parse_url(url)
     key = "" if server_url is None else _key(key_env)
     asyncio.run(run_chat(server_url, key=key, model=model, system=system, pace=pace, qlog_dir=qlog))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a command; what a server says of an error must not steer the terminal, either."""
+    try:
+        asyncio.run(work)
+    except EloquentError as error:
+        raise EloquentError(printable(str(error))) from error
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,7 @@ from telling import Telling
 
 from eloquent.cli import make_app
 from eloquent.core.events import TextDelta, encode_event
-from eloquent.errors import ConfigurationError
+from eloquent.errors import ConfigurationError, RequestError
 from eloquent.url import parse_url
 from eloquent_client import APIConnectionError, APITimeoutError, Client, commands
 from eloquent_netem.vloop import VirtualNetwork
@@ -131,6 +131,15 @@ async def test_errors_are_one_message(start_server: StartServer) -> None:
     code, out, err = await run("Hi", "--url", str(server.url))
     assert (code, out) == (1, "")
     assert err.startswith("eloquent: Nothing listens")
+
+
+async def test_an_error_does_not_steer_the_terminal(start_server: StartServer) -> None:
+    async def handle(turn: Turn) -> None:
+        turn.reject(RequestError("invalid_request", "No.\x1b]0;title\x07\x1b[2J"))
+
+    server = await start_server(handle)
+    answer = await run("Hi", "--url", str(server.url))
+    assert answer == (1, "", "eloquent: No.]0;title[2J\n")
 
 
 async def test_a_question_that_begins_with_a_hyphen(start_server: StartServer) -> None:
