@@ -13,11 +13,24 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 
 
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """A part of a message; there are no others here than text."""
+
+    text: str
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message of the conversation; `content` is its text."""
+    """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: str | tuple[TextPart, ...]
+
+    @property
+    def text(self) -> str:
+        """Its parts as lines, as vLLM reads them to models whose template takes text alone."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
 
 
 class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +65,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What this server takes of OpenAI's `POST /v1/chat/completions` body.
 
     Fields that would change the answer and are not supported are refused by name; those that
-    only matter to OpenAI's own service (`user`, `metadata`, `store`) are taken and ignored.
+    only matter to OpenAI's own service (`user`, `metadata`, `store`, ...) are taken and ignored.
     """
 
     messages: Annotated[
@@ -93,6 +106,9 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     cache_salt: Any = None
     "Taken and ignored: whose prefixes are shared is the server's to say (`tenants`)."
 

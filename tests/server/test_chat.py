@@ -36,6 +36,21 @@ def test_a_field_that_is_null_is_left_out() -> None:
         parse_chat_body(b'{"messages": null, "n" : null }')
 
 
+def test_content_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert parse(messages=[{"role": "user", "content": parts}]).messages[0].text == "one\ntwo"
+    assert parse(messages=[{"role": "user", "content": "one"}]).messages[0].text == "one"
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    with pytest.raises(RequestError, match=r"image_url.*messages.*content"):
+        parse(messages=[{"role": "user", "content": [*parts, image]}])
+
+
+def test_what_matters_to_openai_s_service_alone_changes_nothing() -> None:
+    theirs = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    theirs |= {"safety_identifier": "me", "prompt_cache_key": "mine"}
+    assert parse(**theirs).messages == parse().messages
+
+
 @pytest.mark.parametrize("salt", ["mine", "", 5, None])
 def test_a_client_does_not_say_whose_prefixes_are_shared(salt: Any) -> None:
     assert parse(cache_salt=salt).messages == parse().messages

@@ -70,7 +70,7 @@ class EchoBackend:
                 f"This server has no model {request.model!r}, only {NAME!r}. Ask for that, or "
                 "leave `model` out.",
             )
-        said = [message.content for message in request.messages if message.role == "user"]
+        said = [message.text for message in request.messages if message.role == "user"]
         if not said:
             raise RequestError("invalid_request", "There is no user message to say back; send one.")
         words = _WORDS.findall(said[-1])
@@ -85,7 +85,7 @@ class EchoBackend:
                 yield Failure("unavailable", "The server is shutting down. Try again in a while.")
                 return
             yield TextDelta(word)
-        prompt_tokens = sum(len(_WORDS.findall(message.content)) for message in request.messages)
+        prompt_tokens = sum(len(_WORDS.findall(message.text)) for message in request.messages)
         reason = "stop" if len(spoken) == len(words) else "length"
         yield Finish(reason, prompt_tokens, len(spoken))
 

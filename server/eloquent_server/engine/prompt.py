@@ -53,7 +53,7 @@ class PromptEncoder:
             taken.append(match.group())
             return _place(len(taken) - 1)
 
-        texts = [self._markers.sub(take, message.content) for message in messages]
+        texts = [self._markers.sub(take, message.text) for message in messages]
         prompt = self._render(messages, texts)
         if recall is not None:
             prompt = self._splice(messages, texts, prompt, taken, recall)
@@ -99,7 +99,7 @@ class PromptEncoder:
         spliced = list(texts)
         replies: dict[str, str] = {}
         for i, message in enumerate(messages):
-            tokens = recall(message.content) if message.role == "assistant" else None
+            tokens = recall(message.text) if message.role == "assistant" else None
             if tokens is not None:
                 place = spliced[i] = _place(len(taken))
                 replies[place] = texts[i]
