@@ -79,22 +79,27 @@ class QlogDirectory(QuicLogger):
             raise ConfigurationError(f"Cannot write qlog files into {path}: no permission.")
 
     def start_trace(self, is_client: bool, odcid: bytes) -> QuicLoggerTrace:
-        """See `QuicLogger.start_trace`.
-
-        Raises:
-            ConfigurationError: the file cannot be made.
-        """
+        """See `QuicLogger.start_trace`; a connection for which there is no file has no log."""
         role = "client" if is_client else "server"
         path = self._path / f"{odcid.hex()}_{role}.sqlog"
         try:
             return _FileTrace(path, is_client=is_client, odcid=odcid)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            # A directory that was removed, or a full disk, must not keep anybody from connecting.
+            logger.warning("qlog: %s cannot be made: %s", path, error.strerror)
+            return _NoTrace(is_client=is_client, odcid=odcid)
 
     def end_trace(self, trace: QuicLoggerTrace) -> None:
         """See `QuicLogger.end_trace`."""
         if isinstance(trace, _FileTrace):
             trace.finish()
+
+
+class _NoTrace(QuicLoggerTrace):
+    """A trace that is not kept."""
+
+    def log_event(self, *, category: str, event: str, data: dict[str, Any]) -> None:
+        """See `QuicLoggerTrace.log_event`."""
 
 
 class _FileTrace(QuicLoggerTrace):

@@ -262,6 +262,17 @@ def test_a_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
         QlogDirectory(tmp_path / "file" / "folder")
 
 
+def test_a_directory_that_is_gone_later_costs_the_log_and_not_the_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs = QlogDirectory(tmp_path / "logs")
+    (tmp_path / "logs").rmdir()
+    trace = logs.start_trace(is_client=False, odcid=b"12345678")
+    trace.log_event(category="transport", event="packet_sent", data={})
+    logs.end_trace(trace)
+    assert "cannot be made: No such file or directory" in caplog.text
+
+
 def test_frames_are_described_without_their_text() -> None:
     bundle = describe_frame(encode_bundle(Bundle(3, 4, 5, b"secret")))
     assert bundle == {
