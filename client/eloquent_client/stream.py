@@ -74,6 +74,7 @@ class MessageStream:
         self._error: BaseException | None = None
         self._received = ReceiverStats()
         self._is_detached = False
+        self._is_closed = False
         self._rtt_ms = 0.0
         self._offset = request.offset
         self._log_bytes = 0
@@ -193,6 +194,7 @@ class MessageStream:
     async def close(self) -> None:
         """Cancel the turn if it is unfinished, detached or not; its readers come to their end."""
         self._is_detached = False
+        self._is_closed = True
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait((self._reader,))
@@ -233,6 +235,8 @@ class MessageStream:
         self._reader = asyncio.create_task(self._in_time(self._read))
         # A callback, because a task that is cancelled before its first step runs none of its code.
         self._reader.add_done_callback(self._on_over)
+        if self._is_closed:  # by another task, before it was asked
+            self._reader.cancel()
         return self
 
     async def __aexit__(

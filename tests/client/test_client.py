@@ -169,6 +169,18 @@ async def test_close_ends_a_waiting_reader(start_server: StartServer) -> None:
         assert await reading == "And then"
 
 
+async def test_closing_while_it_is_asked_cancels(start_server: StartServer) -> None:
+    server = await start_server(Hanging())
+    async with asyncio.timeout(DEADLINE_S), Client(server.url) as client:
+        stream = client.stream(HELLO)
+        entering = asyncio.create_task(stream.__aenter__())
+        await asyncio.sleep(0)
+        await stream.close()
+        await entering
+        assert await read(stream) == ""
+        assert stream.is_over
+
+
 async def test_cancelling_the_task_cancels_the_turn(start_server: StartServer) -> None:
     hanging = Hanging(text=None)
     server = await start_server(hanging)
