@@ -7,7 +7,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from eloquent.errors import ConfigurationError
@@ -156,7 +156,8 @@ async def _follow_logs(process: Process, last: deque[str], on_progress: OnProgre
     assert process.stderr is not None
     async for line in _lines(process.stderr):
         last.append(line)
-        on_progress(line)
+        with suppress(OSError):  # nowhere to show it; but unread the server would come to a stop
+            on_progress(line)
 
 
 async def _drain(process: Process) -> None:

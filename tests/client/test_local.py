@@ -1,6 +1,7 @@
 """A server of one's own: it comes up, and it goes however its parent goes."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -113,6 +114,21 @@ async def test_progress_is_shown_in_lines(fake_server: Path) -> None:
     async with asyncio.timeout(DEADLINE_S), local_server(on_progress=lines.append) as url:
         assert url == ServerUrl("127.0.0.1", 1, PIN)
     assert lines == ["one", "two", "three", "four"]
+    assert_ended(fake_server)
+
+
+async def test_progress_that_cannot_be_shown_does_not_stop_the_server(fake_server: Path) -> None:
+    def fail(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_script(
+        fake_server,
+        f"{PYTHON} -c 'import sys; sys.stderr.write(10_000 * \"a long line to be shown\\n\")'",
+        f"echo LISTENING eloquent://127.0.0.1:1#sha256={PIN}",
+        "read line",
+    )
+    async with asyncio.timeout(DEADLINE_S), local_server(on_progress=fail) as url:
+        assert url.port == 1
     assert_ended(fake_server)
 
 
