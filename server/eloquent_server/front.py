@@ -3,14 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eloquent.addresses import is_loopback
 from eloquent.errors import ConfigurationError
 from eloquent.quic.certificate import ServerCertificate
 from eloquent.quic.listen import Listener
-from eloquent.seldom import Seldom
 from eloquent.websocket.server import WebSocketListener
 from eloquent_server.admission import Principal
 from eloquent_server.backends.base import Tenant
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from eloquent_server.http.listen import HttpListener
 
 LOADING = "The model is loading."
+LOOK_EVERY_S = 1.0
 NOT_STORING = "Answers cannot be stored at the moment; the server's log says why."
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,11 @@ class Core:
     backend: MeteredBackend
     "The same, measured."
     store: TurnStore
+    storing: "Storing"
+    "Of that store."
     tenant_of: Callable[[Principal], Tenant]
     refusals: Mapping[str, int]
     "Requests that were refused for their key or a limit, by reason."
-    seldom: Seldom = field(default_factory=lambda: Seldom(logger))
 
     async def why_not_ready(self) -> str:
         """Return why it takes no turns now; empty: it does."""
@@ -54,13 +55,30 @@ class Core:
             return DRAINING
         if self.loading.backend is None:
             return LOADING
-        try:
-            await self.store.check()
-        except StoreError as error:
-            # Whoever reaches the port may ask, and the error names files.
-            self.seldom.warn(time.monotonic(), f"Not ready: {error}")
-            return NOT_STORING
-        return ""
+        return "" if await self.storing.is_possible() else NOT_STORING
+
+
+class Storing:
+    """Whether turns can be stored: each look writes, so there are few, however many ask."""
+
+    def __init__(self, store: TurnStore) -> None:
+        self._store = store
+        self._looked_s = float("-inf")
+        self._is_possible = True
+
+    async def is_possible(self) -> bool:
+        """Say how it was `LOOK_EVERY_S` ago or later; the log has the reason."""
+        now = time.monotonic()
+        if now >= self._looked_s + LOOK_EVERY_S:
+            self._looked_s = now
+            try:
+                await self._store.check()
+            except StoreError as error:
+                logger.warning("Not ready: %s", error)
+                self._is_possible = False
+            else:
+                self._is_possible = True
+        return self._is_possible
 
 
 async def open_front(
@@ -131,7 +149,7 @@ def address_of(text: str) -> tuple[str, int]:
         ConfigurationError: it is none.
     """
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > MAX_PORT:
+    if not port.isdecimal() or len(port) > len(str(MAX_PORT)) or int(port) > MAX_PORT:
         raise ConfigurationError(
             f"{text!r} is no address for --http: write a port, or HOST:PORT, as in 8080 or "
             "0.0.0.0:8080 or [::]:8080."

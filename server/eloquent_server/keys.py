@@ -138,6 +138,8 @@ class KeyFile:
         self._path = path
         self._seen = _look(path)
         self._looked_at = float("-inf")
+        self._said = ""
+        "What was wrong with it the last time."
         self.keys = read_keys(path)
 
     def reload(self) -> None:
@@ -146,8 +148,13 @@ class KeyFile:
         try:
             self.keys = read_keys(self._path)
         except ConfigurationError as error:
-            logger.error("the keys stay as they were: %s", error)
+            if isinstance(error.__cause__, OSError):
+                self._seen = None  # It may be read later, though nobody writes to it.
+            if str(error) != self._said:
+                logger.error("the keys stay as they were: %s", error)
+            self._said = str(error)
         else:
+            self._said = ""
             logger.info("%d keys in %s", len(self.keys), self._path)
 
     def look(self, now: float) -> None:

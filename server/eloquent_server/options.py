@@ -1,11 +1,13 @@
 """What `eloquent serve` can be asked to do: each field is an option, and its docstring the help."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from eloquent.errors import ConfigurationError
 from eloquent.url import DEFAULT_PORT
 from eloquent_server.backends.upstream_request import Continues
 from eloquent_server.engine.settings import KvOptions
@@ -150,6 +152,19 @@ class ServerOptions:
     qlog: Annotated[Path | None, RUNNING, Parameter(env_var="ELOQUENT_QLOG")] = None
     """Directory for a log of each connection in qlog's format (`.sqlog`): packets, sizes,
     times, and no text."""
+
+    def __post_init__(self) -> None:
+        """Refuse what reads as a number and is none.
+
+        Raises:
+            ConfigurationError: an option is `nan` or infinite.
+        """
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigurationError(
+                    f"--{each.name.replace('_', '-')} is {value}: give a number of a certain size."
+                )
 
     @property
     def kv(self) -> KvOptions:

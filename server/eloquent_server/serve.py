@@ -27,7 +27,7 @@ from eloquent_server.admission import open_gate
 from eloquent_server.backends.loading import LoadingBackend
 from eloquent_server.certificates import chosen_certificate, follow, url_of
 from eloquent_server.drain import ClosableGate, Signals, drain, notify
-from eloquent_server.front import Core, address_of, is_for_others, open_front, url_of_front
+from eloquent_server.front import Core, Storing, address_of, is_for_others, open_front, url_of_front
 from eloquent_server.gateway import Gateway
 from eloquent_server.metered import MeteredBackend
 from eloquent_server.options import ServerOptions
@@ -128,6 +128,7 @@ async def _open_core(stack: AsyncExitStack, options: ServerOptions, signals: Sig
         loading=loading,
         backend=backend,
         store=store,
+        storing=Storing(store),
         tenant_of=tenant_of,
         refusals=keys.refusals,
     )

@@ -1,5 +1,6 @@
 """The file of keys: who is let in, what is refused, and what changes while the server runs."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -197,6 +198,25 @@ def test_a_broken_file_keeps_the_old_keys_and_says_so_once(
     write(file, entry_for(new_key(), "bob"))
     keys.look(5.0)
     assert keys.keys.find(KEY) is None
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = KeyFile(file)
+    write(file, entry_for(new_key(), "bob"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_more_files)
+        keys.look(0.0)
+        keys.look(1.0)
+    assert keys.keys.find(KEY) is not None
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    keys.look(2.0)
+    assert keys.keys.find(KEY) is None
+
+
+def no_more_files(path: Path, mode: str) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
 
 def test_a_reload_reads_at_once(file: Path) -> None:

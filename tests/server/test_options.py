@@ -190,6 +190,12 @@ def test_a_file_that_cannot_be_used_is_named(text: str | None, why: str, file: P
     assert str(file) in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_a_number_that_is_none_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="--turn-ttl is"):
+        options_of(f"--turn-ttl={text}")
+
+
 @pytest.mark.parametrize("text", ['port = "many"', 'device = "tpu"', "[port]\nx = 1"])
 def test_a_value_of_the_wrong_kind_is_an_error_that_names_it(text: str, file: Path) -> None:
     file.write_text(text)
