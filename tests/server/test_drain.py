@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import cycle
 from pathlib import Path
@@ -185,6 +185,15 @@ async def test_a_hangup_ends_nothing_where_there_is_nothing_to_read_again(tmp_pa
         assert not server.has_ended
 
 
+@pytest.fixture
+def hangups_end() -> Iterator[None]:
+    """Have a hangup end the processes that are started, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_end")
 async def test_a_terminal_that_is_closed_ends_the_server_in_it(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     try:
