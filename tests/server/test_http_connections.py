@@ -251,6 +251,17 @@ async def test_what_is_no_http_is_refused_in_json(data: bytes) -> None:
     assert said["error"]["code"] == "malformed_request"
 
 
+async def test_a_body_that_turns_out_to_be_no_http_is_refused_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = b"POST /nothing HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with front_with(Scripted()) as front:
+        status, said = await answer_to(front, head + b"zz\r\nhello\r\n0\r\n\r\n")
+        assert (await front.http.get("/health")).status_code == 200
+    assert (status, said["error"]["code"]) == (400, "malformed_request")
+    assert caplog.messages == []
+
+
 async def test_what_is_no_http_within_a_response_ends_the_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -162,6 +162,8 @@ class Connection(H11Protocol):
         response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # Of a request that broke in its body: nobody hears it.
         self.transport.close()
 
     def _pass_over(self, data: bytes) -> None:
