@@ -65,7 +65,7 @@ bench-swiftqueue: $(INSTALLED) ## Judge SwiftQueue's predictions, policies and c
 		--cache build/swiftqueue.jsonl --json build/swiftqueue.json --report build/swiftqueue-report \
 		--markdown docs/results-swiftqueue.md
 
-soak-server: $(INSTALLED) ## Hold 500 turns in flight for ten minutes: memory, tasks, files (23 minutes on two idle cores).
+soak-server: $(INSTALLED) ## Hold 500 turns in flight for ten minutes: memory, tasks, files (24 minutes on two idle cores).
 	@mkdir -p build
 	$(BIN)/eloquent bench soak --json build/soak-server.json
 

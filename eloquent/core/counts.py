@@ -30,7 +30,7 @@ class LinkCounts:
     retries: int = 0
     "Clients that first had to show their address (RFC 9000 section 8.1.2)."
     given_up: int = 0
-    "Connections that were not made in time, or had to make room for others."
+    "Connections that were not made in time, or idle, and had to make room for others."
     refused: int = 0
     "Connections that were refused because too many are open."
     refusals: Counter[str] = field(default_factory=Counter)

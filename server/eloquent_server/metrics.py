@@ -307,7 +307,8 @@ def _connections(sources: Sources) -> Iterator[Family]:
     yield counters(
         "eloquent:handshakes",
         "Connections that were begun, that first had to show their address (retried), that were "
-        "not made in time (given_up), and that were refused because too many are open.",
+        "not made in time or made room for others (given_up), and that were refused because too "
+        "many are open.",
         ("transport", "outcome"),
         (
             ((transport, outcome), count)

@@ -1,8 +1,8 @@
 """What a server does now and then, whoever asks: old turns go, and memory that is free goes back.
 
-Connections of all ages come and go, and what one leaves free lies between what others hold. Under a
-steady load glibc's heap so grew for as long as was looked, while what was used of it did not
-(`eloquent bench soak`).
+Connections of all ages come and go, and what one leaves free lies between what others hold. Under
+the steady load of `eloquent bench soak` glibc's heap so grew by 7 % in 210 s, while what was used
+of it fell by 3 %.
 """
 
 import asyncio

@@ -113,7 +113,7 @@ def soak(
     """Hold turns in flight for a long time: memory may not grow, and nothing may be left behind.
 
     Clients over QUIC and WebSocket ask, disconnect at random and resume, cancel, or never come
-    back. It takes 12 minutes more than MINUTES: before, until as many connections are forgotten as
+    back. It takes 14 minutes more than MINUTES: before, until as many connections are forgotten as
     are left behind (their idle timeout is 3 minutes), and after, until all are. It ends with 1 if
     memory grew by 1 % or more over the last four fifths, if something is left, or an answer was
     wrong.
