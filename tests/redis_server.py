@@ -4,6 +4,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DEADLINE_S = 20.0
@@ -55,6 +57,17 @@ class RedisServer:
                 return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[RedisServer]:
+    """Run one as long as the block lasts."""
+    server = RedisServer(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def command(server: RedisServer, *words: str | bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hub_readers import DEADLINE_S, Notes, Script, names
-from redis_server import RedisServer, command
+from redis_server import RedisServer, command, running
 from tools import needs_tool
 
 from eloquent.core.events import TextDelta
@@ -100,10 +100,8 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
+    with running(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture

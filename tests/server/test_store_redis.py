@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis_server import RedisServer, command
+from redis_server import RedisServer, command, running
 from tools import needs_tool
 
 from eloquent_server import store_redis
@@ -49,10 +49,8 @@ Open = Callable[..., Awaitable[RedisTokenStore]]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
+    with running(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture
